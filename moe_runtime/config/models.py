@@ -1,0 +1,238 @@
+"""The configuration of a runtime, as pydantic models; an unknown key is an error."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+DTypeName = Literal["float32", "float64", "float16", "bfloat16"]
+ResidualRule = Literal["add", "passthrough", "none"]
+Normalize = Literal["before_drop", "after_drop", "none"]
+WeightOn = Literal["output", "input"]
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration block: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LinearGateConfig(StrictModel):
+    """Router logits ``x @ W.T (+ b)``."""
+
+    kind: Literal["linear"] = "linear"
+    bias: bool = Field(False, description="Adds a learned bias per expert.")
+    in_features: int | None = Field(
+        None, ge=1, description="Width of the gate's input; the flattened `item_shape` when not given."
+    )
+    jitter_eps: float = Field(
+        0.0, ge=0, lt=1, description="Training only: multiplies the gate's copy of the input by U[1-eps, 1+eps]."
+    )
+    weights: str | None = Field(
+        None, description="A safetensors file, relative to the config file; initialised from `seed` without it."
+    )
+
+
+class MLPGateConfig(LinearGateConfig):
+    """Linear, ReLU, linear (Eigen, Ranzato, Sutskever 2013)."""
+
+    kind: Literal["mlp"]  # type: ignore[assignment]
+    hidden_features: int = Field(ge=1, description="Width of the hidden layer.")
+
+
+class NoisyGateConfig(LinearGateConfig):
+    """Linear; training adds learned Gaussian noise to the logits (Shazeer et al. 2017)."""
+
+    kind: Literal["noisy"]  # type: ignore[assignment]
+
+
+GateConfig = Annotated[LinearGateConfig | MLPGateConfig | NoisyGateConfig, Field(discriminator="kind")]
+
+
+class DensePolicyConfig(StrictModel):
+    """Every expert serves every token, weighted by the softmax (Jacobs, Jordan, Nowlan, Hinton 1991)."""
+
+    kind: Literal["dense"]
+    normalize: Normalize = Field("before_drop", description="Which assignments the weights are normalised over.")
+
+
+class TopKPolicyConfig(StrictModel):
+    """Each token goes to its `k` experts of the highest score (Shazeer et al. 2017)."""
+
+    kind: Literal["top_k"] = "top_k"
+    k: int = Field(2, ge=1, description="Experts per token.")
+    score: Literal["softmax", "sigmoid", "softmax_after_topk"] = Field(
+        "softmax", description="How router logits become scores."
+    )
+    normalize: Normalize = Field(
+        "before_drop",
+        description="`before_drop`: over the token's assignments, dropped ones included (a half-dropped token is "
+        "attenuated); `after_drop`: over the served ones (a lone survivor gets weight 1); `none`: scores as they are.",
+    )
+    norm_p: float = Field(1.0, gt=0, description="The p of the norm that weights are divided by; 1 is their sum.")
+    scaling_factor: float = Field(1.0, gt=0, description="Multiplies the weights, last.")
+
+
+class SwitchPolicyConfig(StrictModel):
+    """One expert per token, weighted by its probability among all (Switch Transformers 2021)."""
+
+    kind: Literal["switch"]
+
+
+PolicyConfig = Annotated[
+    DensePolicyConfig | TopKPolicyConfig | SwitchPolicyConfig, Field(discriminator="kind")
+]
+
+
+class CapacityConfig(StrictModel):
+    """How many assignments one expert accepts in one batch, and what happens to the rest."""
+
+    factor: float | None = Field(
+        None, gt=0, description="Capacity is ceil(factor x requested assignments / experts); null is dropless."
+    )
+    min: int = Field(4, ge=1, description="Capacity is at least this.")
+    drop: Literal["position", "priority", "score", "random"] = Field(
+        "position", description="Who is dropped when an expert is full."
+    )
+    overflow: Literal["drop", "reroute"] = Field(
+        "drop", description="`reroute`: an overflowed assignment tries the token's next-best experts first."
+    )
+    max_reroutes: int = Field(2, ge=1, description="Experts that one overflowed assignment tries.")
+
+
+class ViewConfig(StrictModel):
+    """The part of a token that an expert sees, and in which shape."""
+
+    columns: tuple[int, int] | None = Field(
+        None, description="Half-open range of the flattened token's columns; all when not given."
+    )
+    shape: list[int] | None = Field(None, description="Shape of what the expert sees; flat when not given.")
+
+
+class ResourcesConfig(StrictModel):
+    """What an expert's actor asks of the cluster."""
+
+    num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves.")
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs that Ray reserves; 1 where `device` resolves to cuda, else 0."
+    )
+    memory_bytes: int | None = Field(None, ge=1, description="Memory that Ray reserves.")
+    custom: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources.")
+    node_labels: dict[str, str] = Field(default_factory=dict, description="Labels that the node must have.")
+
+
+class ExpertConfig(StrictModel):
+    """One expert, or `count` alike."""
+
+    kind: str = Field(description="A built-in kind or one that a plug-in registers.")
+    name: Name | None = Field(
+        None, description="Unique in the layer; `<kind>-<n>` when not given; `<name>-<n>` where `count` is above 1."
+    )
+    count: int = Field(1, ge=1, le=65536, description="How many experts this block stands for.")
+    weights: str | None = Field(
+        None,
+        description="A safetensors file, relative to the config file; `{i}` is the index within `count`. "
+        "Initialised from `seed` without it.",
+    )
+    view: ViewConfig | None = Field(None, description="The part of the token that the expert sees.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind.")
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="Demands of the expert's actor.")
+
+    @model_validator(mode="after")
+    def _one_file_per_expert(self) -> ExpertConfig:
+        if self.count > 1 and self.weights is not None and "{i}" not in self.weights:
+            raise ValueError(f"weights: with count {self.count}, expected a name with {{i}}, found {self.weights!r}")
+        return self
+
+
+class LayerConfig(StrictModel):
+    """One MoE layer: a gate, a policy and the experts behind it."""
+
+    item_shape: list[int] = Field(min_length=1, description="Shape of one token: a vector, an image, a sequence.")
+    dtype: DTypeName = Field("float32", description="Of tokens, experts and answers.")
+    gate: GateConfig = Field(default_factory=LinearGateConfig, description="The network that scores experts.")
+    policy: PolicyConfig = Field(default_factory=TopKPolicyConfig, description="How scores become assignments.")
+    capacity: CapacityConfig = Field(default_factory=CapacityConfig, description="Capacity and overflow.")
+    residual: ResidualRule | None = Field(
+        None,
+        description="`add`: x + y; `passthrough`: x where nothing was served; `none`: 0 there. "
+        "`passthrough` where shapes agree, else `none`, when not given.",
+    )
+    weight_on: WeightOn = Field("output", description="`input` scales what the expert sees (Llama 4).")
+    timeout_ms: float = Field(2000.0, gt=0, description="Bounds a batch, from its dispatch.")
+    allow_non_finite: bool = Field(False, description="Accept NaN and infinities in the input.")
+    max_batches_in_flight: int = Field(2, ge=1, description="Batches of this layer that a router has under way.")
+    experts_per_actor: int = Field(1, ge=1, description="Neighbouring experts that share an actor.")
+    experts: list[ExpertConfig] = Field(min_length=1, description="Gate rows are the experts in this order.")
+
+    @field_validator("item_shape")
+    @classmethod
+    def _positive(cls, shape: list[int]) -> list[int]:
+        if any(size < 1 for size in shape):
+            raise ValueError(f"expected sizes of at least 1, found {shape}")
+        return shape
+
+
+class RouterConfig(StrictModel):
+    """The router processes and their batcher."""
+
+    replicas: int = Field(1, ge=1, description="Router processes; replica i on a node takes port + i.")
+    address: str = Field("127.0.0.1:50051", description="HOST:PORT of the first router; port 0 is any.")
+    max_batch_tokens: int = Field(4096, ge=1, description="Tokens that one batch holds at most.")
+    max_wait_ms: float = Field(2.0, ge=0, description="How long a request waits for batch-mates at most.")
+    max_queued_tokens: int = Field(65536, ge=1, description="Queued tokens above which requests are refused.")
+    max_queued_bytes: int = Field(1 << 30, ge=1, description="Queued bytes above which requests are refused.")
+
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError(f"expected HOST:PORT with a port of 0 to 65535, found {address!r}")
+        return address
+
+
+class LimitsConfig(StrictModel):
+    """What one request may ask for."""
+
+    max_request_bytes: int = Field(256 << 20, ge=1, description="Bytes of one request, streamed ones included.")
+    max_request_tokens: int = Field(65536, ge=1, description="Tokens of one request.")
+    max_concurrent_requests: int = Field(1024, ge=1, description="Requests that a router holds; more are refused.")
+    default_timeout_s: float = Field(10.0, gt=0, description="Deadline of a request that has none.")
+    max_timeout_s: float = Field(300.0, gt=0, description="Longest deadline that a request may have.")
+
+
+class DataPlaneConfig(StrictModel):
+    """How tokens travel between routers and expert hosts."""
+
+    port_range: tuple[int, int] | None = Field(
+        None, description="Inclusive range of tcp ports that expert hosts bind; any port when not given."
+    )
+
+
+class RuntimeConfig(StrictModel):
+    """One runtime: layers of experts and the routers in front of them."""
+
+    name: Name = Field("default", description="Names the runtime on its cluster; one runtime per name.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is a GPU.")
+    threads: Literal["auto"] | int = Field(
+        "auto", description="Torch threads per expert actor; `auto` is max(1, cores // experts on the node)."
+    )
+    seed: int = Field(0, ge=0, description="Initialises what has no weights.")
+    start_timeout_s: float = Field(60.0, gt=0, description="Bounds every placement and start.")
+    plug_ins: list[str] = Field(
+        default_factory=list, description="Distributions that must be installed: `name` or `name==version`."
+    )
+    layers: dict[Name, LayerConfig] = Field(min_length=1, description="The layers, by name.")
+    router: RouterConfig = Field(default_factory=RouterConfig, description="Router processes.")
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on one request.")
+    data_plane: DataPlaneConfig = Field(default_factory=DataPlaneConfig, description="Token transport.")
+
+    @field_validator("threads")
+    @classmethod
+    def _at_least_one_thread(cls, threads: Literal["auto"] | int) -> Literal["auto"] | int:
+        if threads != "auto" and threads < 1:
+            raise ValueError(f"expected auto or at least 1, found {threads}")
+        return threads

@@ -1,0 +1,66 @@
+"""Where each expert of each layer can be reached: the versioned table that one batch uses from start to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from moe_runtime.service.ports import Endpoint
+
+
+class ReplicaState(StrEnum):
+    """Life of a replica: ``starting -> ready -> suspect -> out``; from ``out`` it starts again at its time."""
+
+    STARTING = "starting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    OUT = "out"
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One copy of an expert, inside one expert host.
+
+    Attributes:
+        replica_id: Unique in the runtime, ``<layer>/<expert name>/<n>``.
+        endpoint: Where its host listens; the endpoint's incarnation names the process.
+        state: Only ``ready`` and ``suspect`` replicas are sent rows.
+        weights_version: Hash of the weights that it serves, or ``seed:<n>`` when initialised.
+        device: Device that it computes on.
+        pid: Process id of its host on its node.
+    """
+
+    replica_id: str
+    endpoint: Endpoint
+    state: ReplicaState = ReplicaState.READY
+    weights_version: str = ""
+    device: str = "cpu"
+    pid: int = 0
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """All replicas of all experts, at one version.
+
+    Attributes:
+        version: Grows with every change; a router ignores a table older than its own.
+        replicas: Replicas per ``(layer, expert_id)``; an expert without an entry, or with none usable, is out.
+    """
+
+    version: int = 0
+    replicas: Mapping[tuple[str, int], tuple[Replica, ...]] = field(default_factory=dict)
+
+    def usable(self, layer: str, expert_id: int) -> tuple[Replica, ...]:
+        """Replicas of an expert that rows may be sent to."""
+        replicas = self.replicas.get((layer, expert_id), ())
+        return tuple(r for r in replicas if r.state in (ReplicaState.READY, ReplicaState.SUSPECT))
+
+    def endpoints(self) -> frozenset[Endpoint]:
+        """Endpoints of all usable replicas."""
+        return frozenset(
+            replica.endpoint for key in self.replicas for replica in self.usable(*key)
+        )
