@@ -61,6 +61,9 @@ class RoutingTable:
 
     def endpoints(self) -> frozenset[Endpoint]:
         """Endpoints of all usable replicas."""
-        return frozenset(
-            replica.endpoint for key in self.replicas for replica in self.usable(*key)
-        )
+        return frozenset(replica.endpoint for key in self.replicas for replica in self.usable(*key))
+
+    def out_endpoints(self) -> frozenset[Endpoint]:
+        """Endpoints of hosts that have replicas and none of them usable."""
+        every = frozenset(replica.endpoint for replicas in self.replicas.values() for replica in replicas)
+        return every - self.endpoints()

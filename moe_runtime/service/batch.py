@@ -1,0 +1,74 @@
+"""What the engine takes and gives back: a batch of joined tokens and its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from moe_runtime.routing.assignments import DispatchPlan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of one layer that are routed together.
+
+    Attributes:
+        layer: Name of the layer.
+        tokens: ``(num_tokens, *item_shape)`` in the layer's dtype.
+        gate_input: What the gate sees instead of the flattened tokens, ``(num_tokens, gate_features)``.
+        k: Experts per token, at most the layer's: one number, or int64 ``(num_tokens,)``.
+        mask: Bool ``(num_tokens,)``; rows that are False are padding and are not routed.
+        row_seeds: Int64 ``(num_tokens,)``; keys of whatever the routing draws at random.
+    """
+
+    layer: str
+    tokens: Tensor
+    gate_input: Tensor | None = None
+    k: Tensor | int | None = None
+    mask: Tensor | None = None
+    row_seeds: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds that a batch spent in each stage.
+
+    Attributes:
+        gate_s: Gate, policy, capacity and plan.
+        experts_s: From the dispatch to the last answer.
+        combine_s: Weighted sum and residual.
+    """
+
+    gate_s: float
+    experts_s: float
+    combine_s: float
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """A batch after its experts have answered, or have failed to.
+
+    Attributes:
+        batch_id: What ``submit`` returned.
+        outputs: ``(num_tokens, *out_shape)`` in the layer's dtype.
+        plan: The plan that was dispatched.
+        served: Bool ``(num_planned,)``: the expert answered.
+        weights: Float32 ``(num_planned,)``: the weight applied; 0 where not served.
+        table_version: Version of the routing table that the batch used.
+        times: Seconds per stage.
+        failures: Why an expert's rows were not served, by expert id.
+    """
+
+    batch_id: int
+    outputs: Tensor
+    plan: DispatchPlan
+    served: Tensor
+    weights: Tensor
+    table_version: int
+    times: StageTimes
+    failures: Mapping[int, str] = field(default_factory=dict)

@@ -1,0 +1,46 @@
+"""What a router tells its clients about a layer, as plain values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_runtime.service.layer import ExpertInfo, RoutedLayer
+    from moe_runtime.service.routing_table import Replica, RoutingTable
+
+
+def describe_layer(layer: RoutedLayer, table: RoutingTable) -> dict[str, Any]:
+    """Shapes, rules and experts of a layer, with the replicas that the table lists."""
+    return {
+        "item_shape": list(layer.item_shape),
+        "out_shape": list(layer.out_shape),
+        "dtype": str(layer.dtype).removeprefix("torch."),
+        "policy": layer.policy_kind,
+        "k": layer.policy.max_k,
+        "gate_features": layer.gate_features,
+        "residual": layer.residual,
+        "capacity_factor": layer.capacity.factor,
+        "experts": [_describe_expert(expert, layer.name, table) for expert in layer.experts],
+    }
+
+
+def _describe_expert(expert: ExpertInfo, layer: str, table: RoutingTable) -> dict[str, Any]:
+    replicas = table.replicas.get((layer, expert.expert_id), ())
+    return {
+        "expert_id": expert.expert_id,
+        "name": expert.name,
+        "kind": expert.kind,
+        "replicas": [_describe_replica(replica) for replica in replicas],
+    }
+
+
+def _describe_replica(replica: Replica) -> dict[str, Any]:
+    return {
+        "replica_id": replica.replica_id,
+        "state": str(replica.state),
+        "node": replica.endpoint.node,
+        "device": replica.device,
+        "pid": replica.pid,
+        "incarnation": f"{replica.endpoint.incarnation:016x}",
+        "weights_version": replica.weights_version,
+    }

@@ -1,0 +1,287 @@
+"""One batch's way: gate, policy, capacity, plan, dispatch; then receive, combine, residual."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from moe_runtime.routing.capacity import admit
+from moe_runtime.routing.combine import combine, gather_rows
+from moe_runtime.routing.plan import plan_dispatch
+
+from moe_runtime.errors import TransportError
+from moe_runtime.service.batch import BatchResult, StageTimes
+from moe_runtime.service.dispatch import fault_in, split_by_host
+from moe_runtime.service.ports import HostLost, HostReply, HostRequest, MonotonicClock
+from moe_runtime.service.routing_table import RoutingTable
+from moe_runtime.service.stats import LayerStats, RouterStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
+
+    from moe_runtime.routing.assignments import DispatchPlan
+    from moe_runtime.service.batch import Batch
+    from moe_runtime.service.dispatch import HostMessage, PlannedSegment
+    from moe_runtime.service.layer import RoutedLayer
+    from moe_runtime.service.ports import Clock, Endpoint, Transport
+
+
+@dataclass
+class _Flight:
+    """A batch whose experts are at work."""
+
+    batch_id: int
+    batch: Batch
+    layer: RoutedLayer
+    plan: DispatchPlan
+    table: RoutingTable
+    expert_rows: Tensor
+    served: Tensor
+    gate_s: float
+    dispatched_at: float
+    deadline: float
+    tickets: set[int] = field(default_factory=set)
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A message that a host has not answered yet."""
+
+    flight: _Flight
+    message: HostMessage
+
+
+class RouterEngine:
+    """Routes batches through expert hosts, several in flight at once.
+
+    Synchronous and owned by one thread: no method may be called from another. ``submit`` never waits;
+    ``poll`` waits for hosts and returns what is finished, in any order. Every submitted batch comes back
+    exactly once, at the latest ``timeout_s`` of its layer after its dispatch: what an expert did not serve
+    by then is dropped, counted, and left to the residual.
+
+    Args:
+        layers: The layers, by name.
+        transport: Carries rows to the hosts; the engine does not close it.
+        node: Name of the router's own node.
+        clock: Tells the time.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, RoutedLayer],
+        transport: Transport,
+        *,
+        node: str = "",
+        clock: Clock | None = None,
+    ) -> None:
+        self.layers = dict(layers)
+        self.stats = RouterStats({name: LayerStats.for_layer(layer) for name, layer in self.layers.items()})
+        self.table = RoutingTable()
+        self._transport = transport
+        self._node = node
+        self._clock = clock or MonotonicClock()
+        self._batch_ids = itertools.count(1)
+        self._tickets = itertools.count(1)
+        self._sent: dict[int, _Sent] = {}
+        self._flights: dict[int, _Flight] = {}
+        self._answered: list[_Flight] = []
+        self._outstanding_rows: Counter[str] = Counter()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Batches submitted and not yet returned."""
+        return len(self._flights)
+
+    def set_table(self, table: RoutingTable) -> None:
+        """Use a table for the batches to come; an older one than the present is ignored.
+
+        Batches in flight keep their version, but what they still expect of hosts that the new table
+        declares out is given up at once.
+        """
+        if table.version < self.table.version:
+            return
+        self.table = table
+        for endpoint in table.out_endpoints():
+            self._give_up(endpoint, "its host is out")
+        waiting_for = {sent.message.endpoint for sent in self._sent.values()}
+        self._transport.retain(table.endpoints() | waiting_for)
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> int:
+        """Route a batch and send its rows to the experts.
+
+        Returns:
+            The batch's id, which comes back in its result.
+        """
+        started_at = self._clock.now()
+        layer = self.layers[batch.layer]
+        gate_input = batch.tokens.flatten(1) if batch.gate_input is None else batch.gate_input
+        router_logits = layer.gate(gate_input)
+        assignments = layer.policy.assign(router_logits, k=batch.k, mask=batch.mask)
+        admission = admit(assignments, layer.capacity, row_seeds=batch.row_seeds)
+        plan = plan_dispatch(admission)
+        flight = self._take_off(batch, layer, plan, started_at)
+        self._dispatch(flight)
+        return flight.batch_id
+
+    @torch.inference_mode()
+    def poll(self, timeout_s: float) -> list[BatchResult]:
+        """Finished batches; waits up to ``timeout_s`` for hosts, less when one is done or the transport is woken."""
+        for event in self._transport.poll(self._patience(timeout_s)):
+            if isinstance(event, HostLost):
+                self._give_up(event.endpoint, event.reason)
+            else:
+                self._receive(event)
+        self._expire()
+        answered, self._answered = self._answered, []
+        return [self._finish(flight) for flight in answered]
+
+    def _take_off(self, batch: Batch, layer: RoutedLayer, plan: DispatchPlan, started_at: float) -> _Flight:
+        now = self._clock.now()
+        flight = _Flight(
+            batch_id=next(self._batch_ids),
+            batch=batch,
+            layer=layer,
+            plan=plan,
+            table=self.table,
+            expert_rows=batch.tokens.new_empty((plan.num_planned, *layer.out_shape)),
+            served=torch.zeros(plan.num_planned, dtype=torch.bool),
+            gate_s=now - started_at,
+            dispatched_at=now,
+            deadline=now + layer.timeout_s,
+        )
+        self._flights[flight.batch_id] = flight
+        return flight
+
+    def _dispatch(self, flight: _Flight) -> None:
+        dispatch = split_by_host(
+            flight.plan.expert_offsets.tolist(),
+            flight.table,
+            layer=flight.layer.name,
+            node=self._node,
+            outstanding_rows=self._outstanding_rows,
+        )
+        for expert_id in dispatch.unreachable:
+            flight.failures[expert_id] = "no replica is ready"
+        for message in dispatch.messages:
+            self._send(flight, message)
+        if not flight.tickets:
+            self._answered.append(flight)
+
+    def _send(self, flight: _Flight, message: HostMessage) -> None:
+        rows = gather_rows(
+            flight.batch.tokens,
+            flight.plan,
+            weight_on=flight.layer.weight_on,
+            planned_ids=message.planned_ids(),
+        )
+        ticket = next(self._tickets)
+        request = HostRequest(ticket, message.wire_segments, rows, timeout_s=flight.deadline - self._clock.now())
+        try:
+            self._transport.send(message.endpoint, request)
+        except TransportError as exc:
+            self.stats.num_send_errors += 1
+            _mark_failed(flight, message.segments, str(exc))
+            return
+        self.stats.num_messages += 1
+        flight.tickets.add(ticket)
+        self._sent[ticket] = _Sent(flight, message)
+        for segment in message.segments:
+            self._outstanding_rows[segment.replica_id] += segment.num_rows
+
+    def _receive(self, reply: HostReply) -> None:
+        sent = self._land(reply.ticket)
+        if sent is None:
+            self.stats.num_late_replies += 1
+            return
+        flight, segments = sent.flight, sent.message.segments
+        fault = fault_in(reply, segments, out_shape=flight.layer.out_shape, dtype=flight.layer.dtype)
+        if fault is not None:
+            _mark_failed(flight, segments, fault)
+            return
+        start = 0
+        for segment, result in zip(segments, reply.results, strict=True):
+            if result.error is not None or reply.rows is None:
+                flight.failures[segment.expert_id] = result.error or "no rows"
+                continue
+            stop = start + segment.num_rows
+            flight.expert_rows[segment.start : segment.stop] = reply.rows[start:stop]
+            flight.served[segment.start : segment.stop] = True
+            self.stats.layers[flight.layer.name].count_product(segment.expert_id, result.compute_ms)
+            start = stop
+
+    def _land(self, ticket: int) -> _Sent | None:
+        """Take a message off the list of those that are waited for; the last one lands its batch."""
+        sent = self._sent.pop(ticket, None)
+        if sent is None:
+            return None
+        for segment in sent.message.segments:
+            self._outstanding_rows[segment.replica_id] -= segment.num_rows
+            if not self._outstanding_rows[segment.replica_id]:
+                del self._outstanding_rows[segment.replica_id]
+        sent.flight.tickets.discard(ticket)
+        if not sent.flight.tickets:
+            self._answered.append(sent.flight)
+        return sent
+
+    def _give_up(self, endpoint: Endpoint, reason: str) -> None:
+        lost = [ticket for ticket, sent in self._sent.items() if sent.message.endpoint == endpoint]
+        self._abandon(lost, reason)
+
+    def _expire(self) -> None:
+        now = self._clock.now()
+        late = [ticket for ticket, sent in self._sent.items() if sent.flight.deadline <= now]
+        self._abandon(late, "no answer within the layer's timeout_ms")
+
+    def _abandon(self, tickets: Iterable[int], reason: str) -> None:
+        for ticket in tickets:
+            sent = self._land(ticket)
+            if sent is not None:
+                _mark_failed(sent.flight, sent.message.segments, reason)
+
+    def _patience(self, timeout_s: float) -> float:
+        if self._answered:
+            return 0.0
+        now = self._clock.now()
+        deadlines = (sent.flight.deadline for sent in self._sent.values())
+        return max(0.0, min(timeout_s, min(deadlines, default=now + timeout_s) - now))
+
+    def _finish(self, flight: _Flight) -> BatchResult:
+        answered_at = self._clock.now()
+        combined = combine(
+            flight.batch.tokens,
+            flight.expert_rows,
+            flight.plan,
+            residual=flight.layer.residual,
+            weight_on=flight.layer.weight_on,
+            served=flight.served,
+        )
+        times = StageTimes(
+            gate_s=flight.gate_s,
+            experts_s=answered_at - flight.dispatched_at,
+            combine_s=self._clock.now() - answered_at,
+        )
+        del self._flights[flight.batch_id]
+        result = BatchResult(
+            batch_id=flight.batch_id,
+            outputs=combined.outputs,
+            plan=flight.plan,
+            served=flight.served,
+            weights=combined.weights,
+            table_version=flight.table.version,
+            times=times,
+            failures=flight.failures,
+        )
+        self.stats.layers[flight.layer.name].count_batch(result)
+        return result
+
+
+def _mark_failed(flight: _Flight, segments: Iterable[PlannedSegment], reason: str) -> None:
+    for segment in segments:
+        flight.failures[segment.expert_id] = reason

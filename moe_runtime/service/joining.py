@@ -1,0 +1,88 @@
+"""Joins rows of several requests into one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_runtime.service.batch import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from moe_runtime.service.layer import RoutedLayer
+    from moe_runtime.service.requests import LayerRequest
+
+# Odd, so that rows of one request never share a key; large, so that those of neighbouring seeds rarely do.
+_GOLDEN = 0x1E37_79B9_7F4A_7C15
+_MASK_63 = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """Rows ``[start, stop)`` of a request, which are rows ``[offset, offset + stop - start)`` of a batch."""
+
+    request_key: int
+    start: int
+    stop: int
+    offset: int
+    arrived_at: float
+    return_routing: bool
+
+
+def build_batch(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLayer) -> Batch:
+    """One batch from rows of several requests; options that no request gives stay None."""
+    requests = [request for request, _ in taken]
+    tokens = _cat([request.tokens[part.start : part.stop] for request, part in taken])
+    options = [request.options for request in requests]
+    return Batch(
+        layer=layer.name,
+        tokens=tokens,
+        gate_input=_cat([_gate_rows(request, part) for request, part in taken])
+        if any(option.gate_input is not None for option in options)
+        else None,
+        k=_cat([_k_rows(request, part, layer) for request, part in taken])
+        if any(option.k is not None for option in options)
+        else None,
+        mask=_cat([_mask_rows(request, part) for request, part in taken])
+        if any(option.mask is not None for option in options)
+        else None,
+        row_seeds=_cat([_seed_rows(request, part) for request, part in taken])
+        if layer.capacity.drop == "random"
+        else None,
+    )
+
+
+def _cat(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _gate_rows(request: LayerRequest, part: BatchPart) -> Tensor:
+    gate_input = request.options.gate_input
+    rows = request.tokens.flatten(1) if gate_input is None else gate_input
+    return rows[part.start : part.stop].to(torch.float32)
+
+
+def _k_rows(request: LayerRequest, part: BatchPart, layer: RoutedLayer) -> Tensor:
+    k = layer.policy.max_k if request.options.k is None else request.options.k
+    if isinstance(k, int):
+        return torch.full((part.stop - part.start,), k, dtype=torch.int64)
+    return k[part.start : part.stop].to(torch.int64)
+
+
+def _mask_rows(request: LayerRequest, part: BatchPart) -> Tensor:
+    mask = request.options.mask
+    return torch.ones(part.stop - part.start, dtype=torch.bool) if mask is None else mask[part.start : part.stop]
+
+
+def _seed_rows(request: LayerRequest, part: BatchPart) -> Tensor:
+    """A key per row that depends on the request's seed and the row within the request, not on the batch."""
+    seed = request.options.seed
+    if seed is None:
+        seed = int.from_bytes(blake2b(request.request_id.encode(), digest_size=8).digest(), "little") & _MASK_63
+    return torch.arange(part.start, part.stop, dtype=torch.int64) * _GOLDEN + seed

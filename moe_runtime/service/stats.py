@@ -1,0 +1,92 @@
+"""Counters of a router: what every layer and every expert has served and dropped since the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from moe_runtime.service.batch import BatchResult
+    from moe_runtime.service.layer import RoutedLayer
+
+
+@dataclass
+class ExpertStats:
+    """Counters of one expert, in assignments; ``compute_ms`` sums over ``num_products`` matrix products."""
+
+    num_served: int = 0
+    num_dropped_capacity: int = 0
+    num_dropped_failure: int = 0
+    num_products: int = 0
+    compute_ms: float = 0.0
+
+
+@dataclass
+class LayerStats:
+    """Counters of one layer."""
+
+    num_batches: int = 0
+    num_tokens: int = 0
+    num_rerouted: int = 0
+    experts: list[ExpertStats] = field(default_factory=list)
+
+    @classmethod
+    def for_layer(cls, layer: RoutedLayer) -> LayerStats:
+        """Counters at zero, one per expert."""
+        return cls(experts=[ExpertStats() for _ in layer.experts])
+
+    def count_batch(self, result: BatchResult) -> None:
+        """Add a finished batch."""
+        admission = result.plan.admission
+        assignments = admission.assignments
+        self.num_batches += 1
+        self.num_tokens += assignments.num_tokens
+        self.num_rerouted += int(admission.rerouted.sum())
+        served = self._per_expert(result.plan.expert_ids[result.served])
+        failed = self._per_expert(result.plan.expert_ids[~result.served])
+        full = self._per_expert(assignments.expert_ids[~admission.admitted])
+        for expert, num_served, num_failed, num_full in zip(self.experts, served, failed, full, strict=True):
+            expert.num_served += num_served
+            expert.num_dropped_failure += num_failed
+            expert.num_dropped_capacity += num_full
+
+    def count_product(self, expert_id: int, compute_ms: float) -> None:
+        """Add one matrix product of an expert."""
+        self.experts[expert_id].num_products += 1
+        self.experts[expert_id].compute_ms += compute_ms
+
+    def _per_expert(self, expert_ids: torch.Tensor) -> list[int]:
+        counts: list[int] = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
+        return counts
+
+
+@dataclass
+class RouterStats:
+    """Counters of one router process."""
+
+    layers: dict[str, LayerStats]
+    num_requests: int = 0
+    num_answered: int = 0
+    num_refused: int = 0
+    num_cancelled: int = 0
+    num_deadline_exceeded: int = 0
+    num_failed: int = 0
+    num_late_replies: int = 0
+    num_messages: int = 0
+    num_send_errors: int = 0
+
+    def snapshot(self) -> dict[str, Any]:
+        """All counters as plain values, for the status page."""
+        totals = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        layers = {
+            name: {
+                "num_batches": layer.num_batches,
+                "num_tokens": layer.num_tokens,
+                "num_rerouted": layer.num_rerouted,
+                "experts": [dict(vars(expert)) for expert in layer.experts],
+            }
+            for name, layer in self.layers.items()
+        }
+        return {**totals, "layers": layers}
