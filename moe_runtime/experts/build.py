@@ -1,0 +1,121 @@
+"""From a spec to an expert that is ready to serve: module, weights, and a trial run."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_runtime.errors import ConfigError, PlugInError, WeightsError
+from moe_runtime.experts.outputs import output_mistake
+from moe_runtime.experts.spec import build_module, contract_of
+from moe_runtime.experts.view import resolve_view
+from moe_runtime.experts.weights import load_into, load_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from moe_runtime.experts.protocol import ExpertContract
+    from moe_runtime.experts.spec import ExpertSpec
+    from moe_runtime.experts.view import View
+
+
+@dataclass(frozen=True)
+class LoadedExpert:
+    """An expert that was built, loaded and tried.
+
+    Attributes:
+        spec: What it was built from.
+        module: In eval mode, on its device, in the layer's dtype.
+        contract: The shapes of its rows.
+        view: What it sees of a full row.
+        weights_version: sha256 of its weight file, or ``seed:<n>``.
+    """
+
+    spec: ExpertSpec
+    module: nn.Module
+    contract: ExpertContract
+    view: View
+    weights_version: str
+
+
+def build_expert(spec: ExpertSpec, *, device: str | torch.device = "cpu") -> LoadedExpert:
+    """The expert of a spec, with its weights, on a device, after two rows went through it as a trial.
+
+    The initial parameters depend on the spec's seed, layer and name alone, not on the device; torch's global
+    generator is left as it was.
+
+    Raises:
+        ConfigError: If the kind, its options, the view or the shapes do not work.
+        PlugInError: If the kind's plug-in is broken, or its module does not keep its contract.
+        WeightsError: If the weight file is missing, corrupt, or does not fit the module.
+    """
+    module = initial_module(spec)
+    contract = contract_of(module, spec)
+    version = f"seed:{spec.seed}" if spec.weights is None else _load(module, spec)
+    module.to(device)
+    expert = LoadedExpert(spec, module, contract, resolve_view(spec.item_shape, spec.view), version)
+    _try_out(expert, torch.device(device))
+    return expert
+
+
+def initial_module(spec: ExpertSpec) -> nn.Module:
+    """The expert's module as its seed initialises it: on the CPU, in the layer's dtype, in eval mode.
+
+    Raises:
+        ConfigError: If the kind, its options, the view or the shapes do not work.
+        PlugInError: If the kind's plug-in is broken.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # Not torch.manual_seed: that would seed the GPUs' generators too, and nothing restores those.
+        torch.default_generator.manual_seed(_stream_seed(spec))
+        return build_module(spec).to(spec.torch_dtype).eval()
+
+
+def _stream_seed(spec: ExpertSpec) -> int:
+    # Experts that start equal would get equal gradients and stay equal.
+    digest = hashlib.sha256(f"{spec.seed}/{spec.layer}/{spec.name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _load(module: nn.Module, spec: ExpertSpec) -> str:
+    try:
+        weights = load_weights(spec.weights or "")
+        load_into(module, weights.tensors)
+    except WeightsError as exc:
+        lines = (f"{spec.where}.weights: {spec.weights}: {line}" for line in str(exc).splitlines())
+        raise WeightsError("\n".join(lines)) from exc
+    return weights.sha256
+
+
+def _try_out(expert: LoadedExpert, device: torch.device) -> None:
+    spec, contract = expert.spec, expert.contract
+    size = 2 * prod(contract.in_shape)
+    # Not zeros: they would hide a dropout that is still on.
+    rows = torch.linspace(-1, 1, size).reshape(2, *contract.in_shape).to(device, spec.torch_dtype)
+    given = rows.clone()
+    try:
+        with torch.inference_mode():
+            outputs, again = expert.module(given), expert.module(given)
+            mistake = output_mistake(outputs, num_rows=2, contract=contract, dtype=spec.torch_dtype)
+            if mistake is None:
+                mistake = _impurity(given, rows, outputs, again)
+    except Exception as exc:
+        raise ConfigError(
+            f"{spec.where}: a trial run of kind {spec.kind!r} in {spec.dtype} on {device} raised "
+            f"{type(exc).__name__}: {exc}"
+        ) from exc
+    if mistake is not None:
+        raise PlugInError(f"{spec.where}: a trial run of kind {spec.kind!r} broke its contract: {mistake}")
+
+
+def _impurity(given: Tensor, rows: Tensor, outputs: Tensor, again: Tensor) -> str | None:
+    if not torch.equal(given, rows):
+        return "expected forward to leave its input as it was, found it changed"
+    # Close, not equal: some GPU kernels add in an order that varies.
+    if not torch.allclose(outputs.float(), again.float(), rtol=1e-2, atol=1e-3, equal_nan=True):
+        return "expected the same rows to give the same outputs in eval mode, found others the second time"
+    return None

@@ -1,0 +1,170 @@
+"""Weight files: safetensors, with a manifest of hashes beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from moe_runtime.errors import WeightsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor, nn
+
+MANIFEST_NAME = "manifest.json"
+_MANIFEST_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The contents of a weight file.
+
+    Attributes:
+        tensors: By name, on the CPU.
+        metadata: Text that the writer put beside them.
+        sha256: Hash of the file, in hex.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    sha256: str
+
+
+def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write tensors to a safetensors file, whole or not at all, and give its sha256.
+
+    Args:
+        path: The file; one that is there is replaced.
+        tensors: By name, as ``module.state_dict()`` has them.
+        metadata: Text to keep beside them.
+
+    Returns:
+        The file's sha256 in hex.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # safetensors refuses tensors that share memory; clones don't.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, unfinished, metadata=dict(metadata or {}))
+        _replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return _sha256(path)
+
+
+def load_weights(path: str | Path) -> Weights:
+    """The tensors of a safetensors file, after its hash was checked against the manifest beside it.
+
+    Raises:
+        WeightsError: If the file is missing, not what the manifest lists, or not a safetensors file.
+    """
+    path = Path(path)
+    sha256 = verify(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return Weights(tensors, file.metadata() or {}, sha256)
+    except (SafetensorError, OSError) as exc:
+        raise WeightsError(f"{path}: expected a safetensors file, found one that cannot be read: {exc}") from exc
+
+
+def write_manifest(folder: str | Path, files: Iterable[str] | None = None) -> Path:
+    """Write ``manifest.json``, which lists files of a folder with their hashes; give its path.
+
+    Args:
+        folder: The folder of the weight files.
+        files: Names within the folder; every ``*.safetensors`` in it when not given.
+
+    Raises:
+        WeightsError: If one of the files is not there.
+    """
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.glob("*.safetensors")) if files is None else sorted(files)
+    entries = {name: _manifest_entry(folder / name) for name in names}
+    path = folder / MANIFEST_NAME
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps({"format": _MANIFEST_FORMAT, "files": entries}, indent=2) + "\n")
+    _replace(unfinished, path)
+    return path
+
+
+def verify(path: str | Path) -> str:
+    """The sha256 of a weight file in hex, equal to its entry in the manifest of its folder, where it has one.
+
+    Raises:
+        WeightsError: If the file is missing or unreadable, the manifest is malformed, or the hashes differ.
+    """
+    path = Path(path)
+    sha256 = _sha256(path)
+    expected = _listed_sha256(path)
+    if expected is not None and expected != sha256:
+        raise WeightsError(
+            f"{path}: expected sha256 {expected} from {MANIFEST_NAME}, found {sha256}; the file is corrupt or was "
+            f"replaced: fetch it again, or write the manifest anew"
+        )
+    return sha256
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters and buffers of a module, all of them or none.
+
+    Raises:
+        WeightsError: With one line per tensor that is missing, unexpected, or of another shape or dtype.
+    """
+    wanted = module.state_dict()
+    mistakes = [f"expected the tensor {name!r}, found none" for name in wanted if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            mistakes.append(f"found the tensor {name!r}, which the expert does not have")
+        elif tensor.shape != wanted[name].shape:
+            mistakes.append(f"{name}: expected shape {list(wanted[name].shape)}, found {list(tensor.shape)}")
+        elif tensor.dtype != wanted[name].dtype:
+            mistakes.append(f"{name}: expected dtype {wanted[name].dtype}, found {tensor.dtype}")
+    if mistakes:
+        raise WeightsError("\n".join(mistakes))
+    module.load_state_dict(tensors)
+
+
+def _manifest_entry(path: Path) -> dict[str, Any]:
+    return {"sha256": _sha256(path), "num_bytes": path.stat().st_size}
+
+
+def _listed_sha256(path: Path) -> str | None:
+    manifest = path.parent / MANIFEST_NAME
+    try:
+        listed = json.loads(manifest.read_text())
+        if listed["format"] != _MANIFEST_FORMAT:
+            raise WeightsError(f"{manifest}: expected format {_MANIFEST_FORMAT}, found {listed['format']!r}")
+        entry = listed["files"].get(path.name)
+        return None if entry is None else str(entry["sha256"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        if isinstance(exc, WeightsError):
+            raise
+        raise WeightsError(f"{manifest}: expected a manifest of weight files, found something else: {exc!r}") from exc
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as exc:
+        raise WeightsError(f"{path}: expected a weight file, found none") from exc
+    except OSError as exc:
+        raise WeightsError(f"{path}: expected a readable weight file, found: {exc}") from exc
+
+
+def _replace(unfinished: Path, path: Path) -> None:
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
