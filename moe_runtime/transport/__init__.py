@@ -1,0 +1,1 @@
+"""How rows travel between routers and expert hosts: ZeroMQ sockets, or queues within one process."""

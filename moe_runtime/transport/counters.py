@@ -1,0 +1,28 @@
+"""What a transport counts: messages that went their way, and each way in which one did not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TransportCounters:
+    """Messages since the transport opened. Every message that is not delivered increments one of these.
+
+    Attributes:
+        num_sent: Handed over for sending.
+        num_received: Delivered to the caller.
+        num_malformed: Bytes that were not a message of the data plane.
+        num_refused: Meant for, or sent by, another incarnation.
+        num_unexpected: Replies to a ticket that nobody waits for here: answered already, or never sent.
+        num_discarded: Replies to a router that is gone or does not drain its queue.
+        num_full: Requests refused because the queue to their host was full.
+    """
+
+    num_sent: int = 0
+    num_received: int = 0
+    num_malformed: int = 0
+    num_refused: int = 0
+    num_unexpected: int = 0
+    num_discarded: int = 0
+    num_full: int = 0

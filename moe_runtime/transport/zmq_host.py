@@ -1,0 +1,180 @@
+"""The expert host's end of the data plane on ZeroMQ: one socket at an ipc and a tcp address."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
+
+import zmq
+
+from moe_runtime.errors import StartError, TransportError
+from moe_runtime.service.ports import Delivery, Endpoint
+from moe_runtime.transport.counters import TransportCounters
+from moe_runtime.transport.header import Address, decode_request, encode_reply
+from moe_runtime.transport.incarnation import INCARNATION_BITS, mint_incarnation
+from moe_runtime.transport.ipc_folder import default_ipc_folder, ipc_path, prepare_ipc_folder
+from moe_runtime.transport.waker import Waker
+from moe_runtime.transport.zmq_socket import (
+    DEFAULT_MAX_QUEUED_MESSAGES,
+    open_socket,
+    receive_waiting,
+    wait_for_any,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moe_runtime.service.ports import HostReply
+
+_INCARNATION_BYTES = INCARNATION_BITS // 8
+
+
+class ZmqHostTransport:
+    """Receives routers' requests and answers them; implements the port ``HostTransport``.
+
+    Requests that are malformed, or meant for another incarnation, are counted and dropped. The rows of a reply
+    are sent from where they are: they must not be changed after ``reply``.
+    """
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        ip: str | None = "127.0.0.1",
+        port_range: tuple[int, int] | None = None,
+        folder: Path | None = None,
+        max_queued_messages: int = DEFAULT_MAX_QUEUED_MESSAGES,
+    ) -> None:
+        """Listen at an ipc address for routers on this node, and at a tcp address for those on others.
+
+        Args:
+            node: Name of this node.
+            ip: Address of this node that others reach; None listens for routers on this node only.
+            port_range: Inclusive range of tcp ports to take the first free one from; any port when None.
+            folder: Where the ipc socket lies; made with mode 700. ``default_ipc_folder()`` when None.
+            max_queued_messages: Messages that wait for one router, or from one, before the queue is full.
+
+        Raises:
+            StartError: If the folder is not private to this user, its path is too long, or no port is free.
+        """
+        self.incarnation = mint_incarnation()
+        folder = default_ipc_folder() if folder is None else folder
+        prepare_ipc_folder(folder)
+        self._ipc_path = ipc_path(folder, self.incarnation)
+        self._counters = TransportCounters()
+        self._closed = False
+        self._waker = Waker()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = open_socket(self._context, zmq.ROUTER, max_queued=max_queued_messages)
+        # Without it an answer to a router that is gone would vanish uncounted.
+        self._socket.set(zmq.ROUTER_MANDATORY, 1)
+        try:
+            _bind(self._socket, f"ipc://{self._ipc_path}")
+            remote = None if ip is None else _bind_tcp(self._socket, ip, port_range)
+        except StartError:
+            self.close()
+            raise
+        self._endpoint = Endpoint(self.incarnation, node, local=f"ipc://{self._ipc_path}", remote=remote)
+        self._poller = zmq.Poller()
+        self._poller.register(self._waker.fileno(), zmq.POLLIN)
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where routers find this host."""
+        return self._endpoint
+
+    @property
+    def counters(self) -> TransportCounters:
+        """A copy of the counters."""
+        return dataclasses.replace(self._counters)
+
+    def receive(self, timeout_s: float) -> list[Delivery]:
+        """Requests that have arrived; waits up to ``timeout_s`` for the first; returns early on ``wake``.
+
+        May also return early with nothing, after a message that was counted and dropped.
+        """
+        if self._closed:
+            return []
+        deliveries = []
+        for ready in wait_for_any(self._poller, timeout_s):
+            if ready == self._waker.fileno():
+                self._waker.drain()
+                continue
+            for frames in receive_waiting(self._socket):
+                delivery = self._accept(frames)
+                if delivery is not None:
+                    deliveries.append(delivery)
+        return deliveries
+
+    def reply(self, delivery: Delivery, reply: HostReply) -> None:
+        """Answer a delivery without blocking; an answer to a router that is gone is discarded and counted.
+
+        Raises:
+            TransportError: If the reply is malformed or too large to travel.
+        """
+        if self._closed:
+            self._counters.num_discarded += 1
+            return
+        router, route = delivery.sender[:_INCARNATION_BYTES], delivery.sender[_INCARNATION_BYTES:]
+        frames = encode_reply(reply, address=Address(self.incarnation, int.from_bytes(router, "big")))
+        try:
+            self._socket.send_multipart([route, *frames], zmq.DONTWAIT, copy=False)
+        except zmq.ZMQError:
+            # EHOSTUNREACH: the router is gone. EAGAIN: it does not drain its queue, and no one may wait for it.
+            self._counters.num_discarded += 1
+            return
+        self._counters.num_sent += 1
+
+    def wake(self) -> None:
+        """Make a ``receive`` that is waiting, or the next one, return at once. Thread-safe."""
+        self._waker.wake()
+
+    def close(self) -> None:
+        """Stop listening and remove the ipc socket; queued messages are discarded. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._socket.close()
+        self._waker.close()
+        self._context.term()
+        with contextlib.suppress(FileNotFoundError):
+            self._ipc_path.unlink()
+
+    def _accept(self, frames: list[memoryview]) -> Delivery | None:
+        try:
+            incoming = decode_request(frames[1:])
+        except TransportError:
+            self._counters.num_malformed += 1
+            return None
+        if incoming.address.receiver != self.incarnation:
+            self._counters.num_refused += 1
+            return None
+        self._counters.num_received += 1
+        sender = incoming.address.sender.to_bytes(_INCARNATION_BYTES, "big") + bytes(frames[0])
+        return Delivery(sender, incoming.request)
+
+
+def _bind(socket: zmq.Socket[bytes], address: str) -> None:
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as exc:
+        raise StartError(f"cannot listen at {address}: {exc}") from exc
+
+
+def _bind_tcp(socket: zmq.Socket[bytes], ip: str, port_range: tuple[int, int] | None) -> str:
+    host = f"[{ip}]" if ":" in ip else ip
+    if port_range is None:
+        _bind(socket, f"tcp://{host}:*")
+        return socket.get_string(zmq.LAST_ENDPOINT)
+    first, last = port_range
+    for port in range(first, last + 1):
+        try:
+            socket.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError as exc:
+            if exc.errno != zmq.EADDRINUSE:
+                raise StartError(f"cannot listen at tcp://{host}:{port}: {exc}") from exc
+        else:
+            return f"tcp://{host}:{port}"
+    raise StartError(f"no free tcp port at {ip} in data_plane.port_range {first} to {last}")
