@@ -17,11 +17,19 @@ class WeightRule:
 
     ``weight = scaling_factor * score / (sum(score ** p) ** (1 / p))``, the sum over the assignments that
     ``normalize`` names; without normalising, ``weight = scaling_factor * score``.
+
+    Attributes:
+        normalize: The assignments that the norm goes over.
+        norm_p: The p of the norm; 1 is the sum.
+        scaling_factor: Multiplies the weights, last.
+        softmax_over_set: Scores are a softmax over the logits of the token's own assignments. ``all_scores`` are
+            logits then, and rerouting takes the softmax anew, as if the full expert had been masked.
     """
 
     normalize: Normalize = "before_drop"
     norm_p: float = 1.0
     scaling_factor: float = 1.0
+    softmax_over_set: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""Rows out to the experts and back: gather before dispatch, combine after. Last stage of a batch.
+
+The residual is defined here and nowhere else: ``add`` is ``x + y``; ``passthrough`` is ``y`` for a token with at
+least one served assignment and exactly ``x`` for one with none; ``none`` is ``y``, 0 for such a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from moe_runtime.errors import ShapeError
+from moe_runtime.routing.weights import apply_weight_rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_runtime.config.models import ResidualRule, WeightOn
+    from moe_runtime.routing.assignments import DispatchPlan
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a batch's tokens become.
+
+    Attributes:
+        outputs: ``(num_tokens, *out_shape)`` in the dtype of the expert outputs.
+        weights: Weight applied to each planned row, float32 ``(num_planned,)``; 0 where it was not served.
+    """
+
+    outputs: Tensor
+    weights: Tensor
+
+
+def gather_rows(
+    tokens: Tensor, plan: DispatchPlan, *, weight_on: WeightOn, planned_ids: Tensor | slice | None = None
+) -> Tensor:
+    """The rows to send to the experts.
+
+    Args:
+        tokens: The batch, ``(num_tokens, *item_shape)``.
+        plan: The plan made for it.
+        weight_on: ``input`` multiplies each row by its weight (Llama 4); ``output`` leaves it alone.
+        planned_ids: Which planned rows, in which order; all when None.
+
+    Returns:
+        ``(num_rows, *item_shape)``, contiguous, in the dtype of ``tokens``.
+
+    Raises:
+        ShapeError: If the batch has another number of rows than the plan.
+    """
+    _check_tokens(tokens, plan)
+    token_ids = plan.token_ids if planned_ids is None else plan.token_ids[planned_ids]
+    rows = tokens.index_select(0, token_ids)
+    if weight_on == "output":
+        return rows
+    weights = plan.weights if planned_ids is None else plan.weights[planned_ids]
+    return (rows * _as_column(weights, rows.dim())).to(tokens.dtype)
+
+
+def combine(
+    tokens: Tensor, expert_outputs: Tensor, plan: DispatchPlan, *, residual: ResidualRule, weight_on: WeightOn,
+    served: Tensor | None = None,
+) -> Combined:  # fmt: skip
+    """Each token's sum of expert outputs times their weights, then the residual.
+
+    A planned row that was not served takes no part, whatever it holds. With ``normalize: after_drop`` the
+    weights of a token with such rows are normalised over the others. Sums run in order of choice, in float32
+    (float64 for float64), and are the same on every run.
+
+    Args:
+        tokens: The batch, ``(num_tokens, *item_shape)``; used by the residual.
+        expert_outputs: Rows in plan order, ``(num_planned, *out_shape)``.
+        plan: The plan that the rows were made for.
+        residual: What a token keeps of itself.
+        weight_on: ``input`` where the weights were applied by ``gather_rows`` already.
+        served: Bool ``(num_planned,)``: which rows an expert answered; None is all.
+
+    Returns:
+        Outputs, and the weights that were applied.
+
+    Raises:
+        ShapeError: If rows differ in number from the plan's, or shapes from what the residual needs.
+    """
+    _check_tokens(tokens, plan)
+    _check_outputs(tokens, expert_outputs, plan, residual=residual, served=served)
+    weights = _final_weights(plan, served)
+    by_choice = _by_token_then_choice(plan, served)
+    token_ids = plan.token_ids[by_choice]
+    sums = _weighted_sums(
+        expert_outputs, weights if weight_on == "output" else None, by_choice,
+        token_ids=token_ids, num_tokens=tokens.shape[0],
+    )  # fmt: skip
+    if residual == "add":
+        sums = sums + tokens
+    elif residual == "passthrough":
+        answered = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        answered = answered.index_fill(0, token_ids, True)
+        sums = torch.where(_as_column(answered, sums.dim()), sums, tokens.to(sums.dtype))
+    return Combined(outputs=sums.to(expert_outputs.dtype), weights=weights.detach().float())
+
+
+def _final_weights(plan: DispatchPlan, served: Tensor | None) -> Tensor:
+    if served is None:
+        return plan.weights
+    assignments = plan.admission.assignments
+    if assignments.weight_rule.normalize != "after_drop":
+        return plan.weights.where(served, 0.0)
+    scores = plan.scores.where(served, 0.0)
+    return apply_weight_rule(scores, plan.token_ids, assignments.weight_rule, num_tokens=assignments.num_tokens)
+
+
+def _by_token_then_choice(plan: DispatchPlan, served: Tensor | None) -> Tensor:
+    """Served planned rows by token, then by choice: assignments are k-major, so their ids order the choices."""
+    keys = plan.token_ids * plan.admission.admitted.shape[0] + plan.assignment_ids
+    if served is None:
+        return torch.argsort(keys, stable=True)
+    answered = served.nonzero().squeeze(1)
+    return answered[torch.argsort(keys[answered], stable=True)]
+
+
+def _weighted_sums(
+    rows: Tensor, weights: Tensor | None, row_ids: Tensor, *, token_ids: Tensor, num_tokens: int
+) -> Tensor:
+    """Sum of ``weights * rows`` over each token's ``row_ids``, ``(num_tokens, *out_shape)``."""
+    # At least float32: half-precision sums would depend on the order and lose the small terms.
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    out_shape = rows.shape[1:]
+    if row_ids.shape[0] == 0:
+        return torch.zeros((num_tokens, *out_shape), dtype=dtype, device=rows.device)
+    starts = torch.searchsorted(token_ids, torch.arange(num_tokens, device=token_ids.device))
+    sums = F.embedding_bag(
+        row_ids,
+        rows.reshape(rows.shape[0], -1).to(dtype),
+        starts,
+        mode="sum",
+        per_sample_weights=None if weights is None else weights.to(dtype)[row_ids],
+    )
+    return sums.reshape(num_tokens, *out_shape)
+
+
+def _as_column(values: Tensor, num_dims: int) -> Tensor:
+    return values.reshape(-1, *(1,) * (num_dims - 1))
+
+
+def _check_tokens(tokens: Tensor, plan: DispatchPlan) -> None:
+    num_tokens = plan.admission.assignments.num_tokens
+    if tokens.shape[0] != num_tokens:
+        raise ShapeError(f"tokens: the plan was made for {num_tokens} rows, found {tokens.shape[0]}")
+
+
+def _check_outputs(
+    tokens: Tensor, expert_outputs: Tensor, plan: DispatchPlan, *, residual: ResidualRule, served: Tensor | None
+) -> None:
+    if expert_outputs.shape[0] != plan.num_planned:
+        raise ShapeError(
+            f"expert_outputs: expected the plan's {plan.num_planned} rows, found {expert_outputs.shape[0]}"
+        )
+    if served is not None and served.shape != plan.token_ids.shape:
+        raise ShapeError(f"served: expected shape ({plan.num_planned},), found {tuple(served.shape)}")
+    if residual != "none" and expert_outputs.shape[1:] != tokens.shape[1:]:
+        raise ShapeError(
+            f"residual {residual}: expected outputs of the item shape {tuple(tokens.shape[1:])}, "
+            f"found {tuple(expert_outputs.shape[1:])}"
+        )

@@ -1,0 +1,71 @@
+"""Drop orders: who takes a place first when an expert cannot take everyone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from moe_runtime.routing.weights import largest_per_token
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_runtime.routing.assignments import Assignments
+
+DropRule = Literal["position", "priority", "score", "random"]
+
+# splitmix64 (https://prng.di.unimi.it/splitmix64.c), as signed numbers.
+_INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND_FACTOR = 0x94D049BB133111EB - (1 << 64)
+
+
+def drop_order(assignments: Assignments, rule: DropRule, *, row_seeds: Tensor | None) -> Tensor | None:
+    """The assignments in the order in which they take places; ties go by position.
+
+    ``position`` is the order of the assignments, k-major. ``priority`` sorts tokens by their best score, and
+    stays k-major (batch priority routing of V-MoE, https://arxiv.org/abs/2106.05974). ``score`` sorts
+    assignments by their own score; ``random`` by a hash of the row's seed and the choice.
+
+    Args:
+        assignments: In k-major order.
+        rule: Which order.
+        row_seeds: int64 ``(num_tokens,)`` for ``random``; the row's index when None.
+
+    Returns:
+        A permutation, int64 ``(num_assignments,)``; None is the order they stand in.
+    """
+    if rule == "position":
+        return None
+    if rule == "score":
+        return torch.argsort(assignments.scores.detach(), descending=True, stable=True)
+    if rule == "priority":
+        best = largest_per_token(assignments.scores, assignments.token_ids, num_tokens=assignments.num_tokens)[
+            assignments.token_ids
+        ]
+        by_score = torch.argsort(best, descending=True, stable=True)
+        return by_score[torch.argsort(assignments.ranks[by_score], stable=True)]
+    seeds = assignments.token_ids if row_seeds is None else row_seeds[assignments.token_ids]
+    return torch.argsort(hash_choices(seeds, assignments.ranks), stable=True)
+
+
+def hash_choices(seeds: Tensor, ranks: Tensor) -> Tensor:
+    """A well-mixed number for each (seed, choice), the same on every device: splitmix64.
+
+    Args:
+        seeds: int64, any shape.
+        ranks: Choices, 0 for the first, int64 of the same shape.
+
+    Returns:
+        int64 of that shape, over the whole signed range.
+    """
+    bits = seeds + (ranks + 1) * _INCREMENT
+    bits = (bits ^ _shift_right(bits, 30)) * _FIRST_FACTOR
+    bits = (bits ^ _shift_right(bits, 27)) * _SECOND_FACTOR
+    return bits ^ _shift_right(bits, 31)
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    # torch shifts signed numbers arithmetically; the mask clears the copies of the sign bit.
+    return (bits >> count) & ((1 << (64 - count)) - 1)

@@ -1,0 +1,194 @@
+"""Gates: the networks that score experts. First stage of a batch: gate -> policy -> capacity -> plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from moe_runtime.config.models import MLPGateConfig, NoisyGateConfig
+from moe_runtime.errors import ShapeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_runtime.config.models import LinearGateConfig
+
+#: Added to the learned noise, so that exploration never stops (Shazeer et al. 2017).
+MIN_NOISE_STD = 1e-2
+
+
+class Gate(nn.Module):
+    """Scores every expert for every token, in float32 whatever the dtype of the tokens.
+
+    float32, and never autocast: ties between bfloat16 scores make the choice depend on the batch.
+
+    Args:
+        in_features: Width of the gate's input.
+        num_experts: Width of its output.
+        jitter_eps: In train mode the gate's copy of the input is multiplied by U[1-eps, 1+eps]
+            (Switch Transformers, https://arxiv.org/abs/2101.03961); 0 is none.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, *, jitter_eps: float = 0.0) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.num_experts = num_experts
+        self.jitter_eps = jitter_eps
+
+    def forward(self, gate_input: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Router logits of a batch; deterministic in eval mode.
+
+        Args:
+            gate_input: ``(num_tokens, in_features)`` of any float dtype; never changed.
+            generator: Source of jitter and noise in train mode, on the input's device; torch's default
+                when None.
+
+        Returns:
+            ``(num_tokens, num_experts)``, float32.
+
+        Raises:
+            ShapeError: If the input is not ``(num_tokens, in_features)``.
+        """
+        if gate_input.dim() != 2 or gate_input.shape[1] != self.in_features:
+            raise ShapeError(
+                f"gate: expected an input of shape (num_tokens, {self.in_features}), found {tuple(gate_input.shape)}"
+            )
+        with torch.autocast(gate_input.device.type, enabled=False):
+            return self.score(self._jittered(gate_input.float(), generator), generator)
+
+    def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Router logits ``(num_tokens, num_experts)`` of float32 features ``(num_tokens, in_features)``."""
+        raise NotImplementedError
+
+    def _jittered(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        if not self.training or self.jitter_eps == 0.0:
+            return features
+        factors = torch.empty_like(features).uniform_(1.0 - self.jitter_eps, 1.0 + self.jitter_eps, generator=generator)
+        return features * factors
+
+
+class LinearGate(Gate):
+    """``x @ weight.T (+ bias)``; parameters ``weight (num_experts, in_features)``, ``bias (num_experts,)``."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, num_experts: int, *, bias: bool, jitter_eps: float, init: torch.Generator
+    ) -> None:
+        super().__init__(in_features, num_experts, jitter_eps=jitter_eps)
+        self.weight = _uniform_parameter((num_experts, in_features), in_features, init)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(num_experts))
+        else:
+            self.register_parameter("bias", None)
+
+    def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Router logits, without noise."""
+        return F.linear(features, self.weight, self.bias)
+
+
+class MLPGate(Gate):
+    """Linear, ReLU, linear (Eigen, Ranzato, Sutskever 2013, https://arxiv.org/abs/1312.4314).
+
+    Parameters: ``hidden_weight (hidden_features, in_features)``, ``hidden_bias (hidden_features,)``,
+    ``weight (num_experts, hidden_features)`` and, with ``bias``, ``bias (num_experts,)``.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, num_experts: int, *, hidden_features: int, bias: bool, jitter_eps: float,
+        init: torch.Generator,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, num_experts, jitter_eps=jitter_eps)
+        self.hidden_weight = _uniform_parameter((hidden_features, in_features), in_features, init)
+        self.hidden_bias = nn.Parameter(torch.zeros(hidden_features))
+        self.weight = _uniform_parameter((num_experts, hidden_features), hidden_features, init)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(num_experts))
+        else:
+            self.register_parameter("bias", None)
+
+    def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Router logits, without noise."""
+        hidden = F.relu(F.linear(features, self.hidden_weight, self.hidden_bias))
+        return F.linear(hidden, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class NoisyLogits:
+    """What a noisy gate scored, and how uncertain it was; ``load_loss`` needs all three.
+
+    Attributes:
+        clean: Logits without noise, float32 ``(num_tokens, num_experts)``.
+        noisy: Logits with noise, the ones to route by, same shape.
+        noise_std: Standard deviation of the noise, same shape, above 0.
+    """
+
+    clean: Tensor
+    noisy: Tensor
+    noise_std: Tensor
+
+
+class NoisyGate(LinearGate):
+    """A linear gate; train mode adds ``N(0,1) * (softplus(x @ noise_weight.T) + 1e-2)`` to the logits.
+
+    Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1. ``noise_weight (num_experts,
+    in_features)`` starts at 0. Eval mode adds nothing.
+    """
+
+    def __init__(
+        self, in_features: int, num_experts: int, *, bias: bool, jitter_eps: float, init: torch.Generator
+    ) -> None:
+        super().__init__(in_features, num_experts, bias=bias, jitter_eps=jitter_eps, init=init)
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, in_features))
+
+    def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Router logits, with noise in train mode."""
+        if not self.training:
+            return super().score(features, generator)
+        return self.noisy_logits(features, generator).noisy
+
+    def noisy_logits(self, features: Tensor, generator: torch.Generator | None = None) -> NoisyLogits:
+        """Logits with and without noise, in either mode and without jitter.
+
+        Args:
+            features: ``(num_tokens, in_features)`` of any float dtype.
+            generator: Source of the noise, on the input's device; torch's default when None.
+
+        Returns:
+            Three float32 tensors of shape ``(num_tokens, num_experts)``.
+        """
+        features = features.float()
+        clean = F.linear(features, self.weight, self.bias)
+        noise_std = F.softplus(F.linear(features, self.noise_weight)) + MIN_NOISE_STD
+        noise = torch.empty_like(clean).normal_(generator=generator)
+        return NoisyLogits(clean=clean, noisy=clean + noise * noise_std, noise_std=noise_std)
+
+
+def build_gate(config: LinearGateConfig, *, in_features: int, num_experts: int, seed: int) -> Gate:
+    """A float32 gate, initialised from the seed alone; in train mode, as torch makes modules.
+
+    Args:
+        config: The gate's block; ``weights`` is not read here.
+        in_features: Width of the gate's input.
+        num_experts: Experts of the layer, one logit each, in their order.
+        seed: The same seed gives the same parameters; torch's global generator is not touched.
+    """
+    init = torch.Generator().manual_seed(seed)
+    if isinstance(config, MLPGateConfig):
+        return MLPGate(
+            in_features, num_experts, hidden_features=config.hidden_features, bias=config.bias,
+            jitter_eps=config.jitter_eps, init=init,
+        )  # fmt: skip
+    gate_class = NoisyGate if isinstance(config, NoisyGateConfig) else LinearGate
+    return gate_class(in_features, num_experts, bias=config.bias, jitter_eps=config.jitter_eps, init=init)
+
+
+def _uniform_parameter(shape: tuple[int, int], fan_in: int, init: torch.Generator) -> nn.Parameter:
+    bound = fan_in**-0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=init))

@@ -1,0 +1,60 @@
+"""How scores become weights, and sums per token: shared by planning, combining and the losses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_runtime.routing.assignments import Assignments, WeightRule
+
+
+def sum_per_token(values: Tensor, token_ids: Tensor, *, num_tokens: int) -> Tensor:
+    """Sum of the values of each token, ``(num_tokens,)``; 0 for a token without any."""
+    return values.new_zeros(num_tokens).index_add(0, token_ids, values)
+
+
+def largest_per_token(values: Tensor, token_ids: Tensor, *, num_tokens: int) -> Tensor:
+    """Largest value of each token, ``(num_tokens,)``, detached; minus infinity for a token without any."""
+    lowest = values.new_full((num_tokens,), -torch.inf)
+    return lowest.scatter_reduce(0, token_ids, values.detach(), reduce="amax")
+
+
+def apply_weight_rule(scores: Tensor, token_ids: Tensor, rule: WeightRule, *, num_tokens: int) -> Tensor:
+    """Weights of (token, expert) pairs, normalised over exactly the pairs that are given.
+
+    Never NaN for finite scores: a token whose scores are all 0 gets weights of 0.
+
+    Args:
+        scores: Non-negative scores, ``(num_pairs,)``.
+        token_ids: Row of each pair, int64 ``(num_pairs,)``.
+        rule: The norm and the scaling factor; ``normalize: none`` leaves the scores as they are.
+        num_tokens: Rows of the batch.
+
+    Returns:
+        ``(num_pairs,)`` in the dtype of ``scores``.
+    """
+    if rule.normalize != "none":
+        scores = scores / _norms(scores, token_ids, rule.norm_p, num_tokens=num_tokens)[token_ids]
+    return scores if rule.scaling_factor == 1.0 else scores * rule.scaling_factor
+
+
+def requested_weights(assignments: Assignments) -> Tensor:
+    """Weights of all assignments as if every one of them were served, ``(num_assignments,)``."""
+    return apply_weight_rule(
+        assignments.scores, assignments.token_ids, assignments.weight_rule, num_tokens=assignments.num_tokens
+    )
+
+
+def _norms(scores: Tensor, token_ids: Tensor, norm_p: float, *, num_tokens: int) -> Tensor:
+    smallest = torch.finfo(scores.dtype).tiny
+    if norm_p == 1.0:
+        return sum_per_token(scores, token_ids, num_tokens=num_tokens).clamp_min(smallest)
+    # Powers of small scores underflow: the largest score is taken out first.
+    largest = largest_per_token(scores, token_ids, num_tokens=num_tokens).clamp_min(smallest)
+    powers = (scores / largest[token_ids]) ** norm_p
+    sums = sum_per_token(powers, token_ids, num_tokens=num_tokens)
+    return largest * sums.clamp_min(smallest) ** (1.0 / norm_p)
