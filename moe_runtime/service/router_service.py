@@ -306,7 +306,11 @@ class RouterService:
         with self._changed:
             self._draining = True
         while self._inbox:
-            self._inbox.popleft()()
+            try:
+                self._inbox.popleft()()
+            except Exception:
+                # Whatever stopped the engine may stand here again; the requests behind it need their answers.
+                _LOG.exception("the router could not finish an action while it was shutting down")
         for key in list(self._pending):
             self._fail(key, UnavailableError("the router was shut down before the answer was ready"))
         self._transport.close()
