@@ -1,0 +1,73 @@
+# Every target sets up .venv first; `python3 -m venv` and pip are all it takes. `make` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# One thread per process: the tests' processes share the machine, and results do not depend on its cores.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --durations=15
+COVERED := routing wire service
+MIN_COVERAGE := 95
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format venv docs coverage soak clean
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## Train, serve and classify real digits with five kinds of experts on Ray.
+	$(BIN)/moe-runtime demo digits
+
+test: $(STAMP)  ## Run every test but the soak tests; gate the coverage of the core.
+	$(PYTEST) -m "not soak" --cov --cov-report=
+	$(coverage_gates)
+
+check: $(STAMP)  ## Formatting, lint, types, layering and spelling: what CI runs before the tests.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(STAMP)  ## Format the code and repair what ruff can.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: $(STAMP)  ## Set up .venv and nothing else.
+
+docs: $(STAMP)  ## Write docs/configuration.md from the configuration's models.
+	$(BIN)/python -m moe_runtime.cli.configuration_page docs/configuration.md
+
+coverage: $(STAMP)  ## Coverage of the core by the tests that need no Ray, line by line.
+	$(PYTEST) tests/unit $(wildcard tests/rpc) -m "not soak" -q --cov --cov-report=term-missing
+	$(coverage_gates)
+
+soak: $(STAMP)  ## Run the long tests.
+	$(PYTEST) -m soak
+
+clean:  ## Remove .venv and every cache.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -maxdepth 3 -name '*.egg-info' -type d -prune -exec rm -rf {} +
+
+define coverage_gates
+$(foreach package,$(COVERED),$(BIN)/coverage report --include='moe_runtime/$(package)/*' --fail-under=$(MIN_COVERAGE)
+	)
+endef
+
+$(STAMP): pyproject.toml constraints.txt examples/custom_expert/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "moe_runtime needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another interpreter: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Setting up $(VENV): a few minutes the first time."
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+	# Torch first and by itself: where a local wheel is offered, nothing else may decide on another.
+	$(PIP_INSTALL) setuptools torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	# The build tool is the pinned one above: nothing is fetched beside the constraints.
+	$(PIP_INSTALL) --no-build-isolation --editable '.[runtime,demo,dev]'
+	$(PIP_INSTALL) --no-build-isolation --no-deps ./examples/custom_expert
+	@touch $@
