@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-#: Requests that may wait here; more stay with the transport, whose queues push back on the routers.
+#: Beyond this many, requests stay with the transport, whose queues push back on the routers.
 MAX_WAITING = 4096
 #: How long the idle loop sleeps in ``receive``; ``stop`` wakes it at once.
 IDLE_WAIT_S = 60.0
@@ -61,6 +61,7 @@ class HostLoop:
         *,
         clock: Clock | None = None,
         max_rows_per_run: int = MAX_MERGED_ROWS,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
         """Make the loop; it neither starts nor closes the host and the transport.
 
@@ -69,11 +70,13 @@ class HostLoop:
             transport: Where requests come from and answers go.
             clock: Tells how long requests have waited; the machine's when None.
             max_rows_per_run: Rows above which waiting requests are left for the next run.
+            max_waiting: Requests that may wait here; while so many do, more stay with the transport.
         """
         self._host = host
         self._transport = transport
         self._clock = MonotonicClock() if clock is None else clock
         self._max_rows_per_run = max_rows_per_run
+        self._max_waiting = max_waiting
         self._waiting: deque[_Waiting] = deque()
         self._stopping = threading.Event()
         self.num_requests = 0
@@ -97,7 +100,7 @@ class HostLoop:
         Args:
             timeout_s: How long to wait for a request when none is here.
         """
-        if len(self._waiting) < MAX_WAITING:
+        if len(self._waiting) < self._max_waiting:
             deliveries = self._transport.receive(0.0 if self._waiting else timeout_s)
             self.num_requests += len(deliveries)
             now = self._clock.now()

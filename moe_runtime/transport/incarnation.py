@@ -9,6 +9,4 @@ INCARNATION_BITS = 64
 
 def mint_incarnation() -> int:
     """A random number of 64 bits, never 0; each router and each expert host mints its own when it starts."""
-    while not (incarnation := secrets.randbits(INCARNATION_BITS)):
-        pass
-    return incarnation
+    return 1 + secrets.randbelow(2**INCARNATION_BITS - 1)

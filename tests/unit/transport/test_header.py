@@ -1,0 +1,232 @@
+import contextlib
+import math
+
+import hypothesis.strategies as st
+import msgpack
+import pytest
+import torch
+from hypothesis import given, settings
+
+from moe_runtime.errors import TransportError
+from moe_runtime.service.ports import HostReply, HostRequest, Segment, SegmentResult
+from moe_runtime.transport.header import (
+    COPY_BELOW_BYTES,
+    MAX_ERROR_CHARACTERS,
+    MAX_HEADER_BYTES,
+    MAX_REPLICA_ID_CHARACTERS,
+    MAX_SEGMENTS,
+    Address,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    encode_request,
+)
+
+ADDRESS = Address(sender=2**64 - 1, receiver=1)
+REQUEST = HostRequest(5, (Segment("a/b/0", 2), Segment("a/c/0", 1)), torch.arange(6.0).reshape(3, 2), 0.25)
+REPLY = HostReply(
+    5, (SegmentResult("a/b/0", 2, None, 1.5), SegmentResult("a/c/0", 1, "it raised", 0.0)), torch.ones(2, 4)
+)
+
+
+def views(frames):
+    return [memoryview(bytearray(frame)) for frame in frames]
+
+
+def request_frames(rows_frame=None, **changes):
+    """The frames of ``REQUEST``, with fields of its header changed, or removed where None."""
+    header, rows = encode_request(REQUEST, address=ADDRESS)
+    return _changed(header, changes) + views([rows if rows_frame is None else rows_frame])
+
+
+def reply_frames(**changes):
+    header, rows = encode_reply(REPLY, address=ADDRESS)
+    return _changed(header, changes) + views([rows])
+
+
+def _changed(header, changes):
+    fields = {**msgpack.unpackb(header), **changes}
+    return views([msgpack.packb({key: value for key, value in fields.items() if value is not None})])
+
+
+def test_request_is_a_small_map_and_the_bytes_of_its_rows():
+    header, rows = encode_request(REQUEST, address=ADDRESS)
+    assert msgpack.unpackb(header) == {
+        "version": 1,
+        "kind": "request",
+        "ticket": 5,
+        "from": 2**64 - 1,
+        "to": 1,
+        "segments": [["a/b/0", 2], ["a/c/0", 1]],
+        "timeout_s": 0.25,
+        "dtype": "float32",
+        "shape": [3, 2],
+    }
+    assert bytes(rows) == torch.arange(6.0).numpy().tobytes()
+
+
+def test_request_is_read_as_it_was_written():
+    incoming = decode_request(request_frames())
+    assert incoming.address == ADDRESS
+    assert incoming.request.ticket == 5
+    assert incoming.request.segments == REQUEST.segments
+    assert incoming.request.timeout_s == 0.25
+    assert torch.equal(incoming.request.rows, REQUEST.rows)
+
+
+def test_reply_is_read_as_it_was_written():
+    incoming = decode_reply(reply_frames())
+    assert incoming.address == ADDRESS
+    assert incoming.reply.ticket == 5
+    assert incoming.reply.results == REPLY.results
+    assert torch.equal(incoming.reply.rows, REPLY.rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool])
+def test_integers_and_bool_travel(dtype):
+    rows = torch.tensor([[0, 1], [1, 1]]).to(dtype)
+    frames = encode_request(HostRequest(1, (Segment("a", 2),), rows, 1.0), address=ADDRESS)
+    assert torch.equal(decode_request(views(frames)).request.rows, rows)
+
+
+def test_large_rows_share_the_memory_of_their_frame_and_small_ones_do_not():
+    def shares_memory(num_columns):
+        rows = torch.zeros(1, num_columns, dtype=torch.uint8)
+        frames = views(encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS))
+        read = decode_request(frames).request.rows
+        frames[1][0] = 7
+        return read[0, 0].item() == 7
+
+    assert shares_memory(COPY_BELOW_BYTES)
+    assert not shares_memory(COPY_BELOW_BYTES - 1)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4, 8])
+def test_rows_are_aligned_wherever_their_frame_lies(offset):
+    rows = torch.arange(4096.0, dtype=torch.float64).reshape(1, -1)
+    header, data = encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS)
+    moved = memoryview(bytearray(b"\0" * offset + bytes(data)))[offset:]
+    read = decode_request([memoryview(header), moved]).request.rows
+    assert read.data_ptr() % 8 == 0
+    assert torch.equal(read, rows)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([], "expected a header frame"),
+        (request_frames() + request_frames(), "found 4 frames"),
+        (request_frames()[:1], "request without rows"),
+        (views([b"\xc1", b""]), "not msgpack"),
+        (views([b"\x93\x01", b""]), "not msgpack"),
+        (views([b"\x91" * 100_000, b""]), "not msgpack"),
+        (views([msgpack.packb({"kind": b"\xff".decode("latin1")}) + b"x", b""]), "not msgpack"),
+        (views([msgpack.packb([1, 2]), b""]), "expected a map"),
+        (views([msgpack.packb({1: 2}), b""]), "not msgpack"),
+        (views([b"\x80" * (MAX_HEADER_BYTES + 1), b""]), "header: .* bytes, at most"),
+        (request_frames(version=2), "of version 1, found 'request' of 2"),
+        (request_frames(kind="reply"), "expected request"),
+        (request_frames(ticket=-1), "ticket: expected at least 0"),
+        (request_frames(ticket=None), "ticket: expected int, found None"),
+        (request_frames(ticket=True), "ticket: expected int, found True"),
+        (request_frames(to="you"), "to: expected int"),
+        (request_frames(**{"from": 1.5}), "from: expected int"),
+        (request_frames(timeout_s=1), "timeout_s: expected float"),
+        (request_frames(timeout_s=math.nan), "timeout_s: expected a finite time"),
+        (request_frames(timeout_s=-0.5), "timeout_s: expected a finite time"),
+        (request_frames(segments="ab"), "segments: expected list"),
+        (request_frames(segments=[["a"]]), "expected \\[replica_id, num_rows\\]"),
+        (request_frames(segments=[["a", -3]]), "num_rows: expected at least 0"),
+        (request_frames(segments=[[3, 3]]), "replica_id: expected str"),
+        (request_frames(segments=[["a", 4]]), "segments list 4 rows"),
+        (request_frames(segments=[["a" * (MAX_REPLICA_ID_CHARACTERS + 1), 3]]), "replica id"),
+        (request_frames(segments=[["a", 0]] * (MAX_SEGMENTS + 1)), "segments, at most"),
+        (request_frames(dtype="object"), "dtype: expected one of"),
+        (request_frames(dtype=3), "dtype: expected str"),
+        (request_frames(shape=[]), "shape: expected 1 to 16 sizes"),
+        (request_frames(shape=[1] * 17), "shape: expected 1 to 16 sizes"),
+        (request_frames(shape=[3, -2]), "shape: expected 1 to 16 sizes"),
+        (request_frames(shape=[3, 2.0]), "shape: expected 1 to 16 sizes"),
+        (request_frames(shape=[3, 3]), "are 36 bytes, the frame has 24"),
+        (request_frames(shape=[2**63, 2**63]), "the frame has 24"),
+        (request_frames(b"", shape=[0, 2**63], segments=[]), "sizes of at most"),
+        (request_frames(b"", shape=[0, *[2**30] * 4], segments=[]), "torch refuses"),
+        (request_frames(b""), "the frame has 0"),
+    ],
+)
+def test_frames_that_are_no_request_are_a_transport_error(frames, message):
+    with pytest.raises(TransportError, match=message):
+        decode_request(frames)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (request_frames(), "expected reply"),
+        (reply_frames()[:1], "results list 2 good rows, rows have shape None"),
+        (reply_frames(results=[["a", 2, None]]), "expected \\[replica_id, num_rows, error, compute_ms\\]"),
+        (reply_frames(results=[["a", 2, 3, 0.0]]), "error: expected str"),
+        (reply_frames(results=[["a", 2, None, "fast"]]), "compute_ms: expected float"),
+        (reply_frames(results=[["a", 3, None, 0.0]]), "results list 3 good rows"),
+    ],
+)
+def test_frames_that_are_no_reply_are_a_transport_error(frames, message):
+    with pytest.raises(TransportError, match=message):
+        decode_reply(frames)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=64), max_size=3))
+def test_no_bytes_cause_anything_but_a_transport_error(frames):
+    for decode in (decode_request, decode_reply):
+        with pytest.raises(TransportError):
+            decode(views(frames))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(msgpack.unpackb(encode_request(REQUEST, address=ADDRESS)[0]))), VALUES)
+def test_no_header_causes_anything_but_a_transport_error(key, value):
+    with contextlib.suppress(TransportError):
+        decode_request(request_frames(**{key: value}))
+
+
+@pytest.mark.parametrize("position", range(0, 120, 7))
+def test_flipped_bits_cause_nothing_but_a_transport_error(position):
+    header, rows = request_frames()
+    header[position % len(header)] ^= 0xFF
+    with contextlib.suppress(TransportError):
+        decode_request([header, rows])
+
+
+def test_rows_of_a_dtype_that_cannot_travel_are_a_transport_error():
+    rows = torch.zeros(1, 2, dtype=torch.complex64)
+    with pytest.raises(TransportError, match="complex64 cannot travel"):
+        encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS)
+
+
+def test_rows_that_exceed_one_message_are_a_transport_error():
+    rows = torch.empty(2**30 + 1, dtype=torch.uint8)
+    with pytest.raises(TransportError, match="rows of request 1: 1073741825 bytes, at most 1073741824"):
+        encode_request(HostRequest(1, (Segment("a", 2**30 + 1),), rows, 1.0), address=ADDRESS)
+
+
+def test_rows_without_a_dimension_are_a_transport_error():
+    with pytest.raises(TransportError, match="segments list 1 rows"):
+        encode_request(HostRequest(1, (Segment("a", 1),), torch.tensor(1.0), 1.0), address=ADDRESS)
+    with pytest.raises(TransportError, match="results list 1 good rows"):
+        encode_reply(HostReply(1, (SegmentResult("a", 1),), torch.tensor(1.0)), address=ADDRESS)
+
+
+def test_longest_errors_of_the_most_segments_fit_the_header():
+    result = SegmentResult("\U0001f600" * MAX_REPLICA_ID_CHARACTERS, 2**32, "\U0001f600" * 5000, 1e300)
+    frames = encode_reply(HostReply(2**64 - 1, (result,) * MAX_SEGMENTS, None), address=ADDRESS)
+    results = decode_reply(views(frames)).reply.results
+    assert len(results) == MAX_SEGMENTS
+    assert results[0].error == "\U0001f600" * MAX_ERROR_CHARACTERS

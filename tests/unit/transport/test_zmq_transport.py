@@ -1,0 +1,154 @@
+import dataclasses
+import stat
+from pathlib import Path
+
+import msgpack
+import pytest
+import zmq
+
+from moe_runtime.errors import StartError, TransportError
+from moe_runtime.service.ports import Delivery
+from moe_runtime.transport.header import Address, encode_reply, encode_request
+
+GARBAGE = [
+    [b""],
+    [b"", b""],
+    [b"\xc1garbage", b"rows"],
+    [b"\x80"],
+    [msgpack.packb({"version": 1, "kind": "request"}), b"rows"],
+    [b"a", b"b", b"c", b"d"],
+    [b"\0" * 100_000],
+]
+
+
+@pytest.fixture
+def raw_socket():
+    """Opens bare ZeroMQ sockets, as a stranger would."""
+    context = zmq.Context()
+    sockets = []
+
+    def open_one(kind):
+        sockets.append(context.socket(kind))
+        sockets[-1].setsockopt(zmq.LINGER, 0)
+        return sockets[-1]
+
+    yield open_one
+    for socket in sockets:
+        socket.close()
+    context.term()
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_garbage_at_a_host_is_counted_and_harms_nobody(zmq_fabric, raw_socket, kind):
+    router, host = zmq_fabric.router(), zmq_fabric.host(max_queued_messages=100)
+    zmq_fabric.exchange(router, host, 1)
+    stranger = raw_socket(zmq.DEALER)
+    stranger.connect(getattr(host.endpoint, kind))
+    for frames in GARBAGE:
+        stranger.send_multipart(frames)
+    zmq_fabric.wait_for_counter(host, host.receive, "num_malformed", len(GARBAGE))
+    zmq_fabric.exchange(router, host, 2)
+    assert host.counters.num_received == 2
+
+
+def test_garbage_at_a_router_is_counted_and_harms_nobody(zmq_fabric, raw_socket):
+    router, fake = zmq_fabric.router(), raw_socket(zmq.ROUTER)
+    port = fake.bind_to_random_port("tcp://127.0.0.1")
+    honest = zmq_fabric.host()
+    address = f"tcp://127.0.0.1:{port}"
+    endpoint = dataclasses.replace(honest.endpoint, local=None, remote=address)
+    router.send(endpoint, zmq_fabric.make_request(1))
+    route = fake.recv_multipart()[0]
+    for frames in GARBAGE:
+        fake.send_multipart([route, *frames])
+    zmq_fabric.wait_for_counter(router, router.poll, "num_malformed", len(GARBAGE))
+    zmq_fabric.exchange(router, honest, 2)
+
+
+@pytest.mark.parametrize("wrong", ["sender", "receiver"])
+def test_reply_between_other_incarnations_is_refused_and_counted(zmq_fabric, raw_socket, wrong):
+    router, fake = zmq_fabric.router(), raw_socket(zmq.ROUTER)
+    port = fake.bind_to_random_port("tcp://127.0.0.1")
+    endpoint = dataclasses.replace(zmq_fabric.host().endpoint, local=None, remote=f"tcp://127.0.0.1:{port}")
+    request = zmq_fabric.make_request(1)
+    router.send(endpoint, request)
+    route = fake.recv_multipart()[0]
+    right = Address(sender=endpoint.incarnation, receiver=router.incarnation)
+    reply = zmq_fabric.make_reply(Delivery(b"", request))
+    fake.send_multipart([route, *encode_reply(reply, address=dataclasses.replace(right, **{wrong: 77}))])
+    zmq_fabric.wait_for_counter(router, router.poll, "num_refused", 1)
+    fake.send_multipart([route, *encode_reply(reply, address=right)])
+    assert [reply.ticket for reply in zmq_fabric.poll(router)] == [1]
+
+
+def test_message_that_zeromq_sends_again_to_a_successor_is_refused(zmq_fabric):
+    router, dead = zmq_fabric.router(), zmq_fabric.host()
+    endpoint = dataclasses.replace(dead.endpoint, local=None)
+    router.send(endpoint, zmq_fabric.make_request(1))
+    zmq_fabric.receive(dead)
+    dead.close()
+    router.send(endpoint, zmq_fabric.make_request(2))
+    successor = zmq_fabric.successor(endpoint)
+    zmq_fabric.wait_for_counter(successor, successor.receive, "num_refused", 1)
+    assert successor.counters.num_received == 0
+
+
+def test_unintelligible_address_is_a_transport_error(zmq_fabric):
+    endpoint = dataclasses.replace(zmq_fabric.host().endpoint, local="nonsense", remote="nonsense")
+    router = zmq_fabric.router()
+    with pytest.raises(TransportError, match="endpoint nonsense: cannot connect"):
+        router.send(endpoint, zmq_fabric.make_request(1))
+
+
+def test_host_of_another_node_without_a_remote_address_cannot_be_reached(zmq_fabric):
+    host = zmq_fabric.host(node="node-7", ip=None)
+    assert host.endpoint.remote is None
+    with pytest.raises(TransportError, match="on node node-7 cannot be reached from node node-"):
+        zmq_fabric.router().send(host.endpoint, zmq_fabric.make_request(1))
+
+
+def test_answer_to_a_stranger_whose_queue_is_full_is_discarded_and_counted(zmq_fabric, raw_socket):
+    host = zmq_fabric.host(max_queued_messages=1)
+    stranger = raw_socket(zmq.DEALER)
+    stranger.setsockopt(zmq.RCVHWM, 1)
+    stranger.connect(host.endpoint.remote)
+    request = zmq_fabric.make_request(1)
+    stranger.send_multipart(encode_request(request, address=Address(9, host.endpoint.incarnation)))
+    (delivery,) = zmq_fabric.receive(host)
+    large = zmq_fabric.make_reply(delivery, delivery.request.rows.repeat(1, 1 << 18))
+    for _ in range(1000):
+        host.reply(delivery, large)
+    assert host.counters.num_discarded > 0
+    assert host.counters.num_sent + host.counters.num_discarded == 1000
+
+
+def test_ipc_socket_is_private_and_goes_with_its_host(zmq_fabric):
+    host = zmq_fabric.host()
+    path = Path(host.endpoint.local.removeprefix("ipc://"))
+    assert f"{host.endpoint.incarnation:016x}" in path.name
+    assert stat.S_ISSOCK(path.stat().st_mode)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    host.close()
+    assert list(zmq_fabric.folder.iterdir()) == []
+
+
+def test_hosts_share_a_port_range_until_it_is_used_up(zmq_fabric):
+    first = zmq_fabric.host()
+    port = int(first.endpoint.remote.rpartition(":")[2])
+    with pytest.raises(StartError, match=f"no free tcp port .* {port} to {port}"):
+        zmq_fabric.host(port_range=(port, port))
+    assert len([*zmq_fabric.folder.iterdir()]) == 1
+
+
+def test_second_host_takes_the_next_port_of_the_range(zmq_fabric, raw_socket):
+    blocker = raw_socket(zmq.ROUTER)
+    port = blocker.bind_to_random_port("tcp://127.0.0.1", min_port=20000, max_port=30000)
+    host = zmq_fabric.host(port_range=(port, port + 200))
+    assert port < int(host.endpoint.remote.rpartition(":")[2]) <= port + 200
+
+
+@pytest.mark.parametrize("options", [{"ip": "203.0.113.7"}, {"ip": "203.0.113.7", "port_range": (20000, 20009)}])
+def test_address_that_is_not_this_machine_s_is_a_start_error(zmq_fabric, options):
+    with pytest.raises(StartError, match=r"cannot listen at tcp://203\.0\.113\.7"):
+        zmq_fabric.host(**options)
+    assert list(zmq_fabric.folder.iterdir()) == []
