@@ -69,6 +69,10 @@ class RequestOptions(Generic[ArrayT]):
         )
 
 
+#: What a request asks for that asks for nothing in particular.
+NO_OPTIONS: RequestOptions[Any] = RequestOptions()
+
+
 @dataclass(frozen=True)
 class ForwardRequest:
     """One request to run a layer over some tokens.

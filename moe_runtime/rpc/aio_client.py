@@ -1,0 +1,120 @@
+"""The client for asyncio programs: the methods of ``MoEClient``, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+
+from moe_runtime.errors import UnavailableError
+from moe_runtime.rpc.client_core import ClientCore
+from moe_runtime.rpc.methods import CHANNEL_OPTIONS, FORWARD_STREAM, path, slices
+from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
+from moe_runtime.rpc.status import error_of
+from moe_runtime.wire.messages import NO_OPTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from moe_runtime.rpc.client_core import Attempt, ClientCall
+    from moe_runtime.rpc.retries import RetryPolicy
+    from moe_runtime.wire.messages import ForwardResult, RequestOptions
+
+ResultT = TypeVar("ResultT")
+
+#: Larger inputs are encoded in a thread, so that they do not hold up the caller's event loop.
+_INLINE_BYTES = 1 << 20
+
+
+class AsyncMoEClient:
+    """Calls the routers of a runtime from one event loop; cancelling a call frees its work in the router.
+
+    Args:
+        target: ``HOST:PORT`` of a router, or of several, which take turns.
+        retry_policy: When calls are tried again, as for ``MoEClient``.
+
+    Raises:
+        InvalidRequestError: If the target is no address.
+    """
+
+    def __init__(self, target: str | Sequence[str], *, retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY) -> None:
+        self._core = ClientCore(target, retry_policy=retry_policy)
+        # made on the first call: a channel belongs to the loop that runs when it is made
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closed = False
+
+    async def forward(
+        self,
+        inputs: Any,
+        *,
+        layer: str,
+        options: RequestOptions[Any] = NO_OPTIONS,
+        timeout_s: float | None = None,
+        return_routing: bool = False,
+    ) -> ForwardResult:
+        """Run a layer over some tokens; arguments, result and errors are those of ``MoEClient.forward``."""
+
+        def encode() -> ClientCall[ForwardResult]:
+            return self._core.forward(
+                inputs, layer=layer, options=options, timeout_s=timeout_s, return_routing=return_routing
+            )
+
+        is_large = getattr(inputs, "nbytes", 0) > _INLINE_BYTES
+        return await self._run(await asyncio.to_thread(encode) if is_large else encode())
+
+    async def describe(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """What a router serves, as ``MoEClient.describe``."""
+        return await self._run(self._core.describe(timeout_s))
+
+    async def status(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """How a router is doing, as ``MoEClient.status``."""
+        return await self._run(self._core.status(timeout_s))
+
+    async def close(self) -> None:
+        """Close the connections; calls under way end with ``RequestCancelledError``. Safe to call twice."""
+        self._closed = True
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, call: ClientCall[ResultT]) -> ResultT:
+        while True:
+            if call.attempt.delay_s:
+                await asyncio.sleep(call.attempt.delay_s)
+            if self._closed:
+                raise UnavailableError("expected an open client, found this one closed")
+            try:
+                reply = await self._send(call.attempt)
+            except grpc.aio.AioRpcError as exc:
+                error = error_of(exc.code(), exc.details(), exc.trailing_metadata())
+                error.__cause__ = exc
+                call.failed(error)
+            else:
+                return call.succeeded(reply)
+
+    async def _send(self, attempt: Attempt) -> bytes:
+        channel = self._channel(attempt.address)
+        name = path(attempt.method)
+        if attempt.method != FORWARD_STREAM:
+            unary: bytes = await channel.unary_unary(name)(attempt.body, timeout=attempt.timeout_s)
+            return unary
+        stream = channel.stream_stream(name)(slices(attempt.body), timeout=attempt.timeout_s)
+        try:
+            return b"".join([piece async for piece in stream])
+        finally:
+            stream.cancel()
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return self._channels[address]

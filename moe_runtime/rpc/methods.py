@@ -1,0 +1,52 @@
+"""What both ends of the gRPC edge agree on: names of methods, metadata keys, message sizes, channel options."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SERVICE = "moe_runtime.v1.Router"
+FORWARD = "Forward"
+FORWARD_STREAM = "ForwardStream"
+DESCRIBE = "Describe"
+STATUS = "Status"
+
+#: Trailing metadata of a call that failed: the error's class name, and when to try again.
+ERROR_KEY = "moe-error"
+RETRY_AFTER_KEY = "moe-retry-after-ms"
+
+_MIB = 1 << 20
+#: A longer body goes through ``ForwardStream``, in slices.
+UNARY_BYTES = 4 * _MIB + (64 << 10)
+SLICE_BYTES = _MIB
+
+_SIZE_OPTIONS = (
+    ("grpc.max_receive_message_length", UNARY_BYTES),
+    ("grpc.max_send_message_length", UNARY_BYTES),
+)
+SERVER_OPTIONS = (
+    *_SIZE_OPTIONS,
+    ("grpc.so_reuseport", 0),  # else two servers share one port without either noticing
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # lets the clients' keepalive pass
+)
+CHANNEL_OPTIONS = (
+    *_SIZE_OPTIONS,
+    ("grpc.enable_retries", 0),  # the client retries by itself, under its own budget
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.keepalive_time_ms", 20_000),  # notices a router host that vanished without a word
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+def path(method: str) -> str:
+    """The method's full name on the wire."""
+    return f"/{SERVICE}/{method}"
+
+
+def slices(body: bytes) -> Iterator[bytes]:
+    """The body in consecutive slices of at most ``SLICE_BYTES``, as a stream carries it."""
+    for start in range(0, len(body), SLICE_BYTES):
+        yield body[start : start + SLICE_BYTES]

@@ -1,0 +1,131 @@
+"""A router's gRPC server, in a thread and an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from moe_runtime.errors import StartError
+from moe_runtime.rpc.handlers import RouterHandlers
+from moe_runtime.rpc.methods import SERVER_OPTIONS, SERVICE
+from moe_runtime.service.ports import Clock, MonotonicClock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from moe_runtime.config.models import LimitsConfig
+    from moe_runtime.service.router_service import RouterService
+
+_NUM_WORKERS = 4
+#: gRPC itself refuses calls beyond the limit plus these, which leave room for health checks and descriptions.
+_SPARE_CALLS = 64
+
+
+class RpcServer:
+    """Serves a router service over gRPC. ``start``, ``drain`` and ``stop`` are for any thread but its own.
+
+    Args:
+        service: Answers the requests; the server neither starts nor closes it.
+        address: ``HOST:PORT`` to bind; port 0 is any.
+        limits: What one request may ask for.
+        info: Goes into descriptions, before what the service says.
+        clock: The service's clock, which deadlines are told in.
+    """
+
+    def __init__(
+        self,
+        service: RouterService,
+        *,
+        address: str,
+        limits: LimitsConfig,
+        info: Mapping[str, Any],
+        clock: Clock | None = None,
+    ) -> None:
+        self._address = address
+        self._limits = limits
+        self._executor = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="rpc-worker")
+        self._handlers = RouterHandlers(
+            service, limits=limits, info=info, clock=clock or MonotonicClock(), executor=self._executor
+        )
+        self._bound: Future[str] = Future()
+        self._thread = threading.Thread(target=self._run, name="rpc-server", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._grace_s = 0.0
+
+    def start(self) -> str:
+        """Bind and serve; once.
+
+        Returns:
+            The address, ``HOST:PORT``, with the port that was bound.
+
+        Raises:
+            StartError: If the address cannot be bound.
+        """
+        self._thread.start()
+        return self._bound.result()
+
+    def drain(self) -> None:
+        """Tell health checks that no new requests are wanted; calls go on."""
+        self._call_soon(self._draining)
+
+    def stop(self, grace_s: float) -> None:
+        """Refuse new calls, let those under way finish for ``grace_s``, cancel the rest. Safe to call twice."""
+        self._grace_s = grace_s
+        self._call_soon(self._stopping)
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._executor.shutdown()
+
+    def _call_soon(self, event: asyncio.Event) -> None:
+        if self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(event.set)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as exc:
+            if self._bound.done():
+                raise
+            self._bound.set_exception(exc)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        server = grpc.aio.server(
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=self._limits.max_concurrent_requests + _SPARE_CALLS,
+        )
+        health_servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        server.add_generic_rpc_handlers((self._handlers.generic_handler(),))
+        bound = self._bind(server)
+        for name in ("", SERVICE):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await server.start()
+        self._bound.set_result(bound)
+        await self._until_stopped(server, health_servicer)
+
+    def _bind(self, server: grpc.aio.Server) -> str:
+        try:
+            port = server.add_insecure_port(self._address)
+        except RuntimeError as exc:
+            raise StartError(
+                f"expected to bind {self._address}, found it taken or not an address of this machine:"
+                " choose another, or port 0 for any"
+            ) from exc
+        return f"{self._address.rpartition(':')[0]}:{port}"
+
+    async def _until_stopped(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer) -> None:
+        stopping = asyncio.create_task(self._stopping.wait())
+        draining = asyncio.create_task(self._draining.wait())
+        await asyncio.wait((stopping, draining), return_when=asyncio.FIRST_COMPLETED)
+        await health_servicer.enter_graceful_shutdown()
+        await stopping
+        draining.cancel()
+        await server.stop(self._grace_s)
