@@ -1,5 +1,7 @@
 import dataclasses
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import msgpack
@@ -9,6 +11,8 @@ import zmq
 from moe_runtime.errors import StartError, TransportError
 from moe_runtime.service.ports import Delivery
 from moe_runtime.transport.header import Address, encode_reply, encode_request
+from moe_runtime.transport.ipc_folder import sweep_ipc
+from moe_runtime.transport.zmq_socket import MAX_MESSAGES_PER_CALL, receive_waiting
 
 GARBAGE = [
     [b""],
@@ -132,7 +136,42 @@ def test_ipc_socket_is_private_and_goes_with_its_host(zmq_fabric):
     assert list(zmq_fabric.folder.iterdir()) == []
 
 
-def test_hosts_share_a_port_range_until_it_is_used_up(zmq_fabric):
+def test_sweep_removes_what_a_killed_host_left_and_does_not_disturb_the_living(zmq_fabric):
+    router, living = zmq_fabric.router(), zmq_fabric.host()
+    zmq_fabric.exchange(router, living, 1)
+    command = (
+        "import pathlib, sys; from moe_runtime.transport.zmq_host import ZmqHostTransport\n"
+        "host = ZmqHostTransport(node='node-0', folder=pathlib.Path(sys.argv[1]))\n"
+        "print(host.endpoint.local, flush=True); host.receive(60.0)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", command, zmq_fabric.folder], stdout=subprocess.PIPE, text=True
+    ) as process:
+        left = process.stdout.readline().strip().removeprefix("ipc://")
+        assert sweep_ipc(zmq_fabric.folder, min_age_s=-60.0) == 0
+        process.kill()
+    assert Path(left).exists()
+    assert sweep_ipc(zmq_fabric.folder, min_age_s=-60.0) == 1
+    assert not Path(left).exists()
+    zmq_fabric.exchange(router, living, 2)
+    zmq_fabric.exchange(zmq_fabric.router(), living, 3)
+
+
+def test_one_call_takes_a_bounded_number_of_messages_from_a_flood(raw_socket):
+    flooded, flood = raw_socket(zmq.PAIR), raw_socket(zmq.PAIR)
+    flood.setsockopt(zmq.SNDHWM, 0)
+    flooded.setsockopt(zmq.RCVHWM, 0)
+    # In one context, a message is there as soon as it is sent.
+    flooded.bind("inproc://flood")
+    flood.connect("inproc://flood")
+    for _ in range(MAX_MESSAGES_PER_CALL + 3):
+        flood.send(b"x")
+    assert len([*receive_waiting(flooded)]) == MAX_MESSAGES_PER_CALL
+    assert len([*receive_waiting(flooded)]) == 3
+    assert [*receive_waiting(flooded)] == []
+
+
+def test_port_range_that_is_used_up_is_a_start_error(zmq_fabric):
     first = zmq_fabric.host()
     port = int(first.endpoint.remote.rpartition(":")[2])
     with pytest.raises(StartError, match=f"no free tcp port .* {port} to {port}"):
