@@ -69,13 +69,7 @@ class ZmqHostTransport:
         self._socket = open_socket(self._context, zmq.ROUTER, max_queued=max_queued_messages)
         # Without it an answer to a router that is gone would vanish uncounted.
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        try:
-            _bind(self._socket, f"ipc://{self._ipc_path}")
-            remote = None if ip is None else _bind_tcp(self._socket, ip, port_range)
-        except StartError:
-            self.close()
-            raise
-        self._endpoint = Endpoint(self.incarnation, node, local=f"ipc://{self._ipc_path}", remote=remote)
+        self._endpoint = self._listen(node, ip, port_range)
         self._poller = zmq.Poller()
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         self._poller.register(self._socket, zmq.POLLIN)
@@ -141,6 +135,16 @@ class ZmqHostTransport:
         self._context.term()
         with contextlib.suppress(FileNotFoundError):
             self._ipc_path.unlink()
+
+    def _listen(self, node: str, ip: str | None, port_range: tuple[int, int] | None) -> Endpoint:
+        local = f"ipc://{self._ipc_path}"
+        try:
+            _bind(self._socket, local)
+            remote = None if ip is None else _bind_tcp(self._socket, ip, port_range)
+        except StartError:
+            self.close()
+            raise
+        return Endpoint(self.incarnation, node, local=local, remote=remote)
 
     def _accept(self, frames: list[memoryview]) -> Delivery | None:
         try:
