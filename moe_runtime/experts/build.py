@@ -13,7 +13,7 @@ from moe_runtime.errors import ConfigError, PlugInError, WeightsError
 from moe_runtime.experts.outputs import output_mistake
 from moe_runtime.experts.spec import build_module, contract_of
 from moe_runtime.experts.view import resolve_view
-from moe_runtime.experts.weights import load_into, load_weights
+from moe_runtime.experts.weights import check_fit, load_into, load_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,11 +55,33 @@ def build_expert(spec: ExpertSpec, *, device: str | torch.device = "cpu") -> Loa
     """
     module = initial_module(spec)
     contract = contract_of(module, spec)
-    version = f"seed:{spec.seed}" if spec.weights is None else _load(module, spec)
+    version = f"seed:{spec.seed}" if spec.weights is None else _load(module, spec, spec.weights)
     module.to(device)
     expert = LoadedExpert(spec, module, contract, resolve_view(spec.item_shape, spec.view), version)
     _try_out(expert, torch.device(device))
     return expert
+
+
+def check_weights(spec: ExpertSpec) -> str:
+    """The ``weights_version`` that the expert of a spec will have, after its file was checked and compared.
+
+    For a check before anything starts: the module's own parameters are not allocated.
+
+    Raises:
+        ConfigError: If the kind, its options, the view or the shapes do not work.
+        PlugInError: If the kind's plug-in is broken.
+        WeightsError: If the weight file is missing, corrupt, or does not fit the module.
+    """
+    if spec.weights is None:
+        return f"seed:{spec.seed}"
+    with torch.device("meta"):
+        module = build_module(spec).to(spec.torch_dtype)
+    try:
+        weights = load_weights(spec.weights)
+        check_fit(module, weights.tensors)
+    except WeightsError as exc:
+        raise _placed(exc, spec) from exc
+    return weights.sha256
 
 
 def initial_module(spec: ExpertSpec) -> nn.Module:
@@ -81,14 +103,19 @@ def _stream_seed(spec: ExpertSpec) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def _load(module: nn.Module, spec: ExpertSpec) -> str:
+def _load(module: nn.Module, spec: ExpertSpec, path: str) -> str:
     try:
-        weights = load_weights(spec.weights or "")
+        weights = load_weights(path)
         load_into(module, weights.tensors)
     except WeightsError as exc:
-        lines = (f"{spec.where}.weights: {spec.weights}: {line}" for line in str(exc).splitlines())
-        raise WeightsError("\n".join(lines)) from exc
+        raise _placed(exc, spec) from exc
     return weights.sha256
+
+
+def _placed(error: WeightsError, spec: ExpertSpec) -> WeightsError:
+    prefix = f"{spec.where}.weights: "
+    lines = (line if str(spec.weights) in line else f"{spec.weights}: {line}" for line in str(error).splitlines())
+    return WeightsError("\n".join(prefix + line for line in lines))
 
 
 def _try_out(expert: LoadedExpert, device: torch.device) -> None:

@@ -43,8 +43,8 @@ class ExpertOutcome:
     """How one call went.
 
     Attributes:
-        rows: ``(num_rows, *out_shape)`` in the layer's dtype on the CPU, or None if there is an error. May
-            share memory with the call's rows.
+        rows: ``(num_rows, *out_shape)``, contiguous, in the layer's dtype, on the CPU; or None if there is an
+            error. May share memory with the call's rows.
         error: None, or what went wrong, in words.
         compute_ms: Time that the product took that these rows were part of, with those of merged calls.
     """
@@ -146,7 +146,7 @@ class ExpertHost:
                 outputs: Tensor = expert.module(inputs.to(self._device))
                 mistake = output_mistake(outputs, num_rows=rows.shape[0], contract=expert.contract, dtype=dtype)
                 if mistake is None:
-                    return inputs, outputs.to("cpu")
+                    return inputs, outputs.to("cpu").contiguous()
         except Exception as exc:
             raise ExpertError(f"{replica_id}: the expert raised {type(exc).__name__}: {exc}") from exc
         raise ExpertError(f"{replica_id}: {mistake}")

@@ -120,18 +120,30 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         WeightsError: With one line per tensor that is missing, unexpected, or of another shape or dtype.
     """
+    check_fit(module, tensors)
+    module.load_state_dict(tensors)
+
+
+def check_fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors are those of a module, which may be on the meta device.
+
+    Raises:
+        WeightsError: With one line per tensor that is missing, unexpected, or of another shape or dtype.
+    """
     wanted = module.state_dict()
     mistakes = [f"expected the tensor {name!r}, found none" for name in wanted if name not in tensors]
     for name, tensor in tensors.items():
         if name not in wanted:
-            mistakes.append(f"found the tensor {name!r}, which the expert does not have")
+            mistakes.append(f"found the tensor {name!r}, which the module does not have")
         elif tensor.shape != wanted[name].shape:
             mistakes.append(f"{name}: expected shape {list(wanted[name].shape)}, found {list(tensor.shape)}")
         elif tensor.dtype != wanted[name].dtype:
-            mistakes.append(f"{name}: expected dtype {wanted[name].dtype}, found {tensor.dtype}")
+            mistakes.append(
+                f"{name}: expected dtype {wanted[name].dtype}, found {tensor.dtype}; convert the file, or set the "
+                f"layer's `dtype`"
+            )
     if mistakes:
         raise WeightsError("\n".join(mistakes))
-    module.load_state_dict(tensors)
 
 
 def _manifest_entry(path: Path) -> dict[str, Any]:

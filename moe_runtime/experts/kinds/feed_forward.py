@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from torch.nn.functional import gelu, relu, silu
 
 from moe_runtime.config.models import StrictModel
 from moe_runtime.experts.protocol import ExpertContract, ExpertKind
@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
         out_features = options.out_features or in_features
         self.up = nn.Linear(in_features, options.hidden_features, bias=options.bias)
         self.down = nn.Linear(options.hidden_features, out_features, bias=options.bias)
-        self.activation = F.relu if options.activation == "relu" else F.gelu
+        self.activation = relu if options.activation == "relu" else gelu
         self.contract = ExpertContract(
             in_shape=in_shape,
             out_shape=(*in_shape[:-1], out_features),
@@ -72,7 +72,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """``(num_rows, *in_shape)`` to ``(num_rows, ..., out_features)``."""
-        outputs: Tensor = self.down(F.silu(self.gate(rows)) * self.up(rows))
+        outputs: Tensor = self.down(silu(self.gate(rows)) * self.up(rows))
         return outputs
 
 

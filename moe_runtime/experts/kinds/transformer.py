@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field, model_validator
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from moe_runtime.config.models import StrictModel
 from moe_runtime.experts.kinds.shapes import require_dims
@@ -56,7 +56,7 @@ class EncoderBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``(num_rows, steps, hidden_size)`` to the same shape."""
         hidden_states = hidden_states + self._attend(self.attention_norm(hidden_states))
-        outputs: Tensor = hidden_states + self.down(F.gelu(self.up(self.feed_forward_norm(hidden_states))))
+        outputs: Tensor = hidden_states + self.down(gelu(self.up(self.feed_forward_norm(hidden_states))))
         return outputs
 
     def _attend(self, hidden_states: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class EncoderBlock(nn.Module):
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for part in self.query_key_value(hidden_states).chunk(3, dim=-1)
         )
-        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = scaled_dot_product_attention(query, key, value)
         outputs: Tensor = self.attention_out(attended.transpose(1, 2).flatten(2))
         return outputs
 
