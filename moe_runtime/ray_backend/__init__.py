@@ -1,0 +1,1 @@
+"""The control plane on Ray: actors, their placement, and the controller that keeps them alive."""

@@ -1,0 +1,238 @@
+"""Holds the desired state of one runtime, and makes it so: the only one that creates, replaces and ends actors.
+
+Plain asyncio over the ports ``Spawner`` and ``AsyncClock``; an actor wraps it. Traffic goes on while it is away:
+routers keep their table, and a controller that comes back adopts the actors that live and the newest snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.errors import ConfigError, PlacementError, StartError
+from moe_runtime.ray_backend.addresses import router_addresses
+from moe_runtime.ray_backend.host_keeper import HostKeeper, Pace
+from moe_runtime.ray_backend.plan import Snapshot
+from moe_runtime.ray_backend.router_keeper import RouterKeeper
+from moe_runtime.ray_backend.spawner import within
+from moe_runtime.service.routing_table import ReplicaState, RoutingTable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Iterable
+
+    from moe_runtime.ray_backend.plan import Location, RuntimePlan
+    from moe_runtime.ray_backend.spawner import ActorHandle, AsyncClock, Spawner
+    from moe_runtime.service.routing_table import Replica
+
+_LOG = logging.getLogger(__name__)
+
+#: Bounds what is asked of actors that may hang: handing them a table, asking what they keep, ending them.
+_CALL_TIMEOUT_S = 5.0
+
+
+class Controller:
+    """Keeps one runtime's hosts and routers alive, and their routing table current.
+
+    Every method runs in one event loop. ``start`` or ``resume`` comes first, once.
+    """
+
+    def __init__(self, plan: RuntimePlan, *, spawner: Spawner, clock: AsyncClock, pace: Pace | None = None) -> None:
+        """Start nothing yet.
+
+        Args:
+            plan: The desired state.
+            spawner: Creates and finds actors.
+            clock: Tells the time and waits.
+            pace: Timeouts and backoff; its ``start_timeout_s`` is replaced by the plan's.
+        """
+        self._plan = plan
+        self._clock = clock
+        pace = replace(pace or Pace(), start_timeout_s=plan.start_timeout_s)
+        self._dirty = asyncio.Event()
+        self._hosts = [
+            HostKeeper(
+                host, spawner=spawner, clock=clock, pace=pace, threads_on=self._threads_on, on_change=self._dirty.set
+            )
+            for host in plan.hosts
+        ]
+        self._routers = [
+            RouterKeeper(plan.routers, index, spawner=spawner, clock=clock, pace=pace, on_change=self._dirty.set)
+            for index in range(plan.routers.count)
+        ]
+        self._keepers: list[HostKeeper | RouterKeeper] = [*self._hosts, *self._routers]
+        self._snapshot = Snapshot()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lease_until = clock.now() + (plan.lease_s or 0.0)
+        self._ended = asyncio.Event()
+
+    async def start(self) -> None:
+        """Bring everything up, all actors in parallel, for the first time.
+
+        Raises:
+            PlacementError: If the cluster has no room for an actor in time.
+            StartError: If an actor did not start; the message holds every actor's error. Nothing is left behind.
+        """
+        self.renew()
+        try:
+            await self._all_or_nothing([keeper.place() for keeper in self._keepers])
+            # Only now: with threads: auto a host's share of its node depends on who else is there.
+            await self._all_or_nothing(
+                [keeper.start() for keeper in self._hosts]
+                + [keeper.start(a) for keeper, a in zip(self._routers, self._addresses(), strict=True)]
+            )
+        except StartError:
+            await self.close(drain_timeout_s=0.0)
+            raise
+        await self._publish()
+        self._supervise()
+
+    async def resume(self) -> None:
+        """Take over what an earlier controller of this runtime left running, and go on supervising."""
+        self.renew()
+        await asyncio.gather(*(keeper.adopt() for keeper in self._hosts), self._adopt_snapshot())
+        await self._publish()
+        self._supervise()
+
+    def renew(self) -> None:
+        """Extend the lease from now on."""
+        self._lease_until = self._clock.now() + (self._plan.lease_s or 0.0)
+
+    async def wait_ended(self) -> None:
+        """Return when the lease has run out and everything was torn down, or after ``close``."""
+        await self._ended.wait()
+
+    async def close(self, *, drain_timeout_s: float) -> bool:
+        """Drain the routers, then end every actor of the runtime; whether every request was answered."""
+        for task in self._tasks:
+            task.cancel()
+        routers = [keeper.handle for keeper in self._routers if keeper.handle is not None]
+        hosts = [keeper.handle for keeper in self._hosts if keeper.handle is not None]
+        drained = True
+        if drain_timeout_s > 0:
+            limit_s = drain_timeout_s + _CALL_TIMEOUT_S
+            results = await self._bounded((router.drain(drain_timeout_s) for router in routers), limit_s)
+            drained = all(result is True for result in results)
+        # Routers first: a host that stops under a router would look like a failure.
+        await self._bounded((_end(router) for router in routers), _CALL_TIMEOUT_S)
+        await self._bounded((_end(host) for host in hosts), _CALL_TIMEOUT_S)
+        await asyncio.gather(*(handle.kill() for handle in (*routers, *hosts)))
+        self._ended.set()
+        return drained
+
+    def progress(self) -> tuple[int, int]:
+        """Number of actors that are ready, and of all."""
+        num_ready = sum(keeper.life.state is ReplicaState.READY for keeper in self._keepers)
+        return num_ready, len(self._keepers)
+
+    def addresses(self) -> list[str]:
+        """Where clients find the routers that were started."""
+        return [keeper.address for keeper in self._routers if keeper.address is not None]
+
+    def describe(self) -> dict[str, Any]:
+        """Hosts and routers with their states, as plain values."""
+        return {
+            "name": self._plan.name,
+            "table_version": self._snapshot.table.version,
+            "addresses": self.addresses(),
+            "hosts": [keeper.describe() for keeper in self._hosts],
+            "routers": [keeper.describe() for keeper in self._routers],
+        }
+
+    def _supervise(self) -> None:
+        loops: list[Awaitable[None]] = [keeper.keep() for keeper in self._keepers]
+        loops.append(self._publish_changes())
+        if self._plan.lease_s is not None:
+            loops.append(self._watch_lease())
+        self._tasks = [asyncio.ensure_future(_logged(loop)) for loop in loops]
+
+    def _threads_on(self, location: Location) -> int:
+        if self._plan.num_threads is not None:
+            return self._plan.num_threads
+        num_experts = sum(
+            len(keeper.plan.replicas)
+            for keeper in self._hosts
+            if keeper.location is not None and keeper.location.node == location.node
+        )
+        return max(1, location.num_cores // max(1, num_experts))
+
+    def _addresses(self) -> list[str]:
+        nodes = [keeper.location.node if keeper.location is not None else "" for keeper in self._routers]
+        try:
+            return router_addresses(self._plan.routers.address, nodes)
+        except ConfigError as exc:
+            raise StartError(str(exc)) from exc
+
+    async def _all_or_nothing(self, starts: Iterable[Awaitable[None]]) -> None:
+        results = await asyncio.gather(*starts, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if not errors:
+            return
+        for error in errors:
+            if not isinstance(error, StartError):
+                raise error
+        # One line per distinct error: many hosts that fail alike should not hide the one that fails otherwise.
+        text = "\n".join(dict.fromkeys(str(error) for error in errors))
+        kind = PlacementError if all(isinstance(error, PlacementError) for error in errors) else StartError
+        raise kind(text) from errors[0]
+
+    async def _adopt_snapshot(self) -> None:
+        """Find the routers and take over the newest snapshot that any actor keeps."""
+        # A router that Ray is restarting, or a host that hangs, must not hold up the rest.
+        await self._bounded((keeper.place() for keeper in self._routers), _CALL_TIMEOUT_S)
+        handles = [keeper.handle for keeper in self._keepers if keeper.handle is not None]
+        kept = await self._bounded((handle.kept() for handle in handles), _CALL_TIMEOUT_S)
+        snapshots = [snapshot for snapshot in kept if isinstance(snapshot, Snapshot)]
+        self._snapshot = max((*snapshots, self._snapshot), key=lambda snapshot: snapshot.table.version)
+        for keeper in self._routers:
+            keeper.bound = self._snapshot.addresses.get(keeper.index)
+        await self._bounded(
+            (keeper.start(keeper.bound) for keeper in self._routers if keeper.handle and keeper.bound),
+            _CALL_TIMEOUT_S,
+        )
+
+    async def _publish_changes(self) -> None:
+        while True:
+            await self._dirty.wait()
+            await self._publish()
+
+    async def _publish(self) -> None:
+        """Make the next version of the table, and hand it to every actor."""
+        self._dirty.clear()
+        replicas: dict[tuple[str, int], tuple[Replica, ...]] = {}
+        for keeper in self._hosts:
+            for plan, replica in keeper.replicas():
+                key = (plan.layer, plan.expert_id)
+                replicas[key] = (*replicas.get(key, ()), replica)
+        addresses = {keeper.index: keeper.bound for keeper in self._routers if keeper.bound is not None}
+        self._snapshot = Snapshot(RoutingTable(self._snapshot.table.version + 1, replicas), addresses)
+        handles: list[ActorHandle] = [keeper.handle for keeper in self._routers if keeper.handle is not None]
+        handles += [
+            keeper.handle for keeper in self._hosts if keeper.life.state is ReplicaState.READY and keeper.handle
+        ]
+        await self._bounded((handle.keep(self._snapshot) for handle in handles), _CALL_TIMEOUT_S)
+
+    async def _watch_lease(self) -> None:
+        while (remaining_s := self._lease_until - self._clock.now()) > 0:
+            await self._clock.sleep(remaining_s)
+        _LOG.warning("runtime %s: its lease ran out; tearing it down", self._plan.name)
+        # Not in this task, which `close` cancels.
+        self._tasks.remove(asyncio.current_task())  # type: ignore[arg-type]  # a loop's task is never None here
+        await self.close(drain_timeout_s=0.0)
+
+    async def _bounded(self, calls: Iterable[Any], timeout_s: float) -> list[Any]:
+        """The calls' results or errors, each within a time."""
+        return await asyncio.gather(*(within(self._clock, timeout_s, call) for call in calls), return_exceptions=True)
+
+
+async def _end(handle: ActorHandle) -> None:
+    await handle.stop()
+
+
+async def _logged(loop: Awaitable[None]) -> None:
+    try:
+        await loop
+    except Exception:
+        _LOG.exception("a supervising task of the controller failed")
+        raise

@@ -1,0 +1,77 @@
+"""The controller actor: the controller in a process of its own, which Ray restarts for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from moe_runtime.errors import StartError
+from moe_runtime.ray_backend.controller import Controller
+from moe_runtime.ray_backend.names import controller_name
+from moe_runtime.ray_backend.plan import Failure
+from moe_runtime.ray_backend.ray_spawner import RaySpawner, find_actor
+from moe_runtime.ray_backend.spawner import LoopClock
+
+if TYPE_CHECKING:
+    from moe_runtime.ray_backend.plan import RuntimePlan
+
+_LOG = logging.getLogger(__name__)
+
+
+class ControllerActor:
+    """Runs one runtime's controller; a restarted one resumes by itself, because nobody would tell it to."""
+
+    async def __init__(self, plan: RuntimePlan) -> None:  # type: ignore[misc]  # Ray awaits it, in the loop
+        """Make the controller of a plan; the first one waits for ``start``."""
+        self._name = plan.name
+        self._controller = Controller(plan, spawner=RaySpawner(plan.name), clock=LoopClock())
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._resuming = asyncio.create_task(self._resume()) if restarted else None
+        self._ending = asyncio.create_task(self._end())
+
+    async def start(self) -> Failure | None:
+        """Bring everything up; None, or why it did not."""
+        try:
+            await self._controller.start()
+        except StartError as exc:
+            return Failure(type(exc).__name__, str(exc))
+        return None
+
+    async def renew(self) -> None:
+        """Extend the lease."""
+        self._controller.renew()
+
+    async def progress(self) -> list[int]:
+        """Number of actors that are ready, and of all."""
+        return list(self._controller.progress())
+
+    async def addresses(self) -> list[str]:
+        """Where clients find the routers."""
+        return self._controller.addresses()
+
+    async def describe(self) -> dict[str, Any]:
+        """Hosts and routers with their states, as plain values."""
+        return self._controller.describe()
+
+    async def close(self, drain_timeout_s: float) -> bool:
+        """Drain, then end every actor but this one; whether every request was answered."""
+        return await self._controller.close(drain_timeout_s=drain_timeout_s)
+
+    async def _resume(self) -> None:
+        try:
+            await self._controller.resume()
+        except Exception:
+            _LOG.exception("runtime %s: the controller could not resume", self._name)
+            raise
+
+    async def _end(self) -> None:
+        """Follow the runtime's actors once they were torn down."""
+        await self._controller.wait_ended()
+        # Whoever called `close` still gets the answer.
+        await asyncio.sleep(1.0)
+        myself = find_actor(controller_name(self._name))
+        if myself is not None:
+            ray.kill(myself, no_restart=True)

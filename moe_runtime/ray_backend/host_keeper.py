@@ -1,0 +1,247 @@
+"""Keeps one expert host alive: places it, starts it, watches it, and brings it back under a new incarnation."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.errors import MoERuntimeError, PlacementError, StartError
+from moe_runtime.ray_backend.replica_state import Backoff, ReplicaLife
+from moe_runtime.ray_backend.spawner import within
+from moe_runtime.service.routing_table import Replica, ReplicaState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from moe_runtime.ray_backend.plan import HostPlan, HostReport, Location, ReplicaPlan
+    from moe_runtime.ray_backend.spawner import AsyncClock, HostHandle, Spawner
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The times by which actors are watched.
+
+    Attributes:
+        ping_every_s: Between two pings of a host.
+        ping_timeout_s: A host that takes longer is suspect.
+        max_suspect_s: A host that is suspect for longer is killed and replaced.
+        kill_timeout_s: How long a killed actor may take to be gone.
+        start_timeout_s: Bounds a placement, and a start.
+        backoff: How long a failed host or router stays out.
+    """
+
+    ping_every_s: float = 1.0
+    ping_timeout_s: float = 2.0
+    max_suspect_s: float = 15.0
+    kill_timeout_s: float = 5.0
+    start_timeout_s: float = 60.0
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+class HostKeeper:
+    """One host's life. Owned by the controller's event loop.
+
+    Attributes:
+        plan: What to keep alive.
+        life: Where the host stands.
+        location: Where it runs; None until it was first placed.
+        num_restarts: How often it came back.
+    """
+
+    def __init__(
+        self,
+        plan: HostPlan,
+        *,
+        spawner: Spawner,
+        clock: AsyncClock,
+        pace: Pace,
+        threads_on: Callable[[Location], int],
+        on_change: Callable[[], None],
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            plan: What to keep alive.
+            spawner: Creates and finds actors.
+            clock: Tells the time and waits.
+            pace: Timeouts and backoff.
+            threads_on: Torch threads of a host at a location.
+            on_change: Called whenever the routing table has to change.
+        """
+        self.plan = plan
+        self.life = ReplicaLife.begin(clock.now())
+        self.location: Location | None = None
+        self.num_restarts = 0
+        self._spawner = spawner
+        self._clock = clock
+        self._pace = pace
+        self._threads_on = threads_on
+        self._on_change = on_change
+        self._handle: HostHandle | None = None
+        self._report: HostReport | None = None
+
+    @property
+    def handle(self) -> HostHandle | None:
+        """The actor that was placed last."""
+        return self._handle
+
+    def find(self) -> bool:
+        """Take over the living actor of this host, if there is one; whether there is."""
+        self._handle = self._spawner.find_host(self.plan.host_id)
+        return self._handle is not None
+
+    async def place(self) -> None:
+        """Create the actor, unless one was found, and wait until it runs somewhere.
+
+        Raises:
+            PlacementError: If the cluster has no room for it in time.
+            StartError: If it died.
+        """
+        if self._handle is None:
+            self._handle = self._spawner.spawn_host(self.plan)
+        timeout_s = self._pace.start_timeout_s
+        try:
+            self.location = await within(self._clock, timeout_s, self._handle.locate())
+        except TimeoutError as exc:
+            unmet = self._spawner.explain(self.plan.demand)
+            raise PlacementError(
+                f"expert host {self.plan.host_id}: found no place within {timeout_s:g} s: it {unmet}"
+            ) from exc
+        except MoERuntimeError as exc:
+            raise StartError(f"expert host {self.plan.host_id}: {exc}") from exc
+
+    async def start(self) -> None:
+        """Build the experts of a placed host; afterwards it is ready.
+
+        Raises:
+            StartError: If an expert could not be built in time, with its error's text.
+        """
+        if self._handle is None or self.location is None:
+            raise StartError(f"expert host {self.plan.host_id}: expected to be placed before it is started")
+        timeout_s = self._pace.start_timeout_s
+        num_threads = self._threads_on(self.location)
+        try:
+            self._report = await within(self._clock, timeout_s, self._handle.start(num_threads))
+        except TimeoutError as exc:
+            raise StartError(f"expert host {self.plan.host_id}: not ready {timeout_s:g} s after its placement") from exc
+        except MoERuntimeError as exc:
+            raise StartError(f"expert host {self.plan.host_id}: {exc}") from exc
+        self._change(self.life.become_ready(self._clock.now()))
+
+    async def adopt(self) -> None:
+        """Take over the living actor of this host if there is one; otherwise, or if it fails, leave it starting."""
+        if not self.find():
+            return
+        try:
+            await self.place()
+            await self.start()
+        except MoERuntimeError as exc:
+            await self._fail(str(exc))
+
+    async def keep(self) -> None:
+        """Watch the host and bring it back, for ever; first brings it up if it is not."""
+        while True:
+            if self.life.state in (ReplicaState.STARTING, ReplicaState.OUT):
+                await self._bring_up()
+            else:
+                await self._fail(await self._watch())
+
+    def replicas(self) -> Iterator[tuple[ReplicaPlan, Replica]]:
+        """What the routing table says of this host; nothing before it was first ready."""
+        if self._report is None or self.location is None:
+            return
+        for plan in self.plan.replicas:
+            yield (
+                plan,
+                Replica(
+                    replica_id=plan.replica_id,
+                    endpoint=self._report.endpoint,
+                    state=self.life.state,
+                    weights_version=self._report.weights_versions.get(plan.replica_id, ""),
+                    device=self._report.device,
+                    pid=self.location.pid,
+                ),
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """State, place and history, as plain values."""
+        return {
+            "host_id": self.plan.host_id,
+            "state": str(self.life.state),
+            "reason": self.life.reason,
+            "retry_in_s": None if self.life.retry_at is None else max(0.0, self.life.retry_at - self._clock.now()),
+            "num_restarts": self.num_restarts,
+            "node": None if self.location is None else self.location.node,
+            "pid": None if self.location is None else self.location.pid,
+            "num_threads": None if self._report is None else self._report.num_threads,
+            "replicas": [replica.replica_id for replica in self.plan.replicas],
+        }
+
+    async def _bring_up(self) -> None:
+        if self.life.state is ReplicaState.OUT:
+            await self._clock.sleep((self.life.retry_at or 0.0) - self._clock.now())
+            self._change(self.life.start_again(self._clock.now()))
+        try:
+            await self.place()
+            await self.start()
+            self.num_restarts += 1
+        except MoERuntimeError as exc:
+            await self._fail(str(exc))
+
+    async def _watch(self) -> str:
+        """Return the reason when the host is lost; meanwhile pings make it suspect and ready again."""
+        if self._handle is None:
+            return "it has no actor"
+        death = asyncio.ensure_future(self._handle.wait())
+        try:
+            while not await self._ends(death, self._pace.ping_every_s):
+                await self._ping(self._handle)
+                if (
+                    self.life.state is ReplicaState.SUSPECT
+                    and self._clock.now() - self.life.since > self._pace.max_suspect_s
+                ):
+                    return f"no answer for {self._pace.max_suspect_s:g} s"
+            return death.result()
+        finally:
+            death.cancel()
+
+    async def _ping(self, handle: HostHandle) -> None:
+        try:
+            await within(self._clock, self._pace.ping_timeout_s, handle.ping())
+        except (TimeoutError, MoERuntimeError) as exc:
+            if self.life.state is ReplicaState.READY:
+                self._change(self.life.become_suspect(self._clock.now(), str(exc)))
+        else:
+            if self.life.state is ReplicaState.SUSPECT:
+                self._change(self.life.become_ready(self._clock.now()))
+
+    async def _ends(self, task: asyncio.Future[str], timeout_s: float) -> bool:
+        timer = asyncio.ensure_future(self._clock.sleep(timeout_s))
+        waiting: list[asyncio.Future[Any]] = [task, timer]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        timer.cancel()
+        return task.done()
+
+    async def _fail(self, reason: str) -> None:
+        _LOG.warning("expert host %s is out: %s", self.plan.host_id, reason)
+        self._change(self.life.go_out(self._clock.now(), reason, self._pace.backoff))
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            await self._remove(handle)
+        self._spawner.sweep()
+
+    async def _remove(self, handle: HostHandle) -> None:
+        """End an actor, and wait until its name is free."""
+        await handle.kill()
+        try:
+            await within(self._clock, self._pace.kill_timeout_s, handle.wait())
+        except TimeoutError:
+            _LOG.warning("expert host %s: its old actor is not gone yet", self.plan.host_id)
+
+    def _change(self, life: ReplicaLife) -> None:
+        self.life = life
+        self._on_change()

@@ -1,0 +1,56 @@
+"""How a demand becomes Ray's actor options, and what is said when the cluster cannot meet it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from moe_runtime.ray_backend.plan import Demand
+
+
+def actor_options(demand: Demand) -> dict[str, Any]:
+    """The demand as keyword arguments of Ray's ``options``."""
+    options: dict[str, Any] = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus}
+    if demand.memory_bytes is not None:
+        options["memory"] = demand.memory_bytes
+    if demand.custom:
+        options["resources"] = dict(demand.custom)
+    if demand.node_labels:
+        options["label_selector"] = dict(demand.node_labels)
+    return options
+
+
+def demanded_resources(demand: Demand) -> dict[str, float]:
+    """The demand under Ray's names of resources, without what is 0."""
+    resources = {"CPU": demand.num_cpus, "GPU": demand.num_gpus, "memory": float(demand.memory_bytes or 0)}
+    resources |= demand.custom
+    return {name: amount for name, amount in resources.items() if amount > 0}
+
+
+def explain_unmet(
+    demand: Demand, *, total: Mapping[str, float], free: Mapping[str, float], nodes: Sequence[Mapping[str, str]]
+) -> str:
+    """The demand in words, and what the cluster has of it.
+
+    Args:
+        demand: What an actor asks for.
+        total: Resources of the whole cluster, by Ray's names.
+        free: What of them is not reserved.
+        nodes: Labels of each living node.
+    """
+    wanted = demanded_resources(demand)
+    asked = [f"{name} {_amount(name, amount)}" for name, amount in wanted.items()]
+    asked += [f"label {key}={value}" for key, value in demand.node_labels.items()]
+    has = [
+        f"{name} {_amount(name, free.get(name, 0.0))} free of {_amount(name, total.get(name, 0.0))}" for name in wanted
+    ]
+    for key, value in demand.node_labels.items():
+        num_nodes = sum(labels.get(key) == value for labels in nodes)
+        has.append(f"{num_nodes} of {len(nodes)} nodes with label {key}={value}")
+    return f"asks for {', '.join(asked) or 'nothing'}; the cluster has {', '.join(has) or f'{len(nodes)} nodes'}"
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount / (1 << 30):.2f} GiB" if name == "memory" else f"{amount:g}"

@@ -1,0 +1,216 @@
+"""What the controller is told to keep alive, and what the actors say about themselves: plain values, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moe_runtime.service.routing_table import RoutingTable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from moe_runtime.service.ports import Endpoint
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one actor asks of the cluster.
+
+    Attributes:
+        num_cpus: CPUs that Ray reserves.
+        num_gpus: GPUs that Ray reserves.
+        memory_bytes: Memory that Ray reserves, or None.
+        custom: Custom Ray resources.
+        node_labels: Labels that the node must have.
+    """
+
+    num_cpus: float = 0.1
+    num_gpus: float = 0.0
+    memory_bytes: int | None = None
+    custom: Mapping[str, float] = field(default_factory=dict)
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an actor's process runs.
+
+    Attributes:
+        node: Name of the node, unique in the cluster and readable: address and start of Ray's node id.
+        ip: The node's address.
+        num_cores: Cores that the process may use.
+        pid: The process id on its node.
+    """
+
+    node: str
+    ip: str
+    num_cores: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """What a started expert host says of itself.
+
+    Attributes:
+        endpoint: Where routers find it.
+        device: Device that it computes on.
+        num_threads: Threads of one forward on the CPU.
+        weights_versions: Hash of the weights, or ``seed:<n>``, per replica id.
+    """
+
+    endpoint: Endpoint
+    device: str
+    num_threads: int
+    weights_versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an actor did not start: Ray reports what a constructor raises badly, so this travels as a value."""
+
+    error: str
+    message: str
+
+    def __str__(self) -> str:
+        """The error's class and its text."""
+        return f"{self.error}: {self.message}"
+
+
+class HostProcess(Protocol):
+    """An expert host: what an expert actor runs. ``start`` is called once, from a thread of its own."""
+
+    def start(self) -> HostReport:
+        """Load the experts, listen, and begin to serve in a thread of its own.
+
+        Raises:
+            MoERuntimeError: If an expert cannot be built, or nothing can be bound.
+        """
+        ...
+
+    def join(self) -> str:
+        """Wait until serving has ended, and say why."""
+        ...
+
+    def stop(self) -> None:
+        """Finish what has arrived, stop serving and stop listening. Thread-safe, safe to call twice."""
+        ...
+
+
+class RouterProcess(Protocol):
+    """A router: what a router actor runs. Every method is called from a thread that may block."""
+
+    def start(self, address: str) -> str:
+        """Bind and serve; returns the bound ``host:port``.
+
+        Raises:
+            MoERuntimeError: If a gate cannot be built, or the address cannot be bound.
+        """
+        ...
+
+    def set_table(self, table: RoutingTable) -> None:
+        """Route by this table from the next batch on, unless a newer one is there."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Layers, experts and replicas, as plain values."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Counters and load, as plain values."""
+        ...
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those in flight; whether all were answered in time."""
+        ...
+
+    def close(self) -> None:
+        """Stop serving. Safe to call twice."""
+        ...
+
+
+class HostFactory(Protocol):
+    """Makes a host's process where the actor runs; picklable."""
+
+    def __call__(self, location: Location, *, num_threads: int) -> HostProcess:
+        """The process, not yet started."""
+        ...
+
+
+class RouterFactory(Protocol):
+    """Makes a router's process where the actor runs; picklable."""
+
+    def __call__(self, location: Location) -> RouterProcess:
+        """The process, not yet started."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReplicaPlan:
+    """One replica of an expert: ``replica_id`` is ``<layer>/<expert name>/<n>``."""
+
+    layer: str
+    expert_id: int
+    replica_id: str
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """One expert actor to keep alive."""
+
+    host_id: str
+    replicas: tuple[ReplicaPlan, ...]
+    demand: Demand
+    factory: HostFactory
+
+
+@dataclass(frozen=True)
+class RoutersPlan:
+    """The routers to keep alive.
+
+    Attributes:
+        count: How many.
+        address: ``HOST:PORT`` of the first on its node; the i-th on a node takes port + i; port 0 is any.
+        factory: Makes one.
+        node_id: Ray's id of the node that all of them must run on; None lets Ray choose.
+    """
+
+    count: int
+    address: str
+    factory: RouterFactory
+    node_id: str | None = None
+
+
+@dataclass(frozen=True)
+class RuntimePlan:
+    """The desired state of one runtime.
+
+    Attributes:
+        name: The runtime's; its actors are ``<name>/...``.
+        hosts: Expert actors.
+        routers: Router actors.
+        num_threads: Torch threads per expert actor; None is ``max(1, cores // experts on the node)``.
+        start_timeout_s: Bounds every placement, and every start after it.
+        lease_s: Without a renewal for so long, everything is torn down; None for a detached runtime.
+    """
+
+    name: str
+    hosts: tuple[HostPlan, ...]
+    routers: RoutersPlan
+    num_threads: int | None = None
+    start_timeout_s: float = 60.0
+    lease_s: float | None = 10.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a controller last decided; every actor keeps the newest, and a restarted controller adopts it.
+
+    Attributes:
+        table: The routing table.
+        addresses: Bound address per router index, which a restarted router binds again.
+    """
+
+    table: RoutingTable = field(default_factory=RoutingTable)
+    addresses: Mapping[int, str] = field(default_factory=dict)

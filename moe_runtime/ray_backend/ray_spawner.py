@@ -1,0 +1,178 @@
+"""The port ``Spawner`` on Ray: named, detached actors in one namespace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from moe_runtime.errors import StartError
+from moe_runtime.ray_backend.expert_actor import ExpertActor
+from moe_runtime.ray_backend.names import NAMESPACE, expert_name, router_name
+from moe_runtime.ray_backend.placement import actor_options, explain_unmet
+from moe_runtime.ray_backend.plan import Failure
+from moe_runtime.ray_backend.router_actor import RouterActor
+from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
+
+if TYPE_CHECKING:
+    from moe_runtime.ray_backend.plan import Demand, HostPlan, HostReport, Location, RoutersPlan, Snapshot
+
+#: A call may be lost with its actor; whoever called decides what then.
+_DETACHED = {"lifetime": "detached", "namespace": NAMESPACE, "max_task_retries": 0}
+
+
+class RayActor:
+    """One actor of the runtime; implements ``ActorHandle``."""
+
+    def __init__(self, actor: Any) -> None:
+        """Wrap Ray's handle."""
+        self._actor = actor
+
+    async def locate(self) -> Location:
+        """Where it runs; answers as soon as it is placed."""
+        location: Location = await self._call(self._actor.locate.remote())
+        return location
+
+    async def ping(self) -> None:
+        """Return as soon as it answers."""
+        await self._call(self._actor.ping.remote())
+
+    async def keep(self, snapshot: Snapshot) -> bool:
+        """Hand it the newest snapshot; False if it is gone."""
+        try:
+            await self._actor.keep.remote(snapshot)
+        except RayError:
+            return False
+        return True
+
+    async def kept(self) -> Snapshot | None:
+        """The newest snapshot that it was given; None if it has none or is gone."""
+        snapshot: Snapshot | None = await self._ask(self._actor.kept.remote())
+        return snapshot
+
+    async def wait(self) -> str:
+        """Return when it no longer serves or is dead, with the reason."""
+        try:
+            return str(await self._actor.wait.remote())
+        except RayError as exc:
+            return _in_words(exc)
+
+    async def stop(self) -> None:
+        """Make it stop serving."""
+        await self._ask(self._actor.stop.remote())
+
+    async def kill(self) -> None:
+        """End its process at once, for good."""
+        ray.kill(self._actor, no_restart=True)
+
+    async def _call(self, answer: Any) -> Any:
+        try:
+            value = await answer
+        except RayError as exc:
+            raise StartError(_in_words(exc)) from exc
+        if isinstance(value, Failure):
+            raise StartError(str(value))
+        return value
+
+    async def _ask(self, answer: Any) -> Any:
+        try:
+            return await answer
+        except RayError:
+            return None
+
+
+class RayHost(RayActor):
+    """One expert actor; implements ``HostHandle``."""
+
+    async def start(self, num_threads: int) -> HostReport:
+        """Start it, once."""
+        report: HostReport = await self._call(self._actor.start.remote(num_threads))
+        return report
+
+
+class RayRouter(RayActor):
+    """One router actor; implements ``RouterHandle``."""
+
+    async def start(self, address: str) -> str:
+        """Start it, once, and get its bound ``host:port``."""
+        return str(await self._call(self._actor.start.remote(address)))
+
+    async def describe(self) -> dict[str, Any] | None:
+        """Its layers, experts and replicas; None if it is gone."""
+        description: dict[str, Any] | None = await self._ask(self._actor.describe.remote())
+        return description
+
+    async def status(self) -> dict[str, Any] | None:
+        """Its counters and load; None if it is gone."""
+        status: dict[str, Any] | None = await self._ask(self._actor.status.remote())
+        return status
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those in flight; whether all were answered."""
+        return bool(await self._ask(self._actor.drain.remote(timeout_s)))
+
+
+class RaySpawner:
+    """Creates and finds the actors of one runtime; implements ``Spawner``."""
+
+    def __init__(self, name: str) -> None:
+        """Serve the runtime of that name."""
+        self._name = name
+
+    def find_host(self, host_id: str) -> RayHost | None:
+        """The living actor of a host, if there is one."""
+        actor = find_actor(expert_name(self._name, host_id))
+        return None if actor is None else RayHost(actor)
+
+    def spawn_host(self, plan: HostPlan) -> RayHost:
+        """A new expert actor, which dies once: the controller replaces it."""
+        options = {**_DETACHED, **actor_options(plan.demand), "max_restarts": 0}
+        return RayHost(_create(ExpertActor, plan.factory, name=expert_name(self._name, plan.host_id), options=options))
+
+    def find_router(self, index: int) -> RayRouter | None:
+        """The living actor of a router, restarting ones included, if there is one."""
+        actor = find_actor(router_name(self._name, index))
+        return None if actor is None else RayRouter(actor)
+
+    def spawn_router(self, plan: RoutersPlan, index: int) -> RayRouter:
+        """A new router actor, which Ray restarts for ever."""
+        options = {**_DETACHED, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
+        if plan.node_id is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(plan.node_id, soft=False)
+        return RayRouter(_create(RouterActor, plan.factory, name=router_name(self._name, index), options=options))
+
+    def explain(self, demand: Demand) -> str:
+        """The demand in words, and what the cluster has."""
+        return explain_unmet(
+            demand,
+            total=ray.cluster_resources(),
+            free=ray.available_resources(),
+            nodes=[node.get("Labels", {}) for node in ray.nodes() if node["Alive"]],
+        )
+
+    def sweep(self) -> None:
+        """Remove the ipc sockets that dead hosts left on this node."""
+        sweep_ipc(default_ipc_folder())
+
+
+def find_actor(name: str) -> Any:
+    """Ray's handle of a living named actor; None if there is none."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _create(actor_class: type, factory: Any, *, name: str, options: dict[str, Any]) -> Any:
+    try:
+        return ray.remote(actor_class).options(name=name, **options).remote(factory)
+    except (ValueError, TypeError, RayError) as exc:
+        raise StartError(f"actor {name} could not be created: {exc}") from exc
+
+
+def _in_words(exc: RayError) -> str:
+    """The first line of Ray's message that says something, and its class."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return f"{type(exc).__name__}: {lines[0] if lines else 'no details'}"

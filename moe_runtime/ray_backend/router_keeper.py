@@ -1,0 +1,147 @@
+"""Keeps one router running: Ray restarts its process, this gives it its address and its table again."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.errors import MoERuntimeError, PlacementError, StartError
+from moe_runtime.ray_backend.addresses import public_address
+from moe_runtime.ray_backend.plan import Demand
+from moe_runtime.ray_backend.replica_state import ReplicaLife
+from moe_runtime.ray_backend.spawner import within
+from moe_runtime.service.routing_table import ReplicaState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moe_runtime.ray_backend.host_keeper import Pace
+    from moe_runtime.ray_backend.plan import Location, RoutersPlan
+    from moe_runtime.ray_backend.spawner import AsyncClock, RouterHandle, Spawner
+
+_LOG = logging.getLogger(__name__)
+
+
+class RouterKeeper:
+    """One router's life. Owned by the controller's event loop.
+
+    Attributes:
+        index: Its place among the routers.
+        life: Where it stands.
+        location: Where it runs; None until it was first placed.
+        bound: The ``host:port`` that it bound first and binds again; None until then.
+    """
+
+    def __init__(
+        self,
+        plan: RoutersPlan,
+        index: int,
+        *,
+        spawner: Spawner,
+        clock: AsyncClock,
+        pace: Pace,
+        on_change: Callable[[], None],
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            plan: The routers to keep alive.
+            index: Which of them.
+            spawner: Creates and finds actors.
+            clock: Tells the time and waits.
+            pace: Timeouts and backoff.
+            on_change: Called when the router needs the table.
+        """
+        self.index = index
+        self.life = ReplicaLife.begin(clock.now())
+        self.location: Location | None = None
+        self.bound: str | None = None
+        self.num_restarts = 0
+        self._plan = plan
+        self._spawner = spawner
+        self._clock = clock
+        self._pace = pace
+        self._on_change = on_change
+        self._handle: RouterHandle | None = None
+
+    @property
+    def handle(self) -> RouterHandle | None:
+        """The actor that was found or created last."""
+        return self._handle
+
+    @property
+    def address(self) -> str | None:
+        """Where clients find it; None before it was first started."""
+        if self.bound is None or self.location is None:
+            return None
+        return public_address(self.bound, self.location.ip)
+
+    async def place(self) -> None:
+        """Find or create the actor, and wait until it runs somewhere.
+
+        Raises:
+            PlacementError: If it runs nowhere in time.
+            StartError: If it died.
+        """
+        timeout_s = self._pace.start_timeout_s
+        self._handle = self._spawner.find_router(self.index) or self._spawner.spawn_router(self._plan, self.index)
+        try:
+            self.location = await within(self._clock, timeout_s, self._handle.locate())
+        except TimeoutError as exc:
+            unmet = self._spawner.explain(Demand(num_cpus=0.0))
+            raise PlacementError(f"router {self.index}: found no place within {timeout_s:g} s: it {unmet}") from exc
+        except MoERuntimeError as exc:
+            raise StartError(f"router {self.index}: {exc}") from exc
+
+    async def start(self, address: str) -> None:
+        """Have a placed router bind and serve; afterwards it is ready.
+
+        Raises:
+            StartError: If it could not in time, with its error's text.
+        """
+        if self._handle is None:
+            raise StartError(f"router {self.index}: expected to be placed before it is started")
+        timeout_s = self._pace.start_timeout_s
+        try:
+            self.bound = await within(self._clock, timeout_s, self._handle.start(address))
+        except TimeoutError as exc:
+            raise StartError(f"router {self.index}: not ready {timeout_s:g} s after its placement") from exc
+        except MoERuntimeError as exc:
+            raise StartError(f"router {self.index}: {exc}") from exc
+        self.life = self.life.become_ready(self._clock.now())
+        self._on_change()
+
+    async def keep(self) -> None:
+        """Wait for the router's end and bring it back at its old address, for ever."""
+        while True:
+            if self.life.state is ReplicaState.READY and self._handle is not None:
+                self._fail(await self._handle.wait())
+            else:
+                await self._bring_up()
+
+    def describe(self) -> dict[str, Any]:
+        """State, place and history, as plain values."""
+        return {
+            "index": self.index,
+            "state": str(self.life.state),
+            "reason": self.life.reason,
+            "address": self.address,
+            "num_restarts": self.num_restarts,
+            "node": None if self.location is None else self.location.node,
+            "pid": None if self.location is None else self.location.pid,
+        }
+
+    async def _bring_up(self) -> None:
+        if self.life.state is ReplicaState.OUT:
+            await self._clock.sleep((self.life.retry_at or 0.0) - self._clock.now())
+            self.life = self.life.start_again(self._clock.now())
+        try:
+            await self.place()
+            await self.start(self.bound or self._plan.address)
+            self.num_restarts += 1
+        except MoERuntimeError as exc:
+            self._fail(str(exc))
+
+    def _fail(self, reason: str) -> None:
+        _LOG.warning("router %d is out: %s", self.index, reason)
+        self.life = self.life.go_out(self._clock.now(), reason, self._pace.backoff)

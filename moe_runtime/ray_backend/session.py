@@ -1,0 +1,175 @@
+"""One runtime on a Ray cluster, from the side of the process that serves it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from moe_runtime.errors import AlreadyRunningError, PlacementError, StartError
+from moe_runtime.ray_backend.controller_actor import ControllerActor
+from moe_runtime.ray_backend.names import NAMESPACE, belongs_to, controller_name
+from moe_runtime.ray_backend.ray_spawner import find_actor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moe_runtime.ray_backend.plan import Failure, RuntimePlan
+
+_LOG = logging.getLogger(__name__)
+
+_RENEW_EVERY_S = 2.0
+_PROGRESS_EVERY_S = 0.2
+_POLL_EVERY_S = 0.05
+#: Beyond what the controller allows itself.
+_SPARE_S = 30.0
+_GONE_WITHIN_S = 10.0
+
+
+class RaySession:
+    """A runtime whose actors run on Ray. ``launch`` makes one; ``close`` ends the runtime.
+
+    Attributes:
+        name: The runtime's.
+    """
+
+    def __init__(self, controller: Any, plan: RuntimePlan) -> None:
+        """Attach to a controller that has started; renews its lease from now on, if it has one."""
+        self.name = plan.name
+        self._controller = controller
+        self._closed = threading.Event()
+        self._renewing: threading.Thread | None = None
+        if plan.lease_s is not None:
+            self._renewing = threading.Thread(target=self._renew, name="moe-lease", daemon=True)
+            self._renewing.start()
+
+    def addresses(self) -> list[str]:
+        """Where clients find the routers.
+
+        Raises:
+            StartError: If the controller does not answer.
+        """
+        addresses: list[str] = self._ask(self._controller.addresses.remote())
+        return addresses
+
+    def describe(self) -> dict[str, Any]:
+        """Hosts and routers with their states, as plain values.
+
+        Raises:
+            StartError: If the controller does not answer.
+        """
+        description: dict[str, Any] = self._ask(self._controller.describe.remote())
+        return description
+
+    def close(self, *, drain_timeout_s: float) -> bool:
+        """Drain and end the runtime; whether every request was answered. Safe to call twice."""
+        if self._closed.is_set():
+            return True
+        try:
+            return bool(ray.get(self._controller.close.remote(drain_timeout_s), timeout=drain_timeout_s + _SPARE_S))
+        except (RayError, GetTimeoutError) as exc:
+            _LOG.warning("runtime %s: its controller did not close it (%s); ending its actors", self.name, exc)
+            return False
+        finally:
+            self.detach()
+            end_actors(self.name)
+
+    def detach(self) -> None:
+        """Stop renewing the lease, and leave the runtime to itself."""
+        self._closed.set()
+        if self._renewing is not None:
+            self._renewing.join()
+
+    def _renew(self) -> None:
+        while not self._closed.wait(_RENEW_EVERY_S):
+            try:
+                # Not waited for: a controller that restarts starts with a full lease.
+                self._controller.renew.remote()
+            except RayError as exc:
+                _LOG.warning("runtime %s: its lease could not be renewed: %s", self.name, exc)
+
+    def _ask(self, answer: Any) -> Any:
+        try:
+            return ray.get(answer, timeout=_SPARE_S)
+        except (RayError, GetTimeoutError) as exc:
+            raise StartError(f"runtime {self.name}: its controller does not answer: {exc}") from exc
+
+
+def launch(plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None = None) -> RaySession:
+    """Start a runtime on the connected cluster and return when it serves.
+
+    Args:
+        plan: The desired state.
+        on_progress: Called with the number of actors that are ready, and of all, a few times a second.
+
+    Raises:
+        AlreadyRunningError: If a runtime of this name is there.
+        PlacementError: If the cluster has no room for it.
+        StartError: If it did not start; nothing of it is left behind.
+    """
+    controller = _create_controller(plan)
+    try:
+        end_actors(plan.name, but=controller_name(plan.name))
+        failure = _await_start(controller, plan, on_progress)
+        if failure is not None:
+            raise (PlacementError if failure.error == PlacementError.__name__ else StartError)(failure.message)
+        return RaySession(controller, plan)
+    except BaseException:
+        end_actors(plan.name)
+        raise
+
+
+def end_actors(name: str, *, but: str | None = None) -> None:
+    """Kill every actor of a runtime, the controller first, and wait until their names are free."""
+    deadline = time.monotonic() + _GONE_WITHIN_S
+    while names := [actor for actor in _actor_names(name) if actor != but]:
+        # The controller first: it would replace the others.
+        for actor_name in sorted(names, key=lambda actor: actor != controller_name(name)):
+            actor = find_actor(actor_name)
+            if actor is not None:
+                ray.kill(actor, no_restart=True)
+        if time.monotonic() > deadline:
+            _LOG.warning("runtime %s: still there after %g s: %s", name, _GONE_WITHIN_S, ", ".join(names))
+            return
+        time.sleep(_POLL_EVERY_S)
+
+
+def _actor_names(name: str) -> list[str]:
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [a["name"] for a in actors if a["namespace"] == NAMESPACE and belongs_to(a["name"], name)]
+
+
+def _create_controller(plan: RuntimePlan) -> Any:
+    name = controller_name(plan.name)
+    options = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
+    taken = f"runtime {plan.name}: one of this name is running on the cluster; close it, or choose another name"
+    if find_actor(name) is not None:
+        raise AlreadyRunningError(taken)
+    try:
+        return ray.remote(ControllerActor).options(name=name, **options).remote(plan)
+    except ValueError as exc:
+        # Somebody was faster: the name is what decides.
+        raise AlreadyRunningError(taken) from exc
+
+
+def _await_start(controller: Any, plan: RuntimePlan, on_progress: Callable[[int, int], None] | None) -> Failure | None:
+    starting = controller.start.remote()
+    deadline = time.monotonic() + 2 * plan.start_timeout_s + _SPARE_S
+    try:
+        while not ray.wait([starting], timeout=_PROGRESS_EVERY_S)[0]:
+            if time.monotonic() > deadline:
+                raise StartError(f"runtime {plan.name}: its controller has not answered in time")
+            if on_progress is not None:
+                num_ready, num_actors = ray.get(controller.progress.remote(), timeout=_SPARE_S)
+                on_progress(num_ready, num_actors)
+        failure: Failure | None = ray.get(starting)
+    except RayError as exc:
+        raise StartError(f"runtime {plan.name}: its controller died: {exc}") from exc
+    if on_progress is not None and failure is None:
+        num_actors = len(plan.hosts) + plan.routers.count
+        on_progress(num_actors, num_actors)
+    return failure

@@ -1,0 +1,171 @@
+"""The ports of the controller: what it asks of whatever runs actors, and of the time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from moe_runtime.ray_backend.plan import Demand, HostPlan, HostReport, Location, RoutersPlan, Snapshot
+
+ResultT = TypeVar("ResultT")
+
+
+class AsyncClock(Protocol):
+    """Tells the time and waits; tests bring their own."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment; never goes back."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Return after so many seconds; at once where they are not positive."""
+        ...
+
+
+class LoopClock:
+    """The machine's monotonic clock and asyncio's timers."""
+
+    def now(self) -> float:
+        """Seconds since some fixed moment; never goes back."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """Return after so many seconds; at once where they are not positive."""
+        await asyncio.sleep(seconds)
+
+
+async def within(clock: AsyncClock, timeout_s: float, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The work's result, if it comes in time.
+
+    Raises:
+        TimeoutError: If it does not; the work is cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    timer = asyncio.ensure_future(clock.sleep(timeout_s))
+    try:
+        await asyncio.wait({task, timer}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise TimeoutError(f"nothing within {timeout_s:g} s")
+    finally:
+        task.cancel()
+        timer.cancel()
+
+
+class ActorHandle(Protocol):
+    """An actor of the runtime, expert or router. Calls wait for its placement; callers bound them."""
+
+    async def locate(self) -> Location:
+        """Where it runs; answers as soon as it is placed.
+
+        Raises:
+            StartError: If it died.
+        """
+        ...
+
+    async def ping(self) -> None:
+        """Return as soon as it answers.
+
+        Raises:
+            StartError: If it died.
+        """
+        ...
+
+    async def keep(self, snapshot: Snapshot) -> bool:
+        """Hand it the newest snapshot, table included; False if it is gone. An older one is ignored."""
+        ...
+
+    async def kept(self) -> Snapshot | None:
+        """The newest snapshot that it was given; None if it has none or is gone."""
+        ...
+
+    async def wait(self) -> str:
+        """Return when it no longer serves or is dead, with the reason; never raises."""
+        ...
+
+    async def stop(self) -> None:
+        """Make it stop serving; returns when it has, or is gone."""
+        ...
+
+    async def kill(self) -> None:
+        """End its process at once, for good; returns without waiting for that."""
+        ...
+
+
+class HostHandle(ActorHandle, Protocol):
+    """An expert actor."""
+
+    async def start(self, num_threads: int) -> HostReport:
+        """Start it; a host that is started already just reports.
+
+        Raises:
+            StartError: If it cannot, with its error's text, or died.
+        """
+        ...
+
+
+class RouterHandle(ActorHandle, Protocol):
+    """A router actor."""
+
+    async def start(self, address: str) -> str:
+        """Start it, and get its bound ``host:port``; a router that is started already just answers.
+
+        Raises:
+            StartError: If it cannot, with its error's text, or died.
+        """
+        ...
+
+    async def describe(self) -> dict[str, Any] | None:
+        """Its layers, experts and replicas; None if it is gone."""
+        ...
+
+    async def status(self) -> dict[str, Any] | None:
+        """Its counters and load; None if it is gone."""
+        ...
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those in flight; whether all were answered."""
+        ...
+
+
+class Spawner(Protocol):
+    """Creates and finds the actors of one runtime.
+
+    Guarantees: nothing here waits for a placement; at most one living actor per host id and router index.
+    """
+
+    def find_host(self, host_id: str) -> HostHandle | None:
+        """The living actor of a host, if there is one."""
+        ...
+
+    def spawn_host(self, plan: HostPlan) -> HostHandle:
+        """A new actor, perhaps not placed yet.
+
+        Raises:
+            StartError: If one of that name lives, or the demand is malformed.
+        """
+        ...
+
+    def find_router(self, index: int) -> RouterHandle | None:
+        """The living actor of a router, restarting ones included, if there is one."""
+        ...
+
+    def spawn_router(self, plan: RoutersPlan, index: int) -> RouterHandle:
+        """A new actor, perhaps not placed yet.
+
+        Raises:
+            StartError: If one of that name lives.
+        """
+        ...
+
+    def explain(self, demand: Demand) -> str:
+        """The demand in words, and what the cluster has."""
+        ...
+
+    def sweep(self) -> None:
+        """Remove what dead hosts of this node left behind."""
+        ...

@@ -1,0 +1,21 @@
+"""Where the present process runs, in Ray's terms."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+from ray.util import get_node_ip_address
+
+from moe_runtime.ray_backend.plan import Location
+
+_NODE_ID_CHARS = 8
+
+
+def locate() -> Location:
+    """The node, address, cores and pid of this process."""
+    ip = get_node_ip_address()
+    node_id = ray.get_runtime_context().get_node_id()
+    return Location(
+        node=f"{ip}/{node_id[:_NODE_ID_CHARS]}", ip=ip, num_cores=len(os.sched_getaffinity(0)), pid=os.getpid()
+    )
