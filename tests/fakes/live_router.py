@@ -36,7 +36,7 @@ LAYER_CHANGES: dict[str, dict[str, Any]] = {
 
 
 class LiveRouter:
-    """Layers of identity experts (zeros for ``wide``), whose answer is the input; those of ``stuck`` wait for ``free``."""
+    """Layers of identity experts, whose answer is the input; ``wide`` answers zeros, ``stuck`` waits for ``free``."""
 
     def __init__(self, *, address: str = "127.0.0.1:0", limits: LimitsConfig, router: RouterConfig) -> None:
         network = InProcessNetwork()
