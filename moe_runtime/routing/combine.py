@@ -109,8 +109,14 @@ def _final_weights(plan: DispatchPlan, served: Tensor | None) -> Tensor:
     assignments = plan.admission.assignments
     if assignments.weight_rule.normalize != "after_drop":
         return plan.weights.where(served, 0.0)
-    scores = plan.scores.where(served, 0.0)
-    return apply_weight_rule(scores, plan.token_ids, assignments.weight_rule, num_tokens=assignments.num_tokens)
+    answered = served.nonzero().squeeze(1)
+    weights = apply_weight_rule(
+        plan.scores[answered],
+        plan.token_ids[answered],
+        assignments.weight_rule,
+        num_tokens=assignments.num_tokens,
+    )
+    return torch.zeros_like(plan.weights).index_copy(0, answered, weights)
 
 
 def _by_token_then_choice(plan: DispatchPlan, served: Tensor | None) -> Tensor:

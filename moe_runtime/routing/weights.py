@@ -53,8 +53,8 @@ def _norms(scores: Tensor, token_ids: Tensor, norm_p: float, *, num_tokens: int)
     smallest = torch.finfo(scores.dtype).tiny
     if norm_p == 1.0:
         return sum_per_token(scores, token_ids, num_tokens=num_tokens).clamp_min(smallest)
-    # Powers of small scores underflow: the largest score is taken out first.
+    # Powers of small scores underflow, so the largest score is taken out: the sum of the rest is at least 1.
     largest = largest_per_token(scores, token_ids, num_tokens=num_tokens).clamp_min(smallest)
     powers = (scores / largest[token_ids]) ** norm_p
     sums = sum_per_token(powers, token_ids, num_tokens=num_tokens)
-    return largest * sums.clamp_min(smallest) ** (1.0 / norm_p)
+    return largest * sums.clamp_min(1.0) ** (1.0 / norm_p)

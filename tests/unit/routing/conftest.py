@@ -1,0 +1,98 @@
+"""Runs the fast path over one batch and holds it against the slow oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from moe_runtime.routing.capacity import admit
+from moe_runtime.routing.combine import Combined, combine, gather_rows
+from moe_runtime.routing.plan import plan_dispatch
+from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.reference import forward_reference, route_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from moe_runtime.routing.assignments import DispatchPlan
+    from moe_runtime.routing.reference import RoutedPair, RoutingInputs, RoutingRules
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the fast path made of a batch."""
+
+    plan: DispatchPlan
+    served: Tensor
+    combined: Combined
+
+    @property
+    def outputs(self) -> Tensor:
+        return self.combined.outputs
+
+    def pairs(self) -> list[tuple[int, int, int, bool, str, float]]:
+        """Token, rank, expert, rerouted, outcome, weight of each assignment, in k-major order."""
+        admission = self.plan.admission
+        outcomes = ["dropped_capacity"] * admission.admitted.shape[0]
+        weights = [0.0] * admission.admitted.shape[0]
+        for row, assignment in enumerate(self.plan.assignment_ids.tolist()):
+            outcomes[assignment] = "served" if self.served[row] else "dropped_failure"
+            weights[assignment] = float(self.combined.weights[row])
+        assignments = admission.assignments
+        columns = (assignments.token_ids, assignments.ranks, assignments.expert_ids, admission.rerouted)
+        return list(zip(*(column.tolist() for column in columns), outcomes, weights, strict=True))
+
+
+def run_layer(
+    tokens: Tensor, inputs: RoutingInputs, rules: RoutingRules, experts: Sequence[Callable[[Tensor], Tensor]]
+) -> Routed:
+    """One batch, from logits to outputs; rows that were not served hold NaN."""
+    policy = build_policy(rules.policy, num_experts=inputs.router_logits.shape[1])
+    k = inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k)
+    mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
+    seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
+    assignments = policy.assign(inputs.router_logits, k=k, mask=mask)
+    plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
+    rows = gather_rows(tokens, plan, weight_on=rules.weight_on)
+    served = torch.tensor(
+        [(t, e) not in inputs.failed for t, e in zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True)],
+        dtype=torch.bool,
+    )
+    outputs = [experts[expert](row) for expert, row in zip(plan.expert_ids.tolist(), rows, strict=True)]
+    out_shape = experts[0](tokens.new_zeros(tokens.shape[1:])).shape
+    expert_outputs = torch.stack(outputs) if outputs else tokens.new_zeros((0, *out_shape))
+    expert_outputs[~served] = torch.nan
+    combined = combine(tokens, expert_outputs, plan, residual=rules.residual, weight_on=rules.weight_on, served=served)
+    return Routed(plan=plan, served=served, combined=combined)
+
+
+def _as_tuple(pair: RoutedPair) -> tuple[int, int, int, bool, str, float]:
+    return pair.token, pair.rank, pair.expert, pair.rerouted, pair.outcome, pytest.approx(pair.weight, rel=1e-5)
+
+
+def run_and_compare(
+    tokens: Tensor, inputs: RoutingInputs, rules: RoutingRules, experts: Sequence[Callable[[Tensor], Tensor]]
+) -> Routed:
+    """The fast path's result, after it was found equal to the oracle's."""
+    routed = run_layer(tokens, inputs, rules, experts)
+    assert routed.pairs() == [_as_tuple(pair) for pair in route_reference(inputs, rules)]
+    expected = forward_reference(tokens, inputs, rules, experts=experts)
+    torch.testing.assert_close(routed.outputs.double(), expected, rtol=1e-5, atol=1e-5)
+    return routed
+
+
+@pytest.fixture
+def route() -> Callable[..., Routed]:
+    """Runs a batch, compares every assignment and output with the oracle, and gives the result."""
+    return run_and_compare
+
+
+@pytest.fixture(scope="session")
+def route_examples() -> Callable[..., Routed]:
+    """The same for hypothesis, which wants no function-scoped fixtures."""
+    return run_and_compare

@@ -1,0 +1,153 @@
+"""What holds for every batch and every rule, and that the fast path computes what the slow oracle does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_runtime.config.models import (
+    CapacityConfig,
+    DensePolicyConfig,
+    SwitchPolicyConfig,
+    TopKPolicyConfig,
+)
+from moe_runtime.routing.capacity import admit
+from moe_runtime.routing.combine import combine, gather_rows
+from moe_runtime.routing.plan import plan_dispatch
+from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.reference import RoutingInputs, RoutingRules
+
+NORMALIZE = st.sampled_from(["before_drop", "after_drop", "none"])
+EXAMPLES = settings(max_examples=40, deadline=None)
+
+
+def normal(*shape, seed):
+    # float64: what is a tie in one of two computations must be one in the other.
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@st.composite
+def policies(draw, num_experts):
+    kind = draw(st.sampled_from(["top_k", "top_k", "top_k", "dense", "switch"]))
+    if kind == "dense":
+        return DensePolicyConfig(kind="dense", normalize=draw(NORMALIZE))
+    if kind == "switch":
+        return SwitchPolicyConfig(kind="switch")
+    return TopKPolicyConfig(
+        k=draw(st.integers(1, num_experts)),
+        score=draw(st.sampled_from(["softmax", "sigmoid", "softmax_after_topk"])),
+        normalize=draw(NORMALIZE),
+        norm_p=draw(st.sampled_from([1.0, 2.0, 3.5])),
+        scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+    )
+
+
+@st.composite
+def batches(draw):
+    """Tokens, inputs and rules: anything that a layer may be asked."""
+    num_tokens, num_experts = draw(st.integers(1, 14)), draw(st.integers(1, 6))
+    seed = draw(st.integers(0, 2**31))
+    policy = draw(policies(num_experts))
+    overflow = "drop" if policy.kind == "dense" else draw(st.sampled_from(["drop", "reroute"]))
+    capacity = CapacityConfig(
+        factor=draw(st.sampled_from([None, 0.1, 0.5, 1.0, 1.25, 3.0])),
+        min=draw(st.integers(1, 4)),
+        drop=draw(st.sampled_from(["position", "priority", "score", "random"])),
+        overflow=overflow,
+        max_reroutes=draw(st.integers(1, 3)),
+    )
+    after_drop = getattr(policy, "normalize", "none") == "after_drop"
+    weight_on = "output" if after_drop else draw(st.sampled_from(["output", "input"]))
+    rules = RoutingRules(policy, capacity, draw(st.sampled_from(["add", "passthrough", "none"])), weight_on)
+    most = {"dense": num_experts, "switch": 1}.get(policy.kind) or policy.k
+    rows = st.lists(st.integers(0, most), min_size=num_tokens, max_size=num_tokens)
+    k = draw(st.none() | st.integers(1, most) | rows)
+    mask = draw(st.none() | st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
+    seeds = draw(st.none() | st.lists(st.integers(-(2**63), 2**63 - 1), min_size=num_tokens, max_size=num_tokens))
+    cells = [(token, expert) for token in range(num_tokens) for expert in range(num_experts)]
+    failed = frozenset(draw(st.lists(st.sampled_from(cells), max_size=10)))
+    hot = torch.linspace(draw(st.sampled_from([0.0, 3.0])), 0.0, num_experts, dtype=torch.float64)
+    inputs = RoutingInputs(normal(num_tokens, num_experts, seed=seed) + hot, k, mask, seeds, failed)
+    return normal(num_tokens, 2, seed=seed + 1), inputs, rules
+
+
+@given(batches())
+@settings(max_examples=250, deadline=None)
+def test_fast_path_equals_the_slow_oracle_and_accounts_for_every_assignment(route_examples, batch):
+    tokens, inputs, rules = batch
+    experts = [lambda x, scale=scale: scale * x + x**2 for scale in range(1, inputs.router_logits.shape[1] + 1)]
+    routed = route_examples(tokens, inputs, rules, experts)
+    assert routed.outputs.isfinite().all()
+
+    admission, plan = routed.plan.admission, routed.plan
+    per_expert = plan.expert_offsets.diff().tolist()
+    assert sum(per_expert) == plan.num_planned == int(admission.admitted.sum())
+    if admission.capacity is not None:
+        assert max(per_expert) <= admission.capacity
+    held = list(zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True))
+    assert len(set(held)) == len(held)
+    assert held == sorted(held, key=lambda pair: (pair[1], pair[0]))
+
+
+@given(seed=st.integers(0, 2**31), num_experts=st.integers(1, 8), score=st.sampled_from(["softmax", "sigmoid"]))
+@EXAMPLES
+def test_dropless_identity_experts_give_the_tokens_back(seed, num_experts, score):
+    tokens = normal(9, 3, seed=seed).float()
+    policy = build_policy(TopKPolicyConfig(k=min(2, num_experts), score=score), num_experts=num_experts)
+    plan = plan_dispatch(admit(policy.assign(normal(9, num_experts, seed=seed + 1)), CapacityConfig()))
+    rows = gather_rows(tokens, plan, weight_on="output")
+    combined = combine(tokens, rows, plan, residual="none", weight_on="output")
+    torch.testing.assert_close(combined.outputs, tokens, rtol=0, atol=1e-6)
+
+
+@given(seed=st.integers(0, 2**31), drop=st.sampled_from(["position", "priority", "score", "random"]))
+@EXAMPLES
+def test_permuting_the_experts_permutes_the_plan_only(seed, drop):
+    logits = normal(12, 4, seed=seed)
+    permutation = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+    policy = build_policy(TopKPolicyConfig(), num_experts=4)
+    rule = CapacityConfig(factor=0.75, min=1, drop=drop, overflow="reroute")
+    admission = admit(policy.assign(logits), rule)
+    permuted = admit(policy.assign(logits[:, permutation]), rule)
+    assert permuted.admitted.tolist() == admission.admitted.tolist()
+    back = permutation[permuted.assignments.expert_ids]
+    assert back.tolist() == admission.assignments.expert_ids.tolist()
+
+
+@given(seed=st.integers(0, 2**31), k=st.integers(1, 5), num_tokens=st.integers(0, 20))
+@EXAMPLES
+def test_a_capacity_factor_of_experts_over_k_is_dropless(seed, k, num_tokens):
+    assignments = build_policy(TopKPolicyConfig(k=k), num_experts=5).assign(normal(num_tokens, 5, seed=seed))
+    admission = admit(assignments, CapacityConfig(factor=5 / k, min=1))
+    assert admission.capacity == num_tokens
+    assert bool(admission.admitted.all())
+
+
+@given(seed=st.integers(0, 2**31))
+@EXAMPLES
+def test_the_order_of_tokens_does_not_change_what_priority_drops(seed):
+    logits = normal(10, 3, seed=seed)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(seed))
+    policy = build_policy(TopKPolicyConfig(), num_experts=3)
+    rule = CapacityConfig(factor=0.5, min=1, drop="priority")
+
+    def dropped(logits, names):
+        admission = admit(policy.assign(logits), rule)
+        lost, assignments = ~admission.admitted, admission.assignments
+        pairs = zip(names[assignments.token_ids[lost]].tolist(), assignments.expert_ids[lost].tolist(), strict=True)
+        return set(pairs)
+
+    assert dropped(logits[order], order) == dropped(logits, torch.arange(10))
+
+
+@pytest.mark.parametrize("num_tokens", [64, 300])
+@pytest.mark.parametrize("drop", ["position", "priority", "score", "random"])
+def test_a_large_hot_batch_is_rerouted_as_the_oracle_does_it(route, num_tokens, drop):
+    # W7 of the reference, nearly: everybody prefers the first experts, so most assignments overflow.
+    logits = normal(num_tokens, 16, seed=num_tokens) * 0.3 + torch.linspace(3, 0, 16, dtype=torch.float64)
+    capacity = CapacityConfig(factor=0.9, min=1, drop=drop, overflow="reroute", max_reroutes=4)
+    rules = RoutingRules(TopKPolicyConfig(k=3), capacity, "passthrough")
+    routed = route(normal(num_tokens, 2, seed=0), RoutingInputs(logits), rules, [lambda x: x] * 16)
+    assert int(routed.plan.admission.rerouted.sum()) > num_tokens // 2
