@@ -81,11 +81,6 @@ class ExpertHost:
         self._device = torch.device(device)
         self._now = now
 
-    @property
-    def experts(self) -> Mapping[str, LoadedExpert]:
-        """The experts by replica id."""
-        return self._experts
-
     def run(self, calls: Sequence[ExpertCall]) -> list[ExpertOutcome]:
         """Run calls for any replicas of this host, and give their outcomes in the same order."""
         outcomes: dict[int, ExpertOutcome] = {}

@@ -45,13 +45,13 @@ def resolve_view(item_shape: tuple[int, ...], view: ViewConfig | None) -> View:
         return View(item_shape, None, item_shape)
     num_columns = prod(item_shape)
     if view.columns is not None:
-        first, end = view.columns
-        if not 0 <= first < end <= num_columns:
+        start, stop = view.columns
+        if not 0 <= start < stop <= num_columns:
             raise ConfigError(
-                f"view.columns: expected [first, end) with 0 <= first < end <= {num_columns} "
-                f"(the item shape is {list(item_shape)}), found [{first}, {end}]"
+                f"view.columns: expected [start, stop] with 0 <= start < stop <= {num_columns} "
+                f"(the item shape is {list(item_shape)}), found [{start}, {stop}]"
             )
-        num_columns = end - first
+        num_columns = stop - start
     shape = (num_columns,) if view.shape is None else tuple(view.shape)
     if any(size < 1 for size in shape) or prod(shape) != num_columns:
         raise ConfigError(

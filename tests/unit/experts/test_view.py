@@ -50,9 +50,9 @@ def test_whole_view_copies_nothing() -> None:
     assert resolve_view((4,), ViewConfig(shape=[2, 2])).apply(rows).data_ptr() == rows.data_ptr()
 
 
-@pytest.mark.parametrize("columns", [(-1, 2), (3, 3), (4, 2), (0, 7)])
+@pytest.mark.parametrize("columns", [(0, 7), (6, 8)])
 def test_columns_outside_the_item_are_refused(columns: tuple[int, int]) -> None:
-    with pytest.raises(ConfigError, match=r"view\.columns: expected \[first, end\).* <= 6 .*found \[") as caught:
+    with pytest.raises(ConfigError, match=r"view\.columns: expected \[start, stop\].* <= 6 .*found \[") as caught:
         resolve_view((2, 3), ViewConfig(columns=columns))
     assert str(list(columns)) in str(caught.value)
 
