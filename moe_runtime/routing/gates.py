@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 MIN_NOISE_STD = 1e-2
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, ABC):
     """Scores every expert for every token, in float32 whatever the dtype of the tokens.
 
     float32, and never autocast: ties between bfloat16 scores make the choice depend on the batch.
@@ -60,9 +61,9 @@ class Gate(nn.Module):
         with torch.autocast(gate_input.device.type, enabled=False):
             return self.score(self._jittered(gate_input.float(), generator), generator)
 
+    @abstractmethod
     def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
         """Router logits ``(num_tokens, num_experts)`` of float32 features ``(num_tokens, in_features)``."""
-        raise NotImplementedError
 
     def _jittered(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.training or self.jitter_eps == 0.0:
