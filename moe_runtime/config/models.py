@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 DTypeName = Literal["float32", "float64", "float16", "bfloat16"]
 ResidualRule = Literal["add", "passthrough", "none"]
 Normalize = Literal["before_drop", "after_drop", "none"]
@@ -81,9 +82,7 @@ class SwitchPolicyConfig(StrictModel):
     kind: Literal["switch"]
 
 
-PolicyConfig = Annotated[
-    DensePolicyConfig | TopKPolicyConfig | SwitchPolicyConfig, Field(discriminator="kind")
-]
+PolicyConfig = Annotated[DensePolicyConfig | TopKPolicyConfig | SwitchPolicyConfig, Field(discriminator="kind")]
 
 
 class CapacityConfig(StrictModel):
@@ -109,6 +108,13 @@ class ViewConfig(StrictModel):
         None, description="Half-open range of the flattened token's columns; all when not given."
     )
     shape: list[int] | None = Field(None, description="Shape of what the expert sees; flat when not given.")
+
+    @field_validator("columns")
+    @classmethod
+    def _ascending(cls, columns: tuple[int, int] | None) -> tuple[int, int] | None:
+        if columns is not None and not 0 <= columns[0] < columns[1]:
+            raise ValueError(f"expected [start, stop] with 0 <= start < stop, found {list(columns)}")
+        return columns
 
 
 class ResourcesConfig(StrictModel):
@@ -165,7 +171,7 @@ class LayerConfig(StrictModel):
     allow_non_finite: bool = Field(False, description="Accept NaN and infinities in the input.")
     max_batches_in_flight: int = Field(2, ge=1, description="Batches of this layer that a router has under way.")
     experts_per_actor: int = Field(1, ge=1, description="Neighbouring experts that share an actor.")
-    experts: list[ExpertConfig] = Field(min_length=1, description="Gate rows are the experts in this order.")
+    experts: list[ExpertConfig] = Field(min_length=1, description="The experts; gate rows follow their order.")
 
     @field_validator("item_shape")
     @classmethod
@@ -173,6 +179,19 @@ class LayerConfig(StrictModel):
         if any(size < 1 for size in shape):
             raise ValueError(f"expected sizes of at least 1, found {shape}")
         return shape
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the layer, after ``count`` is expanded."""
+        return sum(expert.count for expert in self.experts)
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> LayerConfig:
+        if isinstance(self.policy, TopKPolicyConfig) and self.policy.k > self.num_experts:
+            raise ValueError(
+                f"policy.k: expected at most {self.num_experts}, the layer's experts, found {self.policy.k}"
+            )
+        return self
 
 
 class RouterConfig(StrictModel):
@@ -203,6 +222,15 @@ class LimitsConfig(StrictModel):
     default_timeout_s: float = Field(10.0, gt=0, description="Deadline of a request that has none.")
     max_timeout_s: float = Field(300.0, gt=0, description="Longest deadline that a request may have.")
 
+    @model_validator(mode="after")
+    def _default_within_maximum(self) -> LimitsConfig:
+        if self.default_timeout_s > self.max_timeout_s:
+            raise ValueError(
+                f"default_timeout_s: expected at most {self.max_timeout_s}, the max_timeout_s, "
+                f"found {self.default_timeout_s}"
+            )
+        return self
+
 
 class DataPlaneConfig(StrictModel):
     """How tokens travel between routers and expert hosts."""
@@ -210,6 +238,13 @@ class DataPlaneConfig(StrictModel):
     port_range: tuple[int, int] | None = Field(
         None, description="Inclusive range of tcp ports that expert hosts bind; any port when not given."
     )
+
+    @field_validator("port_range")
+    @classmethod
+    def _ports(cls, port_range: tuple[int, int] | None) -> tuple[int, int] | None:
+        if port_range is not None and not 1 <= port_range[0] <= port_range[1] <= 65535:
+            raise ValueError(f"expected [first, last] with 1 <= first <= last <= 65535, found {list(port_range)}")
+        return port_range
 
 
 class RuntimeConfig(StrictModel):
