@@ -87,20 +87,32 @@ def combine(
     """
     _check_tokens(tokens, plan)
     _check_outputs(tokens, expert_outputs, plan, residual=residual, served=served)
+    if served is not None and bool(served.all()):
+        served = None
     weights = _final_weights(plan, served)
     by_choice = _by_token_then_choice(plan, served)
     token_ids = plan.token_ids[by_choice]
     sums = _weighted_sums(
-        expert_outputs, weights if weight_on == "output" else None, by_choice,
-        token_ids=token_ids, num_tokens=tokens.shape[0],
-    )  # fmt: skip
+        expert_outputs,
+        weights if weight_on == "output" else None,
+        by_choice,
+        token_ids=token_ids,
+        num_tokens=tokens.shape[0],
+    )
+    outputs = _with_residual(sums, tokens, token_ids, residual=residual)
+    return Combined(outputs=outputs.to(expert_outputs.dtype), weights=weights.detach().float())
+
+
+def _with_residual(sums: Tensor, tokens: Tensor, token_ids: Tensor, *, residual: ResidualRule) -> Tensor:
+    """``sums``, changed in place, with what each token keeps of itself; ``token_ids`` have an answer."""
     if residual == "add":
-        sums = sums + tokens
-    elif residual == "passthrough":
-        answered = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        answered = answered.index_fill(0, token_ids, True)
-        sums = torch.where(_as_column(answered, sums.dim()), sums, tokens.to(sums.dtype))
-    return Combined(outputs=sums.to(expert_outputs.dtype), weights=weights.detach().float())
+        return sums.add_(tokens)
+    if residual == "passthrough":
+        unanswered = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        unanswered = unanswered.index_fill_(0, token_ids, False).nonzero().squeeze(1)
+        if unanswered.shape[0] > 0:
+            return sums.index_copy_(0, unanswered, tokens[unanswered].to(sums.dtype))
+    return sums
 
 
 def _final_weights(plan: DispatchPlan, served: Tensor | None) -> Tensor:
