@@ -130,12 +130,13 @@ class Controller:
         """Where clients find the routers that were started."""
         return [keeper.address for keeper in self._routers if keeper.address is not None]
 
-    def describe(self) -> dict[str, Any]:
-        """Hosts and routers with their states, as plain values."""
+    async def describe(self) -> dict[str, Any]:
+        """Layers as a router sees them, and hosts and routers with their states, as plain values."""
         return {
             "name": self._plan.name,
             "table_version": self._snapshot.table.version,
             "addresses": self.addresses(),
+            "layers": await self._describe_layers(),
             "hosts": [keeper.describe() for keeper in self._hosts],
             "routers": [keeper.describe() for keeper in self._routers],
         }
@@ -176,6 +177,14 @@ class Controller:
         text = "\n".join(dict.fromkeys(str(error) for error in errors))
         kind = PlacementError if all(isinstance(error, PlacementError) for error in errors) else StartError
         raise kind(text) from errors[0]
+
+    async def _describe_layers(self) -> dict[str, Any]:
+        ready = [k.handle for k in self._routers if k.life.state is ReplicaState.READY and k.handle is not None]
+        for description in await self._bounded((router.describe() for router in ready[:1]), _CALL_TIMEOUT_S):
+            if isinstance(description, dict):
+                layers: dict[str, Any] = description.get("layers", {})
+                return layers
+        return {}
 
     async def _adopt_snapshot(self) -> None:
         """Find the routers and take over the newest snapshot that any actor keeps."""

@@ -53,8 +53,8 @@ class ControllerActor:
         return self._controller.addresses()
 
     async def describe(self) -> dict[str, Any]:
-        """Hosts and routers with their states, as plain values."""
-        return self._controller.describe()
+        """Layers, hosts and routers with their states, as plain values."""
+        return await self._controller.describe()
 
     async def close(self, drain_timeout_s: float) -> bool:
         """Drain, then end every actor but this one; whether every request was answered."""

@@ -94,7 +94,7 @@ class HostProcess(Protocol):
         ...
 
     def stop(self) -> None:
-        """Finish what has arrived, stop serving and stop listening. Thread-safe, safe to call twice."""
+        """Stop after the run that is under way, and stop listening. Thread-safe, safe to call twice."""
         ...
 
 

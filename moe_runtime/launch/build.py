@@ -1,0 +1,233 @@
+"""From a loaded configuration to recipes, with every check that needs nothing started."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moe_runtime.config.load import load_config
+from moe_runtime.errors import ConfigError, PlugInError, WeightsError
+from moe_runtime.experts.build import initial_module
+from moe_runtime.experts.registry import check_plug_ins
+from moe_runtime.experts.spec import expert_contract
+from moe_runtime.experts.weights import load_into, load_weights
+from moe_runtime.launch.expansion import expand_experts, name_mistakes
+from moe_runtime.launch.gates import gate_seed, load_gate
+from moe_runtime.launch.packing import pack_experts
+from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary
+from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.rules import check_rules, resolve_residual
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Any
+
+    from moe_runtime.config.load import LoadedConfig
+    from moe_runtime.config.models import RuntimeConfig
+    from moe_runtime.launch.expansion import ExpandedExpert
+
+
+def validate(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> ConfigSummary:
+    """What a configuration would serve, after every check that needs nothing started.
+
+    Args:
+        source: What ``serve`` takes.
+
+    Raises:
+        ConfigError: With one line per mistake: the key's path, what was expected, what was found.
+    """
+    loaded = load_config(source)
+    config = loaded.config
+    return ConfigSummary(
+        name=config.name,
+        layers=tuple(_summary(layer) for layer in build_layers(loaded)),
+        num_routers=config.router.replicas,
+        address=config.router.address,
+    )
+
+
+def build_layers(loaded: LoadedConfig) -> tuple[LayerRecipe, ...]:
+    """The recipes of all layers.
+
+    Checks plug-ins, kinds, options, views and shapes on the meta device, weight files against their manifest and
+    their module, names, routing rules, and what the device rules out.
+
+    Raises:
+        ConfigError: With one line per mistake. Where mistakes are of one kind only, it is that kind's error:
+            ``PlugInError`` or ``WeightsError``.
+    """
+    mistakes = _Mistakes()
+    try:
+        check_plug_ins(loaded.config.plug_ins)
+    except PlugInError as exc:
+        mistakes.add(exc)
+    recipes = [_LayerCheck(loaded, name, mistakes).recipe() for name in loaded.config.layers]
+    mistakes.raise_any()
+    return tuple(recipe for recipe in recipes if recipe is not None)
+
+
+@dataclass
+class _Mistakes:
+    """Collects mistakes, so that all of them are told at once."""
+
+    lines: list[str] = field(default_factory=list)
+    kinds: set[type[ConfigError]] = field(default_factory=set)
+
+    def add(self, error: ConfigError, *, prefix: str = "", instead_of: str = "") -> None:
+        """Take over an error's lines; ``prefix`` goes before each, in the place of ``instead_of``."""
+        self.lines += [prefix + line.removeprefix(instead_of) for line in str(error).splitlines()]
+        self.kinds.add(type(error))
+
+    def raise_any(self) -> None:
+        """Raise what was collected, if anything was."""
+        if self.lines:
+            kind = next(iter(self.kinds)) if len(self.kinds) == 1 else ConfigError
+            raise kind("\n".join(dict.fromkeys(self.lines)))
+
+
+class _LayerCheck:
+    """Checks one layer of a configuration, and makes its recipe if nothing is wrong with it."""
+
+    def __init__(self, loaded: LoadedConfig, name: str, mistakes: _Mistakes) -> None:
+        self._loaded = loaded
+        self._name = name
+        self._key = f"layers.{name}"
+        self._layer = loaded.config.layers[name]
+        self._mistakes = mistakes
+        self._experts = expand_experts(loaded, name)
+
+    def recipe(self) -> LayerRecipe | None:
+        """The recipe; None, and more mistakes, where there are some."""
+        num_before = len(self._mistakes.lines)
+        for line in name_mistakes(self._name, self._layer):
+            self._mistakes.add(ConfigError(line))
+        self._check_devices()
+        out_shape = self._check_experts()
+        self._check_gate()
+        if out_shape is not None:
+            self._check_rules(out_shape)
+        if out_shape is None or len(self._mistakes.lines) > num_before:
+            return None
+        return self._make(out_shape)
+
+    def _make(self, out_shape: tuple[int, ...]) -> LayerRecipe:
+        layer = self._layer
+        item_shape = tuple(layer.item_shape)
+        return LayerRecipe(
+            name=self._name,
+            item_shape=item_shape,
+            out_shape=out_shape,
+            dtype=layer.dtype,
+            gate=layer.gate,
+            gate_weights=self._gate_weights,
+            gate_seed=gate_seed(self._loaded.config.seed, self._name),
+            gate_features=self._gate_features,
+            policy=layer.policy,
+            capacity=layer.capacity,
+            residual=resolve_residual(layer.residual, item_shape=item_shape, out_shape=out_shape),
+            weight_on=layer.weight_on,
+            timeout_s=layer.timeout_ms / 1000.0,
+            allow_non_finite=layer.allow_non_finite,
+            max_batches_in_flight=layer.max_batches_in_flight,
+            experts_per_actor=layer.experts_per_actor,
+            experts=tuple(expert.recipe for expert in self._experts),
+        )
+
+    @property
+    def _gate_features(self) -> int:
+        return self._layer.gate.in_features or math.prod(self._layer.item_shape)
+
+    @property
+    def _gate_weights(self) -> str | None:
+        weights = self._layer.gate.weights
+        return None if weights is None else str(self._loaded.resolve(weights))
+
+    def _check_devices(self) -> None:
+        if self._loaded.config.device != "cpu":
+            return
+        for index, block in enumerate(self._layer.experts):
+            if block.resources.num_gpus:
+                key = f"{self._key}.experts.{index}.resources.num_gpus"
+                self._mistakes.add(
+                    ConfigError(f"{key}: expected 0 or nothing with device cpu, found {block.resources.num_gpus:g}")
+                )
+
+    def _check_experts(self) -> tuple[int, ...] | None:
+        """The shape on which all experts agree; None, and more mistakes, where they do not or cannot be built."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for expert in self._experts:
+            shape = self._out_shape(expert) if expert.is_first else shapes.get(expert.key)
+            if shape is not None:
+                shapes[expert.key] = shape
+                self._check_weights(expert)
+        first_key = next(iter(shapes), None)
+        if first_key is None:
+            return None
+        for key, shape in shapes.items():
+            if shape != shapes[first_key]:
+                self._mistakes.add(
+                    ConfigError(
+                        f"{key}: expected output rows of shape {list(shapes[first_key])}, which {first_key} gives, "
+                        f"found {list(shape)}"
+                    )
+                )
+        return shapes[first_key]
+
+    def _out_shape(self, expert: ExpandedExpert) -> tuple[int, ...] | None:
+        spec = expert.recipe.spec
+        try:
+            return tuple(expert_contract(spec).out_shape)
+        except ConfigError as exc:
+            self._mistakes.add(exc, prefix=expert.key, instead_of=spec.where)
+            return None
+
+    def _check_weights(self, expert: ExpandedExpert) -> None:
+        spec = expert.recipe.spec
+        if spec.weights is None:
+            return
+        try:
+            load_into(initial_module(spec), load_weights(spec.weights).tensors)
+        except WeightsError as exc:
+            self._mistakes.add(exc, prefix=f"{expert.key}.weights: ")
+
+    def _check_gate(self) -> None:
+        try:
+            load_gate(
+                self._layer.gate,
+                weights=self._gate_weights,
+                in_features=self._gate_features,
+                num_experts=len(self._experts),
+                seed=0,
+            )
+        except WeightsError as exc:
+            self._mistakes.add(exc, prefix=f"{self._key}.gate.weights: ")
+
+    def _check_rules(self, out_shape: tuple[int, ...]) -> None:
+        layer = self._layer
+        item_shape = tuple(layer.item_shape)
+        try:
+            policy = build_policy(layer.policy, num_experts=len(self._experts))
+            check_rules(
+                policy,
+                capacity=layer.capacity,
+                residual=resolve_residual(layer.residual, item_shape=item_shape, out_shape=out_shape),
+                weight_on=layer.weight_on,
+                item_shape=item_shape,
+                out_shape=out_shape,
+            )
+        except ConfigError as exc:
+            self._mistakes.add(exc, prefix=f"{self._key}.")
+
+
+def _summary(layer: LayerRecipe) -> LayerSummary:
+    return LayerSummary(
+        name=layer.name,
+        item_shape=layer.item_shape,
+        out_shape=layer.out_shape,
+        dtype=layer.dtype,
+        policy=layer.policy.kind,
+        experts={expert.spec.name: expert.spec.kind for expert in layer.experts},
+        num_actors=len(pack_experts(layer.experts, experts_per_actor=layer.experts_per_actor)),
+    )

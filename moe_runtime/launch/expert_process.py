@@ -1,0 +1,93 @@
+"""One expert host: experts from their specs, and the loop that serves them in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_runtime.errors import StartError
+from moe_runtime.experts.build import build_expert
+from moe_runtime.experts.host import ExpertHost
+from moe_runtime.ray_backend.plan import HostReport
+from moe_runtime.service.host_loop import HostLoop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moe_runtime.launch.recipes import HostSpec
+    from moe_runtime.service.ports import HostTransport
+
+_LOG = logging.getLogger(__name__)
+
+
+class ExpertProcess:
+    """Serves the experts of one host. ``start`` is called once; ``stop`` and ``join`` from any thread."""
+
+    def __init__(self, spec: HostSpec, *, open_transport: Callable[[], HostTransport], num_threads: int | None) -> None:
+        """Keep what to serve.
+
+        Args:
+            spec: The experts and their device.
+            open_transport: Makes the host's end of the data plane.
+            num_threads: Torch threads of the whole process; None leaves them as they are.
+        """
+        self._spec = spec
+        self._open_transport = open_transport
+        self._num_threads = num_threads
+        self._loop: HostLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._reason = "it was not started"
+
+    def start(self) -> HostReport:
+        """Build the experts, listen, and serve.
+
+        Raises:
+            ConfigError: If an expert cannot be built.
+            StartError: If nothing can be bound.
+        """
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        device = torch.device("cuda", 0) if self._spec.device == "cuda" else torch.device("cpu")
+        experts = {hosted.replica_id: build_expert(hosted.spec, device=device) for hosted in self._spec.experts}
+        transport = self._open_transport()
+        self._loop = HostLoop(ExpertHost(experts, device=device), transport)
+        self._thread = threading.Thread(
+            target=self._serve, args=(self._loop, transport), name=f"moe-host-{self._spec.host_id}", daemon=True
+        )
+        self._thread.start()
+        return HostReport(
+            endpoint=transport.endpoint,
+            device=str(device),
+            num_threads=torch.get_num_threads(),
+            weights_versions={replica_id: expert.weights_version for replica_id, expert in experts.items()},
+        )
+
+    def join(self) -> str:
+        """Wait until serving has ended, and say why.
+
+        Raises:
+            StartError: If it was never started.
+        """
+        if self._thread is None:
+            raise StartError(f"expert host {self._spec.host_id}: {self._reason}")
+        self._thread.join()
+        return self._reason
+
+    def stop(self) -> None:
+        """Stop after the run that is under way, and stop listening. Safe to call twice."""
+        if self._loop is not None and self._thread is not None:
+            self._loop.stop()
+            self._thread.join()
+
+    def _serve(self, loop: HostLoop, transport: HostTransport) -> None:
+        try:
+            loop.run()
+            self._reason = "it was stopped"
+        except Exception as exc:
+            _LOG.exception("expert host %s: its loop failed", self._spec.host_id)
+            self._reason = f"its loop failed: {type(exc).__name__}: {exc}"
+        finally:
+            transport.close()

@@ -1,0 +1,40 @@
+"""What the actors are given: picklable makers of their processes, on the ZeroMQ transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from moe_runtime.launch.expert_process import ExpertProcess
+from moe_runtime.launch.router_process import RouterProcess
+from moe_runtime.transport.zmq_host import ZmqHostTransport
+from moe_runtime.transport.zmq_router import ZmqTransport
+
+if TYPE_CHECKING:
+    from moe_runtime.launch.recipes import HostSpec, RouterRecipe
+    from moe_runtime.ray_backend.plan import Location
+
+
+@dataclass(frozen=True)
+class ExpertProcessFactory:
+    """Makes one expert host's process where its actor runs."""
+
+    spec: HostSpec
+
+    def __call__(self, location: Location, *, num_threads: int) -> ExpertProcess:
+        """The process, not yet started."""
+        open_transport = partial(ZmqHostTransport, node=location.node, ip=location.ip, port_range=self.spec.port_range)
+        return ExpertProcess(self.spec, open_transport=open_transport, num_threads=num_threads)
+
+
+@dataclass(frozen=True)
+class RouterProcessFactory:
+    """Makes a router's process where its actor runs."""
+
+    recipe: RouterRecipe
+
+    def __call__(self, location: Location) -> RouterProcess:
+        """The process, not yet started."""
+        open_transport = partial(ZmqTransport, node=location.node)
+        return RouterProcess(self.recipe, open_transport=open_transport, node=location.node)

@@ -1,0 +1,38 @@
+"""A layer's gate, from its weights or its seed."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from moe_runtime.experts.weights import load_into, load_weights
+from moe_runtime.routing.gates import build_gate
+
+if TYPE_CHECKING:
+    from moe_runtime.config.models import GateConfig
+    from moe_runtime.routing.gates import Gate
+
+
+def gate_seed(seed: int, layer: str) -> int:
+    """The stream of the runtime's seed that initialises the gate of one layer."""
+    # Layers of equal shape would otherwise start with equal gates.
+    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}/gate".encode()).digest()[:7], "little")
+
+
+def load_gate(config: GateConfig, *, weights: str | None, in_features: int, num_experts: int, seed: int) -> Gate:
+    """A float32 gate in eval mode.
+
+    Args:
+        config: The gate's block.
+        weights: Absolute path of a safetensors file whose keys are the gate's parameters; None takes the seed.
+        in_features: Width of the gate's input.
+        num_experts: Experts of the layer.
+        seed: Initialises the gate where there are no weights.
+
+    Raises:
+        WeightsError: With one line per mistake: the file is missing, corrupt, or does not fit the gate.
+    """
+    gate = build_gate(config, in_features=in_features, num_experts=num_experts, seed=seed)
+    if weights is not None:
+        load_into(gate, load_weights(weights).tensors)
+    return gate.eval()

@@ -1,0 +1,127 @@
+"""A whole runtime as threads of this process, without Ray: for tests, notebooks and small jobs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.launch.expert_process import ExpertProcess
+from moe_runtime.launch.router_process import RouterProcess
+from moe_runtime.ray_backend.addresses import router_addresses
+from moe_runtime.service.routing_table import Replica, ReplicaState, RoutingTable
+from moe_runtime.transport.in_process import InProcessNetwork
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from moe_runtime.launch.recipes import HostSpec, RouterRecipe
+    from moe_runtime.ray_backend.plan import HostReport
+
+
+class InProcessSession:
+    """Hosts and routers as threads. Nothing is supervised: what fails stays failed."""
+
+    def __init__(self, recipe: RouterRecipe, hosts: Sequence[HostSpec], *, num_threads: int | None) -> None:
+        """Keep what to run.
+
+        Args:
+            recipe: What the routers serve.
+            hosts: The expert hosts.
+            num_threads: Torch threads of this process; None leaves them as they are.
+        """
+        self._recipe = recipe
+        self._specs = tuple(hosts)
+        self._node = socket.gethostname()
+        self._network = InProcessNetwork()
+        self._hosts = [
+            ExpertProcess(
+                spec,
+                open_transport=partial(self._network.host_transport, node=self._node),
+                num_threads=num_threads,
+            )
+            for spec in self._specs
+        ]
+        self._routers = [
+            RouterProcess(recipe, open_transport=self._network.router_transport, node=self._node)
+            for _ in range(recipe.router.replicas)
+        ]
+        self._addresses: list[str] = []
+
+    def start(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Build and start everything; what was started is stopped again if something fails.
+
+        Raises:
+            ConfigError: If an expert or a gate cannot be built.
+            StartError: If an address cannot be bound.
+        """
+        try:
+            self._start(on_progress or _ignore)
+        except BaseException:
+            self.close(drain_timeout_s=0.0)
+            raise
+
+    def addresses(self) -> list[str]:
+        """Where clients find the routers."""
+        return list(self._addresses)
+
+    def describe(self) -> dict[str, Any]:
+        """Layers, hosts and routers, as plain values."""
+        return {
+            "name": self._recipe.runtime,
+            "addresses": self.addresses(),
+            "hosts": [self._describe_host(spec) for spec in self._specs],
+            "routers": [
+                {"index": i, "address": address, "state": str(ReplicaState.READY), "pid": os.getpid()}
+                for i, address in enumerate(self._addresses)
+            ],
+            **self._routers[0].describe(),
+        }
+
+    def close(self, *, drain_timeout_s: float) -> bool:
+        """Drain, then stop everything; whether every request was answered. Safe to call twice."""
+        drained = [router.drain(drain_timeout_s) for router in self._routers]
+        for router in self._routers:
+            router.close()
+        for host in self._hosts:
+            host.stop()
+        return all(drained)
+
+    def _start(self, on_progress: Callable[[int, int], None]) -> None:
+        num_actors = len(self._hosts) + len(self._routers)
+        replicas: dict[tuple[str, int], tuple[Replica, ...]] = {}
+        for num_ready, (spec, host) in enumerate(zip(self._specs, self._hosts, strict=True), start=1):
+            report = host.start()
+            for hosted in spec.experts:
+                key = (hosted.spec.layer, hosted.spec.expert_id)
+                replicas[key] = (_replica(hosted.replica_id, report),)
+            on_progress(num_ready, num_actors)
+        addresses = router_addresses(self._recipe.router.address, [self._node] * len(self._routers))
+        for router, address in zip(self._routers, addresses, strict=True):
+            self._addresses.append(router.start(address))
+            router.set_table(RoutingTable(1, replicas))
+        on_progress(num_actors, num_actors)
+
+    def _describe_host(self, spec: HostSpec) -> dict[str, Any]:
+        return {
+            "host_id": spec.host_id,
+            "state": str(ReplicaState.READY),
+            "node": self._node,
+            "pid": os.getpid(),
+            "replicas": [hosted.replica_id for hosted in spec.experts],
+        }
+
+
+def _replica(replica_id: str, report: HostReport) -> Replica:
+    return Replica(
+        replica_id=replica_id,
+        endpoint=report.endpoint,
+        weights_version=report.weights_versions[replica_id],
+        device=report.device,
+        pid=os.getpid(),
+    )
+
+
+def _ignore(_num_ready: int, _num_actors: int) -> None:
+    """Nobody wants to know."""

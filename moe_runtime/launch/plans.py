@@ -1,0 +1,66 @@
+"""The desired state of a runtime on Ray, from its recipes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
+from moe_runtime.launch.packing import plan_hosts
+from moe_runtime.ray_backend.addresses import is_loopback, split_address
+from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
+
+if TYPE_CHECKING:
+    from moe_runtime.config.models import ResourcesConfig, RuntimeConfig
+    from moe_runtime.launch.recipes import HostSpec, RouterRecipe
+    from moe_runtime.ray_backend.cluster import Cluster
+
+#: Without a sign of life from the process that serves, its runtime is torn down after so long.
+LEASE_S = 10.0
+
+
+def plan_runtime(config: RuntimeConfig, recipe: RouterRecipe, *, cluster: Cluster, detach: bool) -> RuntimePlan:
+    """What the controller keeps alive.
+
+    Args:
+        config: Gives name, device, threads and timeouts.
+        recipe: What the routers serve, and the experts.
+        cluster: Where it will run.
+        detach: Whether it lives without a lease.
+    """
+    hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
+    host, _ = split_address(config.router.address)
+    return RuntimePlan(
+        name=config.name,
+        hosts=tuple(_host_plan(spec) for spec in hosts),
+        routers=RoutersPlan(
+            count=config.router.replicas,
+            address=config.router.address,
+            factory=RouterProcessFactory(recipe),
+            # Only this machine reaches a loopback address, and the one who serves is on it.
+            node_id=cluster.node_id if is_loopback(host) else None,
+        ),
+        num_threads=None if config.threads == "auto" else config.threads,
+        start_timeout_s=config.start_timeout_s,
+        lease_s=None if detach else LEASE_S,
+    )
+
+
+def _host_plan(spec: HostSpec) -> HostPlan:
+    return HostPlan(
+        host_id=spec.host_id,
+        replicas=tuple(
+            ReplicaPlan(hosted.spec.layer, hosted.spec.expert_id, hosted.replica_id) for hosted in spec.experts
+        ),
+        demand=_demand(spec.resources),
+        factory=ExpertProcessFactory(spec),
+    )
+
+
+def _demand(resources: ResourcesConfig) -> Demand:
+    return Demand(
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus or 0.0,
+        memory_bytes=resources.memory_bytes,
+        custom=resources.custom,
+        node_labels=resources.node_labels,
+    )

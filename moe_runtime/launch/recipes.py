@@ -1,0 +1,133 @@
+"""What a checked configuration becomes: plain values from which any process can build its part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from moe_runtime.config.models import (
+        CapacityConfig,
+        DTypeName,
+        GateConfig,
+        LimitsConfig,
+        PolicyConfig,
+        ResidualRule,
+        ResourcesConfig,
+        RouterConfig,
+        WeightOn,
+    )
+    from moe_runtime.experts.spec import ExpertSpec
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ExpertRecipe:
+    """One expert, after ``count`` was expanded: what to build, and what its actor asks for."""
+
+    spec: ExpertSpec
+    resources: ResourcesConfig
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """One layer, checked: everything that a router builds its side from, and the experts for the hosts.
+
+    Attributes:
+        name: The layer's.
+        item_shape: Shape of one token.
+        out_shape: Shape of one output row, on which all experts agree.
+        dtype: Of tokens, experts and answers.
+        gate: The gate's block.
+        gate_weights: Absolute path of its weights; None initialises it from ``gate_seed``.
+        gate_seed: The layer's own stream of the runtime's seed.
+        gate_features: Width of the gate's input.
+        policy: The policy's block.
+        capacity: The capacity's block.
+        residual: The residual rule, resolved.
+        weight_on: Where weights are applied.
+        timeout_s: Bounds a batch, from its dispatch.
+        allow_non_finite: Whether the input may hold NaN and infinities.
+        max_batches_in_flight: Batches of this layer under way at once.
+        experts_per_actor: Neighbouring experts that share an actor.
+        experts: In the order of the gate's rows.
+    """
+
+    name: str
+    item_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    dtype: DTypeName
+    gate: GateConfig
+    gate_weights: str | None
+    gate_seed: int
+    gate_features: int
+    policy: PolicyConfig
+    capacity: CapacityConfig
+    residual: ResidualRule
+    weight_on: WeightOn
+    timeout_s: float
+    allow_non_finite: bool
+    max_batches_in_flight: int
+    experts_per_actor: int
+    experts: tuple[ExpertRecipe, ...]
+
+
+@dataclass(frozen=True)
+class HostedExpert:
+    """One replica of an expert on a host: ``replica_id`` is ``<layer>/<expert name>/<n>``."""
+
+    replica_id: str
+    spec: ExpertSpec
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What one expert host builds and serves.
+
+    Attributes:
+        host_id: Unique in the runtime, ``<layer>/<name of its first expert>``.
+        experts: Its experts.
+        device: Where they compute.
+        resources: What its actor asks for; ``num_gpus`` is resolved.
+        port_range: Inclusive range of tcp ports to bind; any port when None.
+    """
+
+    host_id: str
+    experts: tuple[HostedExpert, ...]
+    device: Device
+    resources: ResourcesConfig
+    port_range: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class RouterRecipe:
+    """What every router of a runtime builds and serves."""
+
+    runtime: str
+    layers: tuple[LayerRecipe, ...]
+    router: RouterConfig
+    limits: LimitsConfig
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What ``validate`` says of one layer; ``experts`` maps names to kinds."""
+
+    name: str
+    item_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    dtype: str
+    policy: str
+    experts: dict[str, str]
+    num_actors: int
+
+
+@dataclass(frozen=True)
+class ConfigSummary:
+    """What ``validate`` says of a configuration that can be served."""
+
+    name: str
+    layers: tuple[LayerSummary, ...]
+    num_routers: int
+    address: str

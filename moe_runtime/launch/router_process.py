@@ -1,0 +1,131 @@
+"""One router: gates and rules from recipes, the service, its transport, and the gRPC server before it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_runtime.errors import StartError
+from moe_runtime.launch.gates import load_gate
+from moe_runtime.routing.policies import build_policy
+from moe_runtime.rpc.server import RpcServer
+from moe_runtime.service.layer import ExpertInfo, RoutedLayer
+from moe_runtime.service.router_service import RouterService
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from moe_runtime.launch.recipes import LayerRecipe, RouterRecipe
+    from moe_runtime.service.ports import Transport
+    from moe_runtime.service.routing_table import RoutingTable
+
+#: How long answers that are ready may take to leave when the server stops.
+_GRACE_S = 2.0
+
+
+def build_routed_layer(recipe: LayerRecipe) -> RoutedLayer:
+    """A layer as the router sees it.
+
+    Raises:
+        ConfigError: If the gate's weights or the policy do not work.
+    """
+    num_experts = len(recipe.experts)
+    gate = load_gate(
+        recipe.gate,
+        weights=recipe.gate_weights,
+        in_features=recipe.gate_features,
+        num_experts=num_experts,
+        seed=recipe.gate_seed,
+    )
+    return RoutedLayer(
+        name=recipe.name,
+        item_shape=recipe.item_shape,
+        out_shape=recipe.out_shape,
+        dtype=getattr(torch, recipe.dtype),
+        gate=gate,
+        gate_features=recipe.gate_features,
+        policy=build_policy(recipe.policy, num_experts=num_experts),
+        policy_kind=recipe.policy.kind,
+        capacity=recipe.capacity,
+        residual=recipe.residual,
+        weight_on=recipe.weight_on,
+        timeout_s=recipe.timeout_s,
+        allow_non_finite=recipe.allow_non_finite,
+        max_batches_in_flight=recipe.max_batches_in_flight,
+        experts=tuple(
+            ExpertInfo(expert.spec.expert_id, expert.spec.name, expert.spec.kind) for expert in recipe.experts
+        ),
+    )
+
+
+class RouterProcess:
+    """Serves the layers of a runtime over gRPC. Used by one thread at a time; nothing runs before ``start``."""
+
+    def __init__(self, recipe: RouterRecipe, *, open_transport: Callable[[], Transport], node: str) -> None:
+        """Keep what to serve.
+
+        Args:
+            recipe: The layers and limits.
+            open_transport: Makes the router's end of the data plane.
+            node: Name of the node that it runs on.
+        """
+        self._recipe = recipe
+        self._open_transport = open_transport
+        self._node = node
+        self._service: RouterService | None = None
+        self._server: RpcServer | None = None
+
+    def start(self, address: str) -> str:
+        """Build the layers, bind and serve; returns the bound ``host:port``.
+
+        Raises:
+            ConfigError: If a gate cannot be built.
+            StartError: If the address cannot be bound.
+        """
+        layers = {layer.name: build_routed_layer(layer) for layer in self._recipe.layers}
+        service = RouterService(
+            layers,
+            self._open_transport(),
+            router=self._recipe.router,
+            limits=self._recipe.limits,
+            node=self._node,
+        )
+        info = {"name": self._recipe.runtime, "node": self._node}
+        server = RpcServer(service, address=address, limits=self._recipe.limits, info=info)
+        service.start()
+        try:
+            bound = server.start()
+        except StartError:
+            service.close()
+            raise
+        self._service, self._server = service, server
+        return bound
+
+    def set_table(self, table: RoutingTable) -> None:
+        """Route by this table from the next batch on, unless a newer one is there."""
+        if self._service is not None:
+            self._service.set_table(table)
+
+    def describe(self) -> dict[str, Any]:
+        """Layers, experts and replicas, as plain values."""
+        return {} if self._service is None else self._service.describe()
+
+    def status(self) -> dict[str, Any]:
+        """Counters and load, as plain values."""
+        return {} if self._service is None else self._service.status()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those in flight; whether all were answered in time."""
+        if self._service is None or self._server is None:
+            return True
+        # Load balancers first: they stop sending before anything is refused.
+        self._server.drain()
+        return self._service.drain(timeout_s)
+
+    def close(self) -> None:
+        """Stop serving; answers that are ready still leave. Safe to call twice."""
+        if self._server is not None:
+            self._server.stop(_GRACE_S)
+        if self._service is not None:
+            self._service.close()

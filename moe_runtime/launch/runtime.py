@@ -1,0 +1,199 @@
+"""``serve``: a configuration becomes a running system, and what it returns ends it again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from moe_runtime.config.load import LoadedConfig, load_config
+from moe_runtime.errors import StartError
+from moe_runtime.launch.build import build_layers
+from moe_runtime.launch.in_process import InProcessSession
+from moe_runtime.launch.packing import plan_hosts
+from moe_runtime.launch.plans import plan_runtime
+from moe_runtime.launch.recipes import RouterRecipe
+from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    from moe_runtime.config.models import RuntimeConfig
+    from moe_runtime.ray_backend.cluster import Cluster
+
+#: How long requests in flight may take when a runtime is closed.
+DEFAULT_DRAIN_TIMEOUT_S = 30.0
+
+
+class Session(Protocol):
+    """What runs a runtime: actors on Ray, or threads of this process."""
+
+    def addresses(self) -> list[str]:
+        """Where clients find the routers."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Layers, hosts and routers, as plain values."""
+        ...
+
+    def close(self, *, drain_timeout_s: float) -> bool:
+        """Drain and end everything; whether every request was answered. Safe to call twice."""
+        ...
+
+
+class Runtime:
+    """A runtime that serves. A context manager: at its end it is closed, or, if detached, left running."""
+
+    def __init__(self, session: Session, *, cluster: Cluster | None = None, detached: bool = False) -> None:
+        """Take over what ``serve`` started."""
+        self._session = session
+        self._cluster = cluster
+        self._detached = detached
+        self._addresses = tuple(session.addresses())
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the first router."""
+        return self._addresses[0]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """``host:port`` of every router."""
+        return self._addresses
+
+    def describe(self) -> dict[str, Any]:
+        """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.
+
+        Raises:
+            StartError: If the runtime's controller does not answer.
+        """
+        return self._session.describe()
+
+    def close(self, drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S) -> bool:
+        """End the runtime: routers refuse new requests and answer those in flight, then everything stops.
+
+        Args:
+            drain_timeout_s: How long the requests in flight may take; what is not answered then gets
+                ``UnavailableError``.
+
+        Returns:
+            Whether every request was answered in time. Safe to call twice.
+        """
+        try:
+            return self._session.close(drain_timeout_s=drain_timeout_s)
+        finally:
+            self._disconnect()
+
+    def leave(self) -> None:
+        """Let a detached runtime run on without this process.
+
+        Raises:
+            StartError: If it is not detached: it would end when its lease does.
+        """
+        if not self._detached:
+            raise StartError("expected a runtime that was served with detach=True, found one with a lease; close it")
+        self._disconnect()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._detached:
+            self.leave()
+        else:
+            self.close()
+
+    def _disconnect(self) -> None:
+        if self._cluster is not None:
+            self._cluster.disconnect()
+
+
+def serve(
+    config: str | Path | Mapping[str, Any] | RuntimeConfig,
+    *,
+    ray: bool = True,
+    ray_address: str | None = None,
+    address: str | None = None,
+    detach: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Runtime:
+    """Check a configuration, start it, and return when it serves.
+
+    Uses Ray as it is initialised, and leaves it running; else the cluster at ``ray_address`` or ``RAY_ADDRESS``;
+    else it starts Ray in this process, which ends with the runtime. The runtime lives as long as this process
+    renews its lease: 10 s without that, and its actors are torn down.
+
+    Args:
+        config: Path of a YAML file, a mapping of the same form, or a finished configuration.
+        ray: Whether experts and routers are Ray actors; otherwise they are threads of this process.
+        ray_address: Address of the cluster to join; ``local`` starts one here.
+        address: ``HOST:PORT`` of the first router, instead of the configuration's.
+        detach: Let the runtime outlive this process; needs a cluster that does.
+        on_progress: Called with the number of actors that are ready, and of all.
+
+    Raises:
+        ConfigError: If the configuration cannot work; one line per mistake.
+        AlreadyRunningError: If a runtime of this name runs on the cluster.
+        PlacementError: If the cluster has no room for an actor within ``start_timeout_s``.
+        StartError: If something did not start, or ``detach`` has no cluster to stay on. Nothing is left behind.
+    """
+    loaded = _with_address(load_config(config), address)
+    if not ray:
+        if detach:
+            raise StartError("detach: expected ray=True: threads of this process cannot outlive it")
+        return _serve_in_process(loaded, on_progress)
+    return _serve_on_ray(loaded, ray_address=ray_address, detach=detach, on_progress=on_progress)
+
+
+def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], None] | None) -> Runtime:
+    config = loaded.config
+    recipe = _router_recipe(loaded)
+    hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
+    session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
+    session.start(on_progress)
+    return Runtime(session)
+
+
+def _serve_on_ray(
+    loaded: LoadedConfig,
+    *,
+    ray_address: str | None,
+    detach: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> Runtime:
+    if detach and not is_initialised() and existing_address(ray_address) is None:
+        raise StartError(
+            "detach: expected a cluster that outlives this process, found none: "
+            "start one with `ray start --head`, or give its address"
+        )
+    # Before the cluster is touched: most mistakes are in the configuration.
+    recipe = _router_recipe(loaded)
+    demands = [expert.resources.num_cpus for layer in recipe.layers for expert in layer.experts]
+    cluster = connect(ray_address, total_cpus=sum(demands))
+    try:
+        # Not before: Ray reads how to authenticate when it is imported.
+        from moe_runtime.ray_backend.session import launch
+
+        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=detach)
+        return Runtime(launch(plan, on_progress=on_progress), cluster=cluster, detached=detach)
+    except BaseException:
+        cluster.disconnect()
+        raise
+
+
+def _router_recipe(loaded: LoadedConfig) -> RouterRecipe:
+    config = loaded.config
+    return RouterRecipe(config.name, build_layers(loaded), config.router, config.limits)
+
+
+def _with_address(loaded: LoadedConfig, address: str | None) -> LoadedConfig:
+    if address is None:
+        return loaded
+    # Through the model again, which checks it.
+    data = loaded.config.model_dump()
+    data["router"]["address"] = address
+    return LoadedConfig(load_config(data).config, loaded.base_dir)
