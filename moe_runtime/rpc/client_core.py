@@ -165,9 +165,9 @@ class ClientCall(Generic[ResultT]):
             return
         delay_s = self._delay_s(error)
         in_time = self._deadline is None or self._core.now() + delay_s < self._deadline
-        if not in_time or self._num_attempts >= self._core.retry_policy.max_attempts:
-            raise error
-        if not self._core.retry_budget.spend():
+        may_retry = in_time and self._num_attempts < self._core.retry_policy.max_attempts
+        if not may_retry or not self._core.retry_budget.spend():
+            error.add_note(f"after {self._num_attempts} attempts, the last at {self.attempt.address}")
             raise error
         self.attempt = self._next_attempt(method, body, delay_s=delay_s)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from moe_runtime.errors import ProtocolError, ProtocolVersionError
+from moe_runtime.errors import InvalidRequestError, ProtocolError, ProtocolVersionError
 from moe_runtime.wire.fields import MAX_INT, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS, Fields
 from moe_runtime.wire.framing import (
     INFO_LIMITS,
@@ -38,7 +38,10 @@ def encode_request(request: ForwardRequest) -> bytes:
         message["options"] = options
     if request.return_routing:
         message["return_routing"] = True
-    return _encode(message)
+    try:
+        return _encode(message)
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise InvalidRequestError(f"expected values that msgpack can carry: {exc}") from exc
 
 
 def decode_request(body: bytes | bytearray) -> ForwardRequest:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import msgpack
 
-from moe_runtime.errors import InvalidRequestError, ProtocolError
+from moe_runtime.errors import ProtocolError
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,9 @@ def pack(message: dict[str, Any]) -> bytes:
     """The message's bytes.
 
     Raises:
-        InvalidRequestError: If it holds a value that msgpack cannot carry.
+        TypeError, ValueError, OverflowError: If it holds a value that msgpack cannot carry.
     """
-    try:
-        return msgpack.packb(message)  # type: ignore[no-any-return]  # msgpack has no annotations
-    except (TypeError, ValueError, OverflowError) as exc:
-        raise InvalidRequestError(f"expected values that msgpack can carry: {exc}") from exc
+    return msgpack.packb(message)  # type: ignore[no-any-return]  # msgpack has no annotations
 
 
 def unpack(body: bytes | bytearray, *, limits: FrameLimits) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from moe_runtime.transport.in_process import InProcessNetwork
 
 WIDTH = 4
 NUM_EXPERTS = 2
+WAIT_S = 20.0
 #: Output row of the layer ``wide``: 256 KiB of float32, so that 17 rows exceed one message.
 WIDE = 1 << 16
 LAYER_CHANGES: dict[str, dict[str, Any]] = {
@@ -66,6 +68,13 @@ class LiveRouter:
                 thread.start()
         self.address = self.server.start()
         return self
+
+    def wait_for(self, check: Callable[[dict[str, Any]], bool]) -> None:
+        """Return once the service's status passes a check."""
+        deadline = time.monotonic() + WAIT_S
+        while not check(self.service.status()):
+            assert time.monotonic() < deadline, self.service.status()
+            time.sleep(0)
 
     def free(self) -> None:
         """Let the experts of ``stuck`` work."""

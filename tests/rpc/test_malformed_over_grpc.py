@@ -17,20 +17,18 @@ from hypothesis import strategies as st
 
 from fakes.live_router import WIDTH, LiveRouter, StartRouter
 from fakes.malformed import GOOD, MALFORMED, fields, inputs, options, tensor_map
-from moe_runtime.config.models import LimitsConfig, RouterConfig
+from moe_runtime.config.models import LimitsConfig
 from moe_runtime.errors import (
     DTypeError,
     InvalidRequestError,
     MoERuntimeError,
     NonFiniteError,
-    OverloadedError,
     ProtocolError,
     ProtocolVersionError,
     RequestTooLargeError,
     ShapeError,
     UnknownLayerError,
 )
-from moe_runtime.rpc.client import MoEClient
 from moe_runtime.rpc.methods import ERROR_KEY, FORWARD, FORWARD_STREAM, UNARY_BYTES, path, slices
 from moe_runtime.rpc.status import STATUS_CODES, error_of
 from moe_runtime.wire.codec import decode_reply, encode_info
@@ -218,21 +216,6 @@ def test_http_1_is_turned_away(router: LiveRouter, channel: grpc.Channel) -> Non
         while connection.recv(4096):
             pass
     assert_good_request_succeeds(channel)
-
-
-def test_full_queue_answers_overloaded_at_once_with_a_hint(start_router: StartRouter) -> None:
-    live = start_router(router=RouterConfig(max_queued_tokens=3))
-    with grpc.insecure_channel(live.address) as channel:
-        held = channel.unary_unary(path(FORWARD)).future(fields(layer="stuck"), timeout=20)
-        with MoEClient(live.address) as client:
-            while not client.status()["open_requests"]:
-                pass
-        refusal = assert_refused(OverloadedError, send, channel, GOOD)
-        error = error_of(refusal.code(), refusal.details(), refusal.trailing_metadata())
-        assert isinstance(error, OverloadedError)
-        live.free()
-        held.result()
-        assert_good_request_succeeds(channel)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
