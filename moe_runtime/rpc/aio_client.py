@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 
-#: Larger inputs are encoded in a thread, so that they do not hold up the caller's event loop.
+#: Larger bodies are encoded and decoded in a thread, so that they do not hold up the caller's event loop.
 _INLINE_BYTES = 1 << 20
 
 
@@ -100,7 +100,8 @@ class AsyncMoEClient:
                 error.__cause__ = exc
                 call.failed(error)
             else:
-                return call.succeeded(reply)
+                is_large = len(reply) > _INLINE_BYTES
+                return await asyncio.to_thread(call.succeeded, reply) if is_large else call.succeeded(reply)
 
     async def _send(self, attempt: Attempt) -> bytes:
         channel = self._channel(attempt.address)

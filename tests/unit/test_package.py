@@ -39,7 +39,7 @@ def test_package_and_clients_load_neither_ray_nor_torch_nor_zmq() -> None:
     assert loaded == "[]"
 
 
-@pytest.mark.parametrize("missing", ["torch", "yaml"])
+@pytest.mark.parametrize("missing", ["torch"])
 def test_serving_without_the_runtime_extra_says_what_to_install(missing: str) -> None:
     message = run_python(
         f"""
