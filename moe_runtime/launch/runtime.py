@@ -87,10 +87,10 @@ class Runtime:
             self._disconnect()
 
     def leave(self) -> None:
-        """Let a detached runtime run on without this process.
+        """Let the runtime run on without this object.
 
         Raises:
-            StartError: If it is not detached: it would end when its lease does.
+            StartError: If it was served here without ``detach``: it would end when its lease does.
         """
         if not self._detached:
             raise StartError("expected a runtime that was served with detach=True, found one with a lease; close it")
@@ -147,6 +147,28 @@ def serve(
             raise StartError("detach: expected ray=True: threads of this process cannot outlive it")
         return _serve_in_process(loaded, on_progress)
     return _serve_on_ray(loaded, ray_address=ray_address, detach=detach, on_progress=on_progress)
+
+
+def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
+    """A runtime that runs already, to look at it or to close it; at the end of a ``with`` it is left running.
+
+    Args:
+        name: The runtime's.
+        ray_address: Address of its cluster; ``RAY_ADDRESS``, or Ray as it is initialised, when None.
+
+    Raises:
+        StartError: If there is no such cluster, or no runtime of this name on it.
+    """
+    if not is_initialised() and existing_address(ray_address) is None:
+        raise StartError("attach: expected the address of a Ray cluster, found none; give ray_address or RAY_ADDRESS")
+    cluster = connect(ray_address)
+    try:
+        from moe_runtime.ray_backend.session import attach as attach_session
+
+        return Runtime(attach_session(name), cluster=cluster, detached=True)
+    except BaseException:
+        cluster.disconnect()
+        raise
 
 
 def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], None] | None) -> Runtime:

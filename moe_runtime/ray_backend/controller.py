@@ -20,7 +20,7 @@ from moe_runtime.ray_backend.spawner import within
 from moe_runtime.service.routing_table import ReplicaState, RoutingTable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterable
+    from collections.abc import Awaitable, Coroutine, Iterable
 
     from moe_runtime.ray_backend.plan import Location, RuntimePlan
     from moe_runtime.ray_backend.spawner import ActorHandle, AsyncClock, Spawner
@@ -74,24 +74,28 @@ class Controller:
             PlacementError: If the cluster has no room for an actor in time.
             StartError: If an actor did not start; the message holds every actor's error. Nothing is left behind.
         """
-        self.renew()
         try:
             await self._all_or_nothing([keeper.place() for keeper in self._keepers])
+            addresses = self._addresses()
             # Only now: with threads: auto a host's share of its node depends on who else is there.
             await self._all_or_nothing(
                 [keeper.start() for keeper in self._hosts]
-                + [keeper.start(a) for keeper, a in zip(self._routers, self._addresses(), strict=True)]
+                + [keeper.start(a) for keeper, a in zip(self._routers, addresses, strict=True)]
             )
         except StartError:
             await self.close(drain_timeout_s=0.0)
             raise
         await self._publish()
+        # Whoever asked for the start renews from its end on, and it may have taken longer than a lease.
+        self.renew()
         self._supervise()
 
     async def resume(self) -> None:
         """Take over what an earlier controller of this runtime left running, and go on supervising."""
         self.renew()
-        await asyncio.gather(*(keeper.adopt() for keeper in self._hosts), self._adopt_snapshot())
+        # A host that hangs must not hold up the rest: its keeper tries again by itself.
+        await self._bounded((keeper.adopt() for keeper in self._hosts), _CALL_TIMEOUT_S)
+        await self._adopt_routers()
         await self._publish()
         self._supervise()
 
@@ -142,11 +146,13 @@ class Controller:
         }
 
     def _supervise(self) -> None:
-        loops: list[Awaitable[None]] = [keeper.keep() for keeper in self._keepers]
+        loops: list[Coroutine[Any, Any, None]] = [keeper.keep() for keeper in self._keepers]
         loops.append(self._publish_changes())
         if self._plan.lease_s is not None:
             loops.append(self._watch_lease())
-        self._tasks = [asyncio.ensure_future(_logged(loop)) for loop in loops]
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+        for task in self._tasks:
+            task.add_done_callback(_log_failure)
 
     def _threads_on(self, location: Location) -> int:
         if self._plan.num_threads is not None:
@@ -186,9 +192,9 @@ class Controller:
                 return layers
         return {}
 
-    async def _adopt_snapshot(self) -> None:
+    async def _adopt_routers(self) -> None:
         """Find the routers and take over the newest snapshot that any actor keeps."""
-        # A router that Ray is restarting, or a host that hangs, must not hold up the rest.
+        # Nor must a router that Ray is restarting.
         await self._bounded((keeper.place() for keeper in self._routers), _CALL_TIMEOUT_S)
         handles = [keeper.handle for keeper in self._keepers if keeper.handle is not None]
         kept = await self._bounded((handle.kept() for handle in handles), _CALL_TIMEOUT_S)
@@ -239,9 +245,6 @@ async def _end(handle: ActorHandle) -> None:
     await handle.stop()
 
 
-async def _logged(loop: Awaitable[None]) -> None:
-    try:
-        await loop
-    except Exception:
-        _LOG.exception("a supervising task of the controller failed")
-        raise
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _LOG.error("a supervising task of the controller failed", exc_info=error)

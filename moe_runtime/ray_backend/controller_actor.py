@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -50,15 +51,23 @@ class ControllerActor:
 
     async def addresses(self) -> list[str]:
         """Where clients find the routers."""
+        await self._resumed()
         return self._controller.addresses()
 
     async def describe(self) -> dict[str, Any]:
         """Layers, hosts and routers with their states, as plain values."""
-        return await self._controller.describe()
+        await self._resumed()
+        return {**await self._controller.describe(), "controller_pid": os.getpid()}
 
     async def close(self, drain_timeout_s: float) -> bool:
         """Drain, then end every actor but this one; whether every request was answered."""
+        await self._resumed()
         return await self._controller.close(drain_timeout_s=drain_timeout_s)
+
+    async def _resumed(self) -> None:
+        """Wait until a restarted controller knows its actors again."""
+        if self._resuming is not None:
+            await asyncio.shield(self._resuming)
 
     async def _resume(self) -> None:
         try:

@@ -89,6 +89,11 @@ class HostKeeper:
         """The actor that was placed last."""
         return self._handle
 
+    @property
+    def _who(self) -> str:
+        """How messages name this host."""
+        return f"expert host {self.plan.host_id}"
+
     def find(self) -> bool:
         """Take over the living actor of this host, if there is one; whether there is."""
         self._handle = self._spawner.find_host(self.plan.host_id)
@@ -108,11 +113,9 @@ class HostKeeper:
             self.location = await within(self._clock, timeout_s, self._handle.locate())
         except TimeoutError as exc:
             unmet = self._spawner.explain(self.plan.demand)
-            raise PlacementError(
-                f"expert host {self.plan.host_id}: found no place within {timeout_s:g} s: it {unmet}"
-            ) from exc
+            raise PlacementError(f"{self._who}: found no place within {timeout_s:g} s: it {unmet}") from exc
         except MoERuntimeError as exc:
-            raise StartError(f"expert host {self.plan.host_id}: {exc}") from exc
+            raise StartError(f"{self._who}: {exc}") from exc
 
     async def start(self) -> None:
         """Build the experts of a placed host; afterwards it is ready.
@@ -121,15 +124,15 @@ class HostKeeper:
             StartError: If an expert could not be built in time, with its error's text.
         """
         if self._handle is None or self.location is None:
-            raise StartError(f"expert host {self.plan.host_id}: expected to be placed before it is started")
+            raise StartError(f"{self._who}: expected to be placed before it is started")
         timeout_s = self._pace.start_timeout_s
         num_threads = self._threads_on(self.location)
         try:
             self._report = await within(self._clock, timeout_s, self._handle.start(num_threads))
         except TimeoutError as exc:
-            raise StartError(f"expert host {self.plan.host_id}: not ready {timeout_s:g} s after its placement") from exc
+            raise StartError(f"{self._who}: not ready {timeout_s:g} s after its placement") from exc
         except MoERuntimeError as exc:
-            raise StartError(f"expert host {self.plan.host_id}: {exc}") from exc
+            raise StartError(f"{self._who}: {exc}") from exc
         self._change(self.life.become_ready(self._clock.now()))
 
     async def adopt(self) -> None:
@@ -140,7 +143,7 @@ class HostKeeper:
             await self.place()
             await self.start()
         except MoERuntimeError as exc:
-            await self._fail(str(exc))
+            await self._fail(str(exc).removeprefix(f"{self._who}: "))
 
     async def keep(self) -> None:
         """Watch the host and bring it back, for ever; first brings it up if it is not."""
@@ -190,7 +193,7 @@ class HostKeeper:
             await self.start()
             self.num_restarts += 1
         except MoERuntimeError as exc:
-            await self._fail(str(exc))
+            await self._fail(str(exc).removeprefix(f"{self._who}: "))
 
     async def _watch(self) -> str:
         """Return the reason when the host is lost; meanwhile pings make it suspect and ready again."""
@@ -227,7 +230,7 @@ class HostKeeper:
         return task.done()
 
     async def _fail(self, reason: str) -> None:
-        _LOG.warning("expert host %s is out: %s", self.plan.host_id, reason)
+        _LOG.warning("%s is out: %s", self._who, reason)
         self._change(self.life.go_out(self._clock.now(), reason, self._pace.backoff))
         handle, self._handle = self._handle, None
         if handle is not None:
@@ -240,7 +243,7 @@ class HostKeeper:
         try:
             await within(self._clock, self._pace.kill_timeout_s, handle.wait())
         except TimeoutError:
-            _LOG.warning("expert host %s: its old actor is not gone yet", self.plan.host_id)
+            _LOG.warning("%s: its old actor is not gone yet", self._who)
 
     def _change(self, life: ReplicaLife) -> None:
         self.life = life

@@ -140,7 +140,7 @@ class RouterKeeper:
             await self.start(self.bound or self._plan.address)
             self.num_restarts += 1
         except MoERuntimeError as exc:
-            self._fail(str(exc))
+            self._fail(str(exc).removeprefix(f"router {self.index}: "))
 
     def _fail(self, reason: str) -> None:
         _LOG.warning("router %d is out: %s", self.index, reason)

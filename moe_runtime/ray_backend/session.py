@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from moe_runtime.errors import AlreadyRunningError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
@@ -31,19 +31,19 @@ _GONE_WITHIN_S = 10.0
 
 
 class RaySession:
-    """A runtime whose actors run on Ray. ``launch`` makes one; ``close`` ends the runtime.
+    """A runtime whose actors run on Ray. ``launch`` and ``attach`` make one; ``close`` ends the runtime.
 
     Attributes:
         name: The runtime's.
     """
 
-    def __init__(self, controller: Any, plan: RuntimePlan) -> None:
-        """Attach to a controller that has started; renews its lease from now on, if it has one."""
-        self.name = plan.name
+    def __init__(self, controller: Any, *, name: str, renews_lease: bool) -> None:
+        """Take over a controller that has started, and renew its lease from now on, if that is asked."""
+        self.name = name
         self._controller = controller
         self._closed = threading.Event()
         self._renewing: threading.Thread | None = None
-        if plan.lease_s is not None:
+        if renews_lease:
             self._renewing = threading.Thread(target=self._renew, name="moe-lease", daemon=True)
             self._renewing.start()
 
@@ -53,7 +53,7 @@ class RaySession:
         Raises:
             StartError: If the controller does not answer.
         """
-        addresses: list[str] = self._ask(self._controller.addresses.remote())
+        addresses: list[str] = self._ask("addresses")
         return addresses
 
     def describe(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class RaySession:
         Raises:
             StartError: If the controller does not answer.
         """
-        description: dict[str, Any] = self._ask(self._controller.describe.remote())
+        description: dict[str, Any] = self._ask("describe")
         return description
 
     def close(self, *, drain_timeout_s: float) -> bool:
@@ -70,9 +70,9 @@ class RaySession:
         if self._closed.is_set():
             return True
         try:
-            return bool(ray.get(self._controller.close.remote(drain_timeout_s), timeout=drain_timeout_s + _SPARE_S))
-        except (RayError, GetTimeoutError) as exc:
-            _LOG.warning("runtime %s: its controller did not close it (%s); ending its actors", self.name, exc)
+            return bool(self._ask("close", drain_timeout_s, timeout_s=drain_timeout_s + _SPARE_S))
+        except StartError as exc:
+            _LOG.warning("%s; ending its actors", exc)
             return False
         finally:
             self.detach()
@@ -92,11 +92,17 @@ class RaySession:
             except RayError as exc:
                 _LOG.warning("runtime %s: its lease could not be renewed: %s", self.name, exc)
 
-    def _ask(self, answer: Any) -> Any:
-        try:
-            return ray.get(answer, timeout=_SPARE_S)
-        except (RayError, GetTimeoutError) as exc:
-            raise StartError(f"runtime {self.name}: its controller does not answer: {exc}") from exc
+    def _ask(self, method: str, *arguments: Any, timeout_s: float = _SPARE_S) -> Any:
+        """The controller's answer, also if Ray restarts it meanwhile: everything asked here may be asked twice."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                answer = getattr(self._controller, method).remote(*arguments)
+                return ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+            except (RayError, GetTimeoutError) as exc:
+                if not isinstance(exc, ActorUnavailableError) or time.monotonic() > deadline:
+                    raise StartError(f"runtime {self.name}: its controller does not answer: {exc}") from exc
+            time.sleep(_POLL_EVERY_S)
 
 
 def launch(plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None = None) -> RaySession:
@@ -117,10 +123,22 @@ def launch(plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None 
         failure = _await_start(controller, plan, on_progress)
         if failure is not None:
             raise (PlacementError if failure.error == PlacementError.__name__ else StartError)(failure.message)
-        return RaySession(controller, plan)
+        return RaySession(controller, name=plan.name, renews_lease=plan.lease_s is not None)
     except BaseException:
         end_actors(plan.name)
         raise
+
+
+def attach(name: str) -> RaySession:
+    """A runtime that runs on the connected cluster; whoever served it still answers for its lease.
+
+    Raises:
+        StartError: If no runtime of this name runs there.
+    """
+    controller = find_actor(controller_name(name))
+    if controller is None:
+        raise StartError(f"runtime {name}: expected it to run on this cluster, found no controller of that name")
+    return RaySession(controller, name=name, renews_lease=False)
 
 
 def end_actors(name: str, *, but: str | None = None) -> None:

@@ -1,0 +1,77 @@
+"""Runtimes whose server process dies or leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moe_runtime.launch.runtime import attach
+from moe_runtime.rpc.client import MoEClient
+
+#: Serves the configuration of its first argument, says where, and waits for its input to close.
+SERVER = """
+import json, sys
+import moe_runtime as moe
+detach = sys.argv[2] == "detach"
+runtime = moe.serve(json.loads(sys.argv[1]), detach=detach)
+print(runtime.address, flush=True)
+sys.stdin.read()
+if detach:
+    runtime.leave()
+"""
+
+
+@pytest.fixture
+def start_server(cluster):
+    """Starts a process that serves a configuration on the session's cluster; gives it and its address."""
+    processes = []
+
+    def start(config, mode="lease"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, json.dumps(config), mode],
+            env={**os.environ, "RAY_ADDRESS": cluster},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process, process.stdout.readline().strip()
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+
+
+@pytest.mark.timeout(120)
+def test_when_the_server_process_is_killed_its_runtime_ends_with_its_lease(
+    start_server, make_config, actor_names, eventually
+):
+    process, address = start_server(make_config("leased"))
+    with MoEClient(address) as client:
+        assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(actor_names("leased")) == 4
+    eventually(lambda: not actor_names("leased"), deadline_s=25.0)
+
+
+@pytest.mark.timeout(120)
+def test_a_detached_runtime_outlives_its_server_and_is_closed_from_elsewhere(start_server, make_config, actor_names):
+    process, address = start_server(make_config("detached"), "detach")
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+    with attach("detached") as runtime:
+        assert runtime.address == address
+    with MoEClient(address) as client:
+        assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 2
+    assert attach("detached").close()
+    assert actor_names("detached") == []

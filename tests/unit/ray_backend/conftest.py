@@ -1,0 +1,235 @@
+"""A clock that tests move by hand, and actors that live, hang and die when tests say so."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from moe_runtime.errors import StartError
+from moe_runtime.ray_backend.controller import Controller
+from moe_runtime.ray_backend.plan import (
+    Demand,
+    HostPlan,
+    HostReport,
+    Location,
+    ReplicaPlan,
+    RoutersPlan,
+    RuntimePlan,
+    Snapshot,
+)
+from moe_runtime.service.ports import Endpoint
+
+_pids = itertools.count(1000)
+
+
+async def settle() -> None:
+    """Let every task run until it waits for something that only the test can bring."""
+    for _ in range(60):
+        await asyncio.sleep(0)
+
+
+class FakeClock:
+    """Time that passes only in ``advance``."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+
+    def now(self) -> float:
+        return self._now
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sleepers.append((self._now + seconds, woken))
+        await woken
+
+    async def advance(self, seconds: float) -> None:
+        """Pass so much time, waking sleepers one by one at their times."""
+        until = self._now + seconds
+        await settle()
+        while due := [s for s in self._sleepers if s[0] <= until and not s[1].done()]:
+            first = min(due, key=lambda sleeper: sleeper[0])
+            self._sleepers.remove(first)
+            self._now = max(self._now, first[0])
+            first[1].set_result(None)
+            await settle()
+        self._now = until
+
+
+@dataclass
+class Behaviour:
+    """How one spawned actor behaves; the default one does well."""
+
+    node: str = "n1"
+    error: str | None = None
+    is_placed: bool = True
+
+
+@dataclass
+class FakeActor:
+    """An actor without a process."""
+
+    name: str
+    behaviour: Behaviour
+    answers_pings: bool = True
+    snapshots: list[Snapshot] = field(default_factory=list)
+    starts: list[Any] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    pid: int = field(default_factory=lambda: next(_pids))
+
+    def __post_init__(self) -> None:
+        self.death: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def die(self, reason: str = "killed") -> None:
+        if not self.death.done():
+            self.death.set_result(reason)
+
+    async def locate(self) -> Location:
+        if not self.behaviour.is_placed:
+            await asyncio.shield(self.death)
+        self._alive()
+        return Location(self.behaviour.node, "10.0.0.1", num_cores=8, pid=self.pid)
+
+    async def ping(self) -> None:
+        self._alive()
+        if not self.answers_pings:
+            await asyncio.get_running_loop().create_future()
+
+    async def keep(self, snapshot: Snapshot) -> bool:
+        if not self.death.done():
+            self.snapshots.append(snapshot)
+        return not self.death.done()
+
+    async def kept(self) -> Snapshot | None:
+        return self.snapshots[-1] if self.snapshots else None
+
+    async def wait(self) -> str:
+        return await asyncio.shield(self.death)
+
+    async def stop(self) -> None:
+        self.log.append(f"stop {self.name}")
+
+    async def kill(self) -> None:
+        self.log.append(f"kill {self.name}")
+        self.die()
+
+    def _alive(self) -> None:
+        if self.death.done():
+            raise StartError(f"the actor died: {self.death.result()}")
+        if self.behaviour.error is not None and self.starts:
+            raise StartError(self.behaviour.error)
+
+
+class FakeHost(FakeActor):
+    async def start(self, num_threads: int) -> HostReport:
+        self.starts.append(num_threads)
+        self._alive()
+        endpoint = Endpoint(incarnation=self.pid, node=self.behaviour.node)
+        return HostReport(endpoint, "cpu", num_threads, {})
+
+
+class FakeRouter(FakeActor):
+    async def start(self, address: str) -> str:
+        self.starts.append(address)
+        self._alive()
+        return address.replace(":0", ":7777")
+
+    async def describe(self) -> dict[str, Any] | None:
+        return {"layers": {"l": {}}}
+
+    async def status(self) -> dict[str, Any] | None:
+        return {}
+
+    async def drain(self, timeout_s: float) -> bool:
+        self.log.append(f"drain {self.name}")
+        return True
+
+
+class FakeSpawner:
+    """Spawns fake actors; ``behaviours[name]`` is a queue of what the next ones of that name are like."""
+
+    def __init__(self) -> None:
+        self.behaviours: dict[str, deque[Behaviour]] = defaultdict(deque)
+        self.spawned: dict[str, list[Any]] = defaultdict(list)
+        self.log: list[str] = []
+        self.num_sweeps = 0
+
+    def find_host(self, host_id: str) -> Any:
+        return self._living(host_id)
+
+    def spawn_host(self, plan: HostPlan) -> Any:
+        return self._spawn(FakeHost, plan.host_id)
+
+    def find_router(self, index: int) -> Any:
+        return self._living(f"router-{index}")
+
+    def spawn_router(self, plan: RoutersPlan, index: int) -> Any:
+        return self._spawn(FakeRouter, f"router-{index}")
+
+    def explain(self, demand: Demand) -> str:
+        return f"asks for GPU {demand.num_gpus:g}; the cluster has GPU 0 free of 0"
+
+    def sweep(self) -> None:
+        self.num_sweeps += 1
+
+    def last(self, name: str) -> Any:
+        return self.spawned[name][-1]
+
+    def _living(self, name: str) -> Any:
+        return next((actor for actor in self.spawned[name] if not actor.death.done()), None)
+
+    def _spawn(self, actor_class: type, name: str) -> Any:
+        if self._living(name) is not None:
+            raise StartError(f"an actor named {name} lives")
+        queue = self.behaviours[name]
+        actor = actor_class(name, queue.popleft() if queue else Behaviour(), log=self.log)
+        self.spawned[name].append(actor)
+        return actor
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def spawner() -> FakeSpawner:
+    return FakeSpawner()
+
+
+def _no_process(*_args: Any, **_kwargs: Any) -> Any:
+    raise AssertionError("fake actors have no process")
+
+
+def _plan(**changes: Any) -> RuntimePlan:
+    hosts = tuple(
+        HostPlan(name, (ReplicaPlan("l", i, f"l/{name}/0"),), Demand(num_gpus=1), _no_process)
+        for i, name in enumerate(("a", "b"))
+    )
+    num_routers = changes.pop("num_routers", 1)
+    routers = RoutersPlan(num_routers, changes.pop("address", "127.0.0.1:0"), _no_process)
+    return RuntimePlan("test", hosts, routers, **{"lease_s": None, **changes})
+
+
+@pytest.fixture
+def make_controller(clock: FakeClock, spawner: FakeSpawner) -> Callable[..., Controller]:
+    """Makes a controller of two hosts, ``a`` and ``b``, and one router; arguments change its plan."""
+
+    def make(**changes: Any) -> Controller:
+        return Controller(_plan(**changes), spawner=spawner, clock=clock)
+
+    return make
+
+
+@pytest.fixture
+def behave() -> Callable[..., Behaviour]:
+    """Makes the behaviour of an actor."""
+    return Behaviour

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+from moe_runtime.errors import ConfigError
+from moe_runtime.ray_backend.addresses import is_loopback, public_address, router_addresses
+
+
+def test_the_second_router_on_a_node_takes_the_next_port():
+    addresses = router_addresses("0.0.0.0:50051", ["n1", "n2", "n1", "n1", "n2"])
+    assert addresses == ["0.0.0.0:50051", "0.0.0.0:50051", "0.0.0.0:50052", "0.0.0.0:50053", "0.0.0.0:50052"]
+
+
+def test_port_zero_stays_any_for_every_router():
+    assert router_addresses("127.0.0.1:0", ["n1", "n1"]) == ["127.0.0.1:0", "127.0.0.1:0"]
+
+
+def test_a_loopback_address_cannot_serve_two_nodes():
+    with pytest.raises(
+        ConfigError, match=r"router\.address: expected one that other nodes reach.*2 nodes.*127\.0\.0\.1"
+    ):
+        router_addresses("127.0.0.1:50051", ["n1", "n2"])
+
+
+def test_a_port_beyond_the_last_is_refused():
+    with pytest.raises(ConfigError, match=r"port 65535 \+ 1"):
+        router_addresses("10.0.0.1:65535", ["n1", "n1"])
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("localhost", True), ("[::1]", True), ("0.0.0.0", False), ("h", False)],
+)
+def test_loopback_hosts_are_recognised(host, expected):
+    assert is_loopback(host) is expected
+
+
+def test_clients_get_the_nodes_address_where_every_interface_is_bound():
+    assert public_address("0.0.0.0:50051", "10.1.2.3") == "10.1.2.3:50051"
+    assert public_address("127.0.0.1:50051", "10.1.2.3") == "127.0.0.1:50051"
