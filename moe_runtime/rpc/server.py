@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -84,8 +85,10 @@ class RpcServer:
         self._executor.shutdown()
 
     def _call_soon(self, event: asyncio.Event) -> None:
-        if self._loop is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(event.set)
+        if self._loop is not None:
+            # a loop that is closed has stopped already
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(event.set)
 
     def _run(self) -> None:
         try:

@@ -62,13 +62,13 @@ _BY_CODE: dict[grpc.StatusCode, type[MoERuntimeError]] = {
     grpc.StatusCode.UNIMPLEMENTED: ProtocolVersionError,
 }
 _GRPC_OVERSIZE = "larger than max"  # of gRPC's own message, which shares its code with a full queue
-_MAX_DETAILS_CHARS = 1024  # gRPC bounds the trailing metadata, of which this is a part
+_MAX_DETAILS_BYTES = 1024  # gRPC bounds the trailing metadata, where each byte may take three
 
 
 def status_of(error: MoERuntimeError) -> tuple[grpc.StatusCode, str]:
     """The code and the words with which a router answers a call that raised this error."""
     code = STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)
-    return code, str(error)[:_MAX_DETAILS_CHARS]
+    return code, str(error).encode()[:_MAX_DETAILS_BYTES].decode(errors="ignore")
 
 
 def metadata_of(error: MoERuntimeError) -> tuple[tuple[str, str], ...]:

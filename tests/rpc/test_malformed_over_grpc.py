@@ -75,6 +75,7 @@ def test_malformed_body_gets_its_error_and_the_next_request_its_answer(name: str
 
 REFUSED_BY_THE_LAYER = {
     "an unknown layer": (fields(layer="nowhere"), UnknownLayerError),
+    "an unknown layer in four-byte characters": (fields(layer="\N{SNAKE}" * 256), UnknownLayerError),
     "a wrong item shape": (inputs(shape=[WIDTH, 2]), ShapeError),
     "rows without a row dimension": (inputs(shape=[2 * WIDTH]), ShapeError),
     "a scalar": (fields(inputs=tensor_map(np.float32(1).reshape(()))), ShapeError),

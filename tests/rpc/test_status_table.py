@@ -91,3 +91,4 @@ def test_unexpected_exception_becomes_an_internal_error_without_its_text(exc: Ex
 
 def test_long_message_is_cut_to_what_trailing_metadata_can_carry() -> None:
     assert len(status_of(InvalidRequestError("x" * 10_000))[1]) == 1024
+    assert status_of(InvalidRequestError("\N{SNOWMAN}" * 10_000))[1] == "\N{SNOWMAN}" * 341
