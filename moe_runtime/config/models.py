@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 DTypeName = Literal["float32", "float64", "float16", "bfloat16"]
+WireDTypeName = Literal["float32", "float16", "bfloat16"]
 ResidualRule = Literal["add", "passthrough", "none"]
 Normalize = Literal["before_drop", "after_drop", "none"]
 WeightOn = Literal["output", "input"]
@@ -153,6 +154,14 @@ class ExpertConfig(StrictModel):
         return self
 
 
+_NARROWER: dict[DTypeName, tuple[WireDTypeName, ...]] = {
+    "float64": ("float32", "float16", "bfloat16"),
+    "float32": ("float16", "bfloat16"),
+    "float16": (),
+    "bfloat16": (),
+}
+
+
 class LayerConfig(StrictModel):
     """One MoE layer: a gate, a policy and the experts behind it."""
 
@@ -170,6 +179,14 @@ class LayerConfig(StrictModel):
     timeout_ms: float = Field(2000.0, gt=0, description="Bounds a batch, from its dispatch.")
     allow_non_finite: bool = Field(False, description="Accept NaN and infinities in the input.")
     max_batches_in_flight: int = Field(2, ge=1, description="Batches of this layer that a router has under way.")
+    exact: bool = Field(
+        False,
+        description="Bit-identical to one process: a request is a batch of its own, hosts merge nothing, and experts' "
+        "outputs are summed in the order of choice.",
+    )
+    wire_dtype: WireDTypeName | None = Field(
+        None, description="Of rows on their way to experts and back; `dtype` when not given. Halves their bytes."
+    )
     experts_per_actor: int = Field(1, ge=1, description="Neighbouring experts that share an actor.")
     experts: list[ExpertConfig] = Field(min_length=1, description="The experts; gate rows follow their order.")
 
@@ -184,6 +201,23 @@ class LayerConfig(StrictModel):
     def num_experts(self) -> int:
         """Experts of the layer, after ``count`` is expanded."""
         return sum(expert.count for expert in self.experts)
+
+    @model_validator(mode="after")
+    def _wire_dtype_narrows(self) -> LayerConfig:
+        if self.wire_dtype is None or self.wire_dtype == self.dtype:
+            return self
+        narrower = _NARROWER[self.dtype]
+        if self.wire_dtype not in narrower:
+            raise ValueError(
+                f"wire_dtype: with dtype {self.dtype}, expected one of {narrower}, found {self.wire_dtype}"
+            )
+        if self.wire_dtype == "float16" and self.weight_on == "input":
+            raise ValueError(
+                "wire_dtype: with weight_on input, expected bfloat16, found float16: weights may overflow it"
+            )
+        if self.exact:
+            raise ValueError(f"wire_dtype: expected nothing in an exact layer, found {self.wire_dtype}: it would round")
+        return self
 
     @model_validator(mode="after")
     def _enough_experts(self) -> LayerConfig:

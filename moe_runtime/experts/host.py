@@ -31,7 +31,7 @@ class ExpertCall:
 
     Attributes:
         replica_id: The replica.
-        rows: Full items, whatever the expert's view, ``(num_rows, *item_shape)`` in the layer's dtype.
+        rows: Full items, whatever the expert's view, ``(num_rows, *item_shape)`` in the wire's dtype.
     """
 
     replica_id: str
@@ -43,7 +43,7 @@ class ExpertOutcome:
     """How one call went.
 
     Attributes:
-        rows: ``(num_rows, *out_shape)``, contiguous, in the layer's dtype, on the CPU; or None if there is an
+        rows: ``(num_rows, *out_shape)``, contiguous, in the wire's dtype, on the CPU; or None if there is an
             error. May share memory with the call's rows.
         error: None, or what went wrong, in words.
         compute_ms: Time that the product took that these rows were part of, with those of merged calls.
@@ -58,9 +58,9 @@ class ExpertHost:
     """Owns the experts of one device and runs calls for them; used by one thread.
 
     Guarantees: ``run`` answers every call, in order, and does not raise for anything that an expert does. Calls
-    for one replica are merged into one forward of at most ``MAX_MERGED_ROWS`` rows; a call is never split, so
-    that a call alone is the same product as in any other process. An error costs the calls that caused it:
-    when a merged forward raises, its calls run again one by one.
+    for one replica are merged into one forward of at most ``MAX_MERGED_ROWS`` rows, unless the expert is exact;
+    a call is never split, so that a call alone is the same product as in any other process. An error costs the
+    calls that caused it: when a merged forward raises, its calls run again one by one.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ExpertHost:
             else:
                 accepted.setdefault(call.replica_id, []).append(index)
         for replica_id, indices in accepted.items():
-            for group in _groups(indices, [calls[index].rows.shape[0] for index in indices]):
+            for group in self._groups(replica_id, indices, calls):
                 results = self._run_merged(replica_id, [calls[index].rows for index in group])
                 outcomes.update(zip(group, results, strict=True))
         return [outcomes[index] for index in range(len(calls))]
@@ -104,9 +104,14 @@ class ExpertHost:
         spec, rows = expert.spec, call.rows
         if rows.ndim == 0 or tuple(rows.shape[1:]) != spec.item_shape:
             return f"{call.replica_id}: expected rows of shape {list(spec.item_shape)}, found {list(rows.shape[1:])}"
-        if rows.dtype != spec.torch_dtype:
-            return f"{call.replica_id}: expected rows of dtype {spec.torch_dtype}, found {rows.dtype}"
+        if rows.dtype != spec.row_dtype:
+            return f"{call.replica_id}: expected rows of dtype {spec.row_dtype}, found {rows.dtype}"
         return None
+
+    def _groups(self, replica_id: str, indices: list[int], calls: Sequence[ExpertCall]) -> list[list[int]]:
+        if self._experts[replica_id].spec.exact:
+            return [[index] for index in indices]
+        return _groups(indices, [calls[index].rows.shape[0] for index in indices])
 
     def _run_merged(self, replica_id: str, parts: list[Tensor]) -> list[ExpertOutcome]:
         """The outcomes of calls for one replica, from one forward if that goes well."""
@@ -138,10 +143,10 @@ class ExpertHost:
                 inputs = expert.view.apply(rows)
                 if not rows.shape[0]:
                     return inputs, rows.new_empty((0, *expert.contract.out_shape))
-                outputs: Tensor = expert.module(inputs.to(self._device))
+                outputs: Tensor = expert.module(inputs.to(self._device, dtype))
                 mistake = output_mistake(outputs, num_rows=rows.shape[0], contract=expert.contract, dtype=dtype)
                 if mistake is None:
-                    return inputs, outputs.to("cpu").contiguous()
+                    return inputs, outputs.to("cpu", expert.spec.row_dtype).contiguous()
         except Exception as exc:
             raise ExpertError(f"{replica_id}: the expert raised {type(exc).__name__}: {exc}") from exc
         raise ExpertError(f"{replica_id}: {mistake}")

@@ -38,6 +38,8 @@ class ExpertSpec:
         dtype: Of the layer.
         weights: Absolute path of a safetensors file; None initialises from ``seed``.
         seed: The runtime's; each expert draws its own stream from it, by layer and name.
+        exact: Whether every call is a matrix product of its own.
+        wire_dtype: Of the rows that arrive and leave; the layer's when None.
     """
 
     layer: str
@@ -50,6 +52,8 @@ class ExpertSpec:
     dtype: DTypeName = "float32"
     weights: str | None = None
     seed: int = 0
+    exact: bool = False
+    wire_dtype: DTypeName | None = None
 
     @property
     def where(self) -> str:
@@ -60,6 +64,12 @@ class ExpertSpec:
     def torch_dtype(self) -> torch.dtype:
         """The dtype, as torch has it."""
         dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Dtype of the rows that arrive and leave, as torch has it."""
+        dtype: torch.dtype = getattr(torch, self.wire_dtype or self.dtype)
         return dtype
 
 

@@ -131,6 +131,8 @@ class _LayerCheck:
             timeout_s=layer.timeout_ms / 1000.0,
             allow_non_finite=layer.allow_non_finite,
             max_batches_in_flight=layer.max_batches_in_flight,
+            exact=layer.exact,
+            wire_dtype=layer.wire_dtype or layer.dtype,
             experts_per_actor=layer.experts_per_actor,
             experts=tuple(expert.recipe for expert in self._experts),
         )

@@ -50,6 +50,8 @@ def expand_experts(loaded: LoadedConfig, layer_name: str) -> list[ExpandedExpert
                 dtype=layer.dtype,
                 weights=weights,
                 seed=loaded.config.seed,
+                exact=layer.exact,
+                wire_dtype=layer.wire_dtype,
             )
             key = f"layers.{layer_name}.experts.{index}"
             experts.append(ExpandedExpert(key, i == 0, ExpertRecipe(spec, block.resources)))

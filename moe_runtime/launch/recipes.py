@@ -50,6 +50,8 @@ class LayerRecipe:
         timeout_s: Bounds a batch, from its dispatch.
         allow_non_finite: Whether the input may hold NaN and infinities.
         max_batches_in_flight: Batches of this layer under way at once.
+        exact: Whether answers are bit-identical to one process.
+        wire_dtype: Of rows on their way to experts and back.
         experts_per_actor: Neighbouring experts that share an actor.
         experts: In the order of the gate's rows.
     """
@@ -69,6 +71,8 @@ class LayerRecipe:
     timeout_s: float
     allow_non_finite: bool
     max_batches_in_flight: int
+    exact: bool
+    wire_dtype: DTypeName
     experts_per_actor: int
     experts: tuple[ExpertRecipe, ...]
 

@@ -53,6 +53,8 @@ def build_routed_layer(recipe: LayerRecipe) -> RoutedLayer:
         timeout_s=recipe.timeout_s,
         allow_non_finite=recipe.allow_non_finite,
         max_batches_in_flight=recipe.max_batches_in_flight,
+        exact=recipe.exact,
+        wire_dtype=getattr(torch, recipe.wire_dtype),
         experts=tuple(
             ExpertInfo(expert.spec.expert_id, expert.spec.name, expert.spec.kind) for expert in recipe.experts
         ),

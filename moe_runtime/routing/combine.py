@@ -63,7 +63,7 @@ def gather_rows(
 
 def combine(
     tokens: Tensor, expert_outputs: Tensor, plan: DispatchPlan, *, residual: ResidualRule, weight_on: WeightOn,
-    served: Tensor | None = None,
+    served: Tensor | None = None, exact: bool = False,
 ) -> Combined:  # fmt: skip
     """Each token's sum of expert outputs times their weights, then the residual.
 
@@ -78,6 +78,8 @@ def combine(
         residual: What a token keeps of itself.
         weight_on: ``input`` where the weights were applied by ``gather_rows`` already.
         served: Bool ``(num_planned,)``: which rows an expert answered; None is all.
+        exact: Multiply every row by its weight, then sum a token's choices as ``(num_tokens, k)`` slots: bit by
+            bit what a layer in one process does. Slower: one more pass over the rows.
 
     Returns:
         Outputs, and the weights that were applied.
@@ -92,13 +94,8 @@ def combine(
     weights = _final_weights(plan, served)
     by_choice = _by_token_then_choice(plan, served)
     token_ids = plan.token_ids[by_choice]
-    sums = _weighted_sums(
-        expert_outputs,
-        weights if weight_on == "output" else None,
-        by_choice,
-        token_ids=token_ids,
-        num_tokens=tokens.shape[0],
-    )
+    sum_rows = _slot_sums if exact else _weighted_sums
+    sums = sum_rows(expert_outputs, weights if weight_on == "output" else None, by_choice, plan=plan)
     outputs = _with_residual(sums, tokens, token_ids, residual=residual)
     return Combined(outputs=outputs.to(expert_outputs.dtype), weights=weights.detach().float())
 
@@ -140,10 +137,23 @@ def _by_token_then_choice(plan: DispatchPlan, served: Tensor | None) -> Tensor:
     return answered[torch.argsort(keys[answered], stable=True)]
 
 
-def _weighted_sums(
-    rows: Tensor, weights: Tensor | None, row_ids: Tensor, *, token_ids: Tensor, num_tokens: int
-) -> Tensor:
+def _slot_sums(rows: Tensor, weights: Tensor | None, row_ids: Tensor, *, plan: DispatchPlan) -> Tensor:
+    """Sum over slots ``(num_tokens, k, *out_shape)`` of ``weights * rows``; slots without a row hold 0."""
+    assignments = plan.admission.assignments
+    ranks = assignments.ranks[plan.assignment_ids[row_ids]]
+    num_slots = int(assignments.ranks.max()) + 1 if assignments.ranks.numel() else 0
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    products = rows[row_ids].to(dtype)
+    if weights is not None:
+        products = products * _as_column(weights.to(dtype)[row_ids], rows.dim())
+    slots = products.new_zeros((assignments.num_tokens * num_slots, *rows.shape[1:]))
+    slots = slots.index_copy(0, plan.token_ids[row_ids] * num_slots + ranks, products)
+    return slots.reshape(assignments.num_tokens, num_slots, *rows.shape[1:]).sum(dim=1)
+
+
+def _weighted_sums(rows: Tensor, weights: Tensor | None, row_ids: Tensor, *, plan: DispatchPlan) -> Tensor:
     """Sum of ``weights * rows`` over each token's ``row_ids``, ``(num_tokens, *out_shape)``."""
+    num_tokens, token_ids = plan.admission.assignments.num_tokens, plan.token_ids[row_ids]
     # At least float32: half-precision sums would depend on the order and lose the small terms.
     dtype = torch.promote_types(rows.dtype, torch.float32)
     out_shape = rows.shape[1:]

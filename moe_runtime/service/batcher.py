@@ -142,7 +142,7 @@ class Batcher:
         num_tokens = 0
         while queue.waiting and num_tokens < self._max_batch_tokens:
             queued = queue.waiting[0]
-            alone = queued.request.options.isolated or queue.layer.policy.batch_coupled
+            alone = queued.request.options.isolated or queue.layer.isolates_requests
             if alone and taken:
                 break
             part = self._take(queued, offset=num_tokens)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+
+from moe_runtime.errors import TransportError
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
-
-from moe_runtime.errors import TransportError
 from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
 from moe_runtime.service.ports import HostLost, HostReply, HostRequest, MonotonicClock
@@ -181,6 +181,7 @@ class RouterEngine:
             weight_on=flight.layer.weight_on,
             planned_ids=message.planned_ids(),
         )
+        rows = rows.to(flight.layer.row_dtype)
         ticket = next(self._tickets)
         request = HostRequest(ticket, message.wire_segments, rows, timeout_s=flight.deadline - self._clock.now())
         try:
@@ -201,7 +202,7 @@ class RouterEngine:
             self.stats.num_late_replies += 1
             return
         flight, segments = sent.flight, sent.message.segments
-        fault = fault_in(reply, segments, out_shape=flight.layer.out_shape, dtype=flight.layer.dtype)
+        fault = fault_in(reply, segments, out_shape=flight.layer.out_shape, dtype=flight.layer.row_dtype)
         if fault is not None:
             _mark_failed(flight, segments, fault)
             return
@@ -261,6 +262,7 @@ class RouterEngine:
             residual=flight.layer.residual,
             weight_on=flight.layer.weight_on,
             served=flight.served,
+            exact=flight.layer.exact,
         )
         times = StageTimes(
             gate_s=flight.gate_s,

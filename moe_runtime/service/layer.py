@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from moe_runtime.routing.gates import Gate
-    from moe_runtime.routing.policies import Policy
 
     from moe_runtime.config.models import CapacityConfig, ResidualRule, WeightOn
+    from moe_runtime.routing.gates import Gate
+    from moe_runtime.routing.policies import Policy
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class RoutedLayer:
         allow_non_finite: Whether the input may hold NaN and infinities.
         max_batches_in_flight: Batches of this layer under way at once.
         experts: In the order of the gate's rows.
+        exact: Whether outputs are bit-identical to one process.
+        wire_dtype: Of rows on their way to experts and back; the layer's dtype when None.
     """
 
     name: str
@@ -60,11 +62,23 @@ class RoutedLayer:
     allow_non_finite: bool
     max_batches_in_flight: int
     experts: tuple[ExpertInfo, ...]
+    exact: bool = False
+    wire_dtype: torch.dtype | None = None
 
     @property
     def num_experts(self) -> int:
         """Number of experts, out or not."""
         return len(self.experts)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Dtype of rows on their way to experts and back."""
+        return self.wire_dtype or self.dtype
+
+    @property
+    def isolates_requests(self) -> bool:
+        """Whether a request must be a batch of its own."""
+        return self.exact or self.policy.batch_coupled
 
     @property
     def item_size(self) -> int:

@@ -66,6 +66,7 @@ def _check_tokens(request: LayerRequest, layer: RoutedLayer) -> None:
         )
     if not layer.allow_non_finite:
         _check_finite("inputs", tokens, layer)
+        _check_wire_range(tokens, layer)
 
 
 def _check_size(request: LayerRequest, layer: RoutedLayer, *, limits: LimitsConfig, router: RouterConfig) -> None:
@@ -78,7 +79,7 @@ def _check_size(request: LayerRequest, layer: RoutedLayer, *, limits: LimitsConf
             f"expected at most {router.max_queued_bytes} bytes of tokens in a request, "
             f"found {request.tokens.nbytes}; split it"
         )
-    alone = request.options.isolated or layer.policy.batch_coupled
+    alone = request.options.isolated or layer.isolates_requests
     if alone and num_tokens > router.max_batch_tokens:
         raise RequestTooLargeError(
             f"layer {layer.name}: an isolated request is one batch of at most {router.max_batch_tokens} tokens, "
@@ -150,6 +151,15 @@ def _check_finite(name: str, tensor: Tensor, layer: RoutedLayer) -> None:
     if not bool(finite.all()):
         row = int((~finite).reshape(tensor.shape[0], -1).any(dim=1).nonzero()[0])
         raise NonFiniteError(f"layer {layer.name}: expected finite {name}, found NaN or an infinity in row {row}")
+
+
+def _check_wire_range(tokens: Tensor, layer: RoutedLayer) -> None:
+    largest = torch.finfo(layer.row_dtype).max
+    if largest < torch.finfo(layer.dtype).max and tokens.numel() and float(tokens.abs().max()) > largest:
+        raise NonFiniteError(
+            f"layer {layer.name}: expected inputs within the range of wire_dtype {_name(layer.row_dtype)}, "
+            f"{largest:g}, found {float(tokens.abs().max()):g}"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -37,3 +37,22 @@ def test_the_models_load_without_yaml_torch_or_ray() -> None:
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"wire_dtype": "float32", "dtype": "bfloat16"}, "with dtype bfloat16, expected one of"),
+        ({"wire_dtype": "bfloat16", "exact": True}, "expected nothing in an exact layer, found bfloat16"),
+        ({"wire_dtype": "float16", "weight_on": "input"}, "expected bfloat16, found float16"),
+    ],
+)
+def test_a_wire_dtype_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LayerConfig.model_validate({"item_shape": [4], "experts": [{"kind": "x", "count": 3}], **changes})
+
+
+def test_a_wire_dtype_may_name_the_layers_own_dtype_or_a_narrower_one() -> None:
+    layer = {"item_shape": [4], "experts": [{"kind": "x", "count": 3}]}
+    assert LayerConfig.model_validate({**layer, "wire_dtype": "float32", "exact": True}).wire_dtype == "float32"
+    assert LayerConfig.model_validate({**layer, "wire_dtype": "bfloat16"}).wire_dtype == "bfloat16"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
+from typing import cast
 
 import pytest
 import torch
@@ -190,3 +192,38 @@ def test_merging_changes_no_result(sizes: list[int], seed: int) -> None:
     alone = [host.run([ExpertCall("a", part)])[0] for part in parts]
     for one, other in zip(merged, alone, strict=True):
         torch.testing.assert_close(one.rows, other.rows, rtol=1e-5, atol=1e-6)
+
+
+def test_calls_for_an_exact_expert_are_never_merged() -> None:
+    expert = loaded(lambda given: given * 10)
+    expert = replace(expert, spec=replace(expert.spec, exact=True))
+    outcomes = ExpertHost({"a": expert}).run([ExpertCall("a", rows(1, 2)), ExpertCall("a", rows(3))])
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    assert cast("Recorded", expert.module).num_rows == [2, 1]
+
+
+def test_rows_travel_in_the_wires_dtype_and_are_computed_in_the_layers() -> None:
+    seen: list[torch.dtype] = []
+
+    def note(given: Tensor) -> Tensor:
+        seen.append(given.dtype)
+        return given * 10
+
+    expert = loaded(note)
+    expert = replace(expert, spec=replace(expert.spec, wire_dtype="bfloat16"))
+    host = ExpertHost({"a": expert})
+    (outcome,) = host.run([ExpertCall("a", rows(1, 2).bfloat16())])
+    assert seen == [torch.float32]
+    assert outcome.rows is not None
+    assert outcome.rows.dtype == torch.bfloat16
+    (refused,) = host.run([ExpertCall("a", rows(1, 2))])
+    assert refused.error == "a: expected rows of dtype torch.bfloat16, found torch.float32"
+
+
+def test_an_output_that_overflows_the_wires_dtype_is_an_error_not_an_infinity() -> None:
+    expert = loaded(lambda given: given * 1e5)
+    expert = replace(expert, spec=replace(expert.spec, wire_dtype="float16"))
+    (outcome,) = ExpertHost({"a": expert}).run([ExpertCall("a", rows(1, 2).half())])
+    assert outcome.rows is None
+    assert outcome.error is not None
+    assert "expected finite outputs" in outcome.error

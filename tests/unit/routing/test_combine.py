@@ -161,3 +161,31 @@ def test_wrong_shapes_are_refused():
         combine(TOKENS, torch.ones(4, 2), plan, served=torch.ones(3, dtype=torch.bool), **rules)
     with pytest.raises(ShapeError, match=r"residual add: expected outputs of the item shape \(2,\), found \(3,\)"):
         combine(TOKENS, torch.ones(4, 3), plan, residual="add", weight_on="output")
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_exact_gives_the_bits_of_a_layer_that_multiplies_and_then_sums_its_slots(k):
+    tokens = torch.randn(9, 33, generator=torch.Generator().manual_seed(k))
+    logits = torch.randn(9, 4, generator=torch.Generator().manual_seed(k + 10))
+    policy = build_policy(TopKPolicyConfig(k=k), num_experts=4)
+    plan = plan_dispatch(admit(policy.assign(logits), CapacityConfig()))
+    outputs = gather_rows(tokens, plan, weight_on="output") * (plan.expert_ids[:, None] + 1.7)
+    combined = combine(tokens, outputs, plan, residual="none", weight_on="output", exact=True)
+
+    scores, expert_ids = torch.topk(torch.softmax(logits, dim=-1), k)
+    weights = scores / scores.sum(dim=-1, keepdim=True)
+    slots = tokens.repeat_interleave(k, dim=0) * (expert_ids.reshape(-1, 1) + 1.7)
+    assert torch.equal(combined.outputs, (slots * weights.reshape(-1, 1)).view(9, k, 33).sum(dim=1))
+
+
+def test_exact_leaves_out_rows_that_were_not_served_and_a_batch_without_any_is_zero():
+    plan = make_plan()
+    outputs = torch.tensor([[1.0, 1.0], [torch.nan, torch.nan], [1.0, 1.0], [1.0, 1.0]])
+    served = torch.tensor([True, False, True, True])
+    combined = combine(TOKENS, outputs, plan, residual="none", weight_on="output", served=served, exact=True)
+    usual = combine(TOKENS, outputs, plan, residual="none", weight_on="output", served=served)
+    torch.testing.assert_close(combined.outputs, usual.outputs)
+    nobody = combine(
+        TOKENS, outputs, plan, residual="none", weight_on="output", served=torch.zeros(4, dtype=torch.bool), exact=True
+    )
+    assert nobody.outputs.tolist() == [[0.0, 0.0], [0.0, 0.0]]

@@ -106,3 +106,15 @@ def test_options_that_the_policy_does_not_read_are_named() -> None:
         "option task has no effect: the policy of layer layer does not use it",
     )
     assert unused_options(LayerRequest("r", "layer", tokens_of(1))) == ()
+
+
+def test_a_token_beyond_the_range_of_the_wires_dtype_is_refused() -> None:
+    narrow = make_layer(3, k=2, gate_features=3, wire_dtype=torch.float16)
+    check(torch.full((2, 3), 65504.0), layer=narrow)
+    with pytest.raises(NonFiniteError, match="within the range of wire_dtype float16, 65504, found 70000"):
+        check(torch.full((2, 3), -70000.0), layer=narrow)
+
+
+def test_a_request_to_an_exact_layer_must_fit_one_batch() -> None:
+    with pytest.raises(RequestTooLargeError, match="one batch of at most 8 tokens, found 9"):
+        check(torch.zeros(9, 3), layer=make_layer(3, k=2, gate_features=3, exact=True))
