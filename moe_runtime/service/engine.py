@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+
+from moe_runtime.errors import TransportError
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
-
-from moe_runtime.errors import TransportError
 from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
 from moe_runtime.service.ports import HostLost, HostReply, HostRequest, MonotonicClock

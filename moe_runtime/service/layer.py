@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from moe_runtime.routing.gates import Gate
-    from moe_runtime.routing.policies import Policy
 
     from moe_runtime.config.models import CapacityConfig, ResidualRule, WeightOn
+    from moe_runtime.routing.gates import Gate
+    from moe_runtime.routing.policies import Policy
 
 
 @dataclass(frozen=True)
