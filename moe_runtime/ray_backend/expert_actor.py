@@ -67,7 +67,7 @@ class ExpertActor:
             await asyncio.to_thread(self._process.stop)
 
     def _start(self, num_threads: int) -> HostReport | Failure:
-        # Before the factory imports torch: its OpenMP reads this once.
+        # For what is loaded later; the process sets torch's own threads.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         try:
             self._process = self._factory(locate(), num_threads=num_threads)
