@@ -64,6 +64,7 @@ print(ray.is_initialized())
 """
 
 
+@pytest.mark.timeout(120)
 def test_without_a_cluster_serve_starts_one_that_strangers_cannot_use_and_ends_it(tmp_path, make_config):
     unset = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     env = {key: value for key, value in os.environ.items() if key not in unset}
@@ -74,7 +75,7 @@ def test_without_a_cluster_serve_starts_one_that_strangers_cannot_use_and_ends_i
         capture_output=True,
         text=True,
         check=False,
-        timeout=55,
+        timeout=110,
     )
     assert done.stdout.splitlines() == ["token 64", "False"], done.stderr
     assert not (tmp_path / ".ray" / "auth_token").exists()
