@@ -11,6 +11,7 @@ import torch
 from moe_runtime.errors import StartError
 from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.host import ExpertHost
+from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.ray_backend.plan import HostReport
 from moe_runtime.service.host_loop import HostLoop
 
@@ -45,9 +46,11 @@ class ExpertProcess:
         """Build the experts, listen, and serve.
 
         Raises:
+            PlugInError: If this node lacks a plug-in, or has another version of it.
             ConfigError: If an expert cannot be built.
             StartError: If nothing can be bound.
         """
+        check_plug_ins(self._spec.plug_ins)
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         device = torch.device("cuda", 0) if self._spec.device == "cuda" else torch.device("cpu")

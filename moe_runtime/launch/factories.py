@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.router_process import RouterProcess
+from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 from moe_runtime.transport.zmq_host import ZmqHostTransport
 from moe_runtime.transport.zmq_router import ZmqTransport
 
@@ -24,7 +25,7 @@ class ExpertProcessFactory:
 
     def __call__(self, location: Location, *, num_threads: int) -> ExpertProcess:
         """The process, not yet started."""
-        open_transport = partial(ZmqHostTransport, node=location.node, ip=location.ip, port_range=self.spec.port_range)
+        open_transport = partial(_open_host_transport, location, self.spec.port_range)
         return ExpertProcess(self.spec, open_transport=open_transport, num_threads=num_threads)
 
 
@@ -38,3 +39,9 @@ class RouterProcessFactory:
         """The process, not yet started."""
         open_transport = partial(ZmqTransport, node=location.node)
         return RouterProcess(self.recipe, open_transport=open_transport, node=location.node)
+
+
+def _open_host_transport(location: Location, port_range: tuple[int, int] | None) -> ZmqHostTransport:
+    # Every node is swept by the hosts that start there: the controller reaches its own node only.
+    sweep_ipc(default_ipc_folder())
+    return ZmqHostTransport(node=location.node, ip=location.ip, port_range=port_range)

@@ -34,6 +34,7 @@ def plan_hosts(config: RuntimeConfig, layers: Iterable[LayerRecipe], *, gpus_ava
                     device=device,
                     resources=resources.model_copy(update={"num_gpus": num_gpus}),
                     port_range=config.data_plane.port_range,
+                    plug_ins=tuple(config.plug_ins),
                 )
             )
     return tuple(hosts)

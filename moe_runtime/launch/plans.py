@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING
 
 from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
@@ -35,7 +36,7 @@ def plan_runtime(config: RuntimeConfig, recipe: RouterRecipe, *, cluster: Cluste
         routers=RoutersPlan(
             count=config.router.replicas,
             address=config.router.address,
-            factory=RouterProcessFactory(recipe),
+            factory=pickle.dumps(RouterProcessFactory(recipe)),
             # Only this machine reaches a loopback address, and the one who serves is on it.
             node_id=cluster.node_id if is_loopback(host) else None,
         ),
@@ -52,7 +53,7 @@ def _host_plan(spec: HostSpec) -> HostPlan:
             ReplicaPlan(hosted.spec.layer, hosted.spec.expert_id, hosted.replica_id) for hosted in spec.experts
         ),
         demand=_demand(spec.resources),
-        factory=ExpertProcessFactory(spec),
+        factory=pickle.dumps(ExpertProcessFactory(spec)),
     )
 
 

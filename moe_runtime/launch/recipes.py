@@ -95,6 +95,7 @@ class HostSpec:
         device: Where they compute.
         resources: What its actor asks for; ``num_gpus`` is resolved.
         port_range: Inclusive range of tcp ports to bind; any port when None.
+        plug_ins: Distributions that its node must have, ``name`` or ``name==version``.
     """
 
     host_id: str
@@ -102,6 +103,7 @@ class HostSpec:
     device: Device
     resources: ResourcesConfig
     port_range: tuple[int, int] | None = None
+    plug_ins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -111,17 +111,16 @@ class Controller:
         """Drain the routers, then end every actor of the runtime; whether every request was answered."""
         for task in self._tasks:
             task.cancel()
-        routers = [keeper.handle for keeper in self._routers if keeper.handle is not None]
-        hosts = [keeper.handle for keeper in self._hosts if keeper.handle is not None]
+        routers = _ready(self._routers)
         drained = True
         if drain_timeout_s > 0:
             limit_s = drain_timeout_s + _CALL_TIMEOUT_S
             results = await self._bounded((router.drain(drain_timeout_s) for router in routers), limit_s)
             drained = all(result is True for result in results)
         # Routers first: a host that stops under a router would look like a failure.
-        await self._bounded((_end(router) for router in routers), _CALL_TIMEOUT_S)
-        await self._bounded((_end(host) for host in hosts), _CALL_TIMEOUT_S)
-        await asyncio.gather(*(handle.kill() for handle in (*routers, *hosts)))
+        await self._bounded((router.stop() for router in routers), _CALL_TIMEOUT_S)
+        await self._bounded((host.stop() for host in _ready(self._hosts)), _CALL_TIMEOUT_S)
+        await asyncio.gather(*(keeper.handle.kill() for keeper in self._keepers if keeper.handle is not None))
         self._ended.set()
         return drained
 
@@ -185,8 +184,8 @@ class Controller:
         raise kind(text) from errors[0]
 
     async def _describe_layers(self) -> dict[str, Any]:
-        ready = [k.handle for k in self._routers if k.life.state is ReplicaState.READY and k.handle is not None]
-        for description in await self._bounded((router.describe() for router in ready[:1]), _CALL_TIMEOUT_S):
+        routers = _ready(self._routers)[:1]
+        for description in await self._bounded((router.describe() for router in routers), _CALL_TIMEOUT_S):
             if isinstance(description, dict):
                 layers: dict[str, Any] = description.get("layers", {})
                 return layers
@@ -241,8 +240,9 @@ class Controller:
         return await asyncio.gather(*(within(self._clock, timeout_s, call) for call in calls), return_exceptions=True)
 
 
-async def _end(handle: ActorHandle) -> None:
-    await handle.stop()
+def _ready(keepers: Iterable[HostKeeper | RouterKeeper]) -> list[Any]:
+    """Handles of what serves; the others would not answer."""
+    return [k.handle for k in keepers if k.life.state is ReplicaState.READY and k.handle is not None]
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 from typing import TYPE_CHECKING
 
 from moe_runtime.errors import MoERuntimeError
@@ -20,8 +21,8 @@ class ExpertActor:
     The constructor does nothing that can fail, because Ray reports a failed constructor badly.
     """
 
-    def __init__(self, factory: HostFactory) -> None:
-        """Keep the factory of the host's process."""
+    def __init__(self, factory: bytes) -> None:
+        """Keep the pickled factory of the host's process."""
         self._factory = factory
         self._process: HostProcess | None = None
         self._outcome: HostReport | Failure | None = None
@@ -67,10 +68,11 @@ class ExpertActor:
             await asyncio.to_thread(self._process.stop)
 
     def _start(self, num_threads: int) -> HostReport | Failure:
-        # Before the factory imports torch: its OpenMP reads this once.
+        # Before the factory brings torch in, whose OpenMP reads this once.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         try:
-            self._process = self._factory(locate(), num_threads=num_threads)
+            factory: HostFactory = pickle.loads(self._factory)
+            self._process = factory(locate(), num_threads=num_threads)
             return self._process.start()
         except MoERuntimeError as exc:
             return Failure(type(exc).__name__, str(exc))

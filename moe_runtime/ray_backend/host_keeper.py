@@ -127,12 +127,14 @@ class HostKeeper:
             raise StartError(f"{self._who}: expected to be placed before it is started")
         timeout_s = self._pace.start_timeout_s
         num_threads = self._threads_on(self.location)
+        # Which node matters: it may be the one that lacks a plug-in or a weight file.
+        where = f"{self._who} on node {self.location.node}"
         try:
             self._report = await within(self._clock, timeout_s, self._handle.start(num_threads))
         except TimeoutError as exc:
-            raise StartError(f"{self._who}: not ready {timeout_s:g} s after its placement") from exc
+            raise StartError(f"{where}: not ready {timeout_s:g} s after its placement") from exc
         except MoERuntimeError as exc:
-            raise StartError(f"{self._who}: {exc}") from exc
+            raise StartError(f"{where}: {exc}") from exc
         self._change(self.life.become_ready(self._clock.now()))
 
     async def adopt(self) -> None:
@@ -143,7 +145,7 @@ class HostKeeper:
             await self.place()
             await self.start()
         except MoERuntimeError as exc:
-            await self._fail(str(exc).removeprefix(f"{self._who}: "))
+            await self._fail(str(exc).removeprefix(self._who).removeprefix(":").strip())
 
     async def keep(self) -> None:
         """Watch the host and bring it back, for ever; first brings it up if it is not."""
@@ -193,7 +195,7 @@ class HostKeeper:
             await self.start()
             self.num_restarts += 1
         except MoERuntimeError as exc:
-            await self._fail(str(exc).removeprefix(f"{self._who}: "))
+            await self._fail(str(exc).removeprefix(self._who).removeprefix(":").strip())
 
     async def _watch(self) -> str:
         """Return the reason when the host is lost; meanwhile pings make it suspect and ready again."""

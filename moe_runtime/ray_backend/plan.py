@@ -157,12 +157,20 @@ class ReplicaPlan:
 
 @dataclass(frozen=True)
 class HostPlan:
-    """One expert actor to keep alive."""
+    """One expert actor to keep alive.
+
+    Attributes:
+        host_id: Unique in the runtime.
+        replicas: What it serves.
+        demand: What it asks of the cluster.
+        factory: A pickled ``HostFactory``: the controller hands it on unread, so it needs no torch, and an actor
+            whose node lacks a module says so.
+    """
 
     host_id: str
     replicas: tuple[ReplicaPlan, ...]
     demand: Demand
-    factory: HostFactory
+    factory: bytes
 
 
 @dataclass(frozen=True)
@@ -172,13 +180,13 @@ class RoutersPlan:
     Attributes:
         count: How many.
         address: ``HOST:PORT`` of the first on its node; the i-th on a node takes port + i; port 0 is any.
-        factory: Makes one.
+        factory: A pickled ``RouterFactory``.
         node_id: Ray's id of the node that all of them must run on; None lets Ray choose.
     """
 
     count: int
     address: str
-    factory: RouterFactory
+    factory: bytes
     node_id: str | None = None
 
 

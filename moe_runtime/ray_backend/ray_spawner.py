@@ -165,7 +165,7 @@ def find_actor(name: str) -> Any:
         return None
 
 
-def _create(actor_class: type, factory: Any, *, name: str, options: dict[str, Any]) -> Any:
+def _create(actor_class: type, factory: bytes, *, name: str, options: dict[str, Any]) -> Any:
     try:
         return ray.remote(actor_class).options(name=name, **options).remote(factory)
     except (ValueError, TypeError, RayError) as exc:

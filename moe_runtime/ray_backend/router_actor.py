@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.ray_backend.plan import Failure, Snapshot
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 class RouterActor:
     """Runs one router. Ray restarts its process for ever; the controller then starts it again, with its table."""
 
-    def __init__(self, factory: RouterFactory) -> None:
-        """Keep the factory of the router's process."""
+    def __init__(self, factory: bytes) -> None:
+        """Keep the pickled factory of the router's process."""
         self._factory = factory
         self._process: RouterProcess | None = None
         self._bound: str | None = None
@@ -76,7 +77,8 @@ class RouterActor:
 
     def _start(self, address: str) -> str | Failure:
         try:
-            process = self._factory(locate())
+            factory: RouterFactory = pickle.loads(self._factory)
+            process = factory(locate())
             bound = process.start(address)
         except Exception as exc:
             # As a value: the one who started it wants the error's text, not a remote traceback.

@@ -51,6 +51,36 @@ def start_server(cluster):
         process.wait()
 
 
+#: Serves with no cluster around, and tells how its own Ray authenticates.
+EMBEDDED = """
+import json, os, sys
+import moe_runtime as moe
+with moe.serve(json.loads(sys.argv[1])) as runtime:
+    with moe.MoEClient(runtime.address) as client:
+        client.describe()
+    print(os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"]))
+import ray
+print(ray.is_initialized())
+"""
+
+
+@pytest.mark.timeout(120)
+def test_without_a_cluster_serve_starts_one_that_strangers_cannot_use_and_ends_it(tmp_path, make_config):
+    unset = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    env = {key: value for key, value in os.environ.items() if key not in unset}
+    config = make_config("embedded", experts=[{"kind": "identity"}], policy={"kind": "switch"})
+    done = subprocess.run(
+        [sys.executable, "-c", EMBEDDED, json.dumps(config)],
+        env={**env, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert done.stdout.splitlines() == ["token 64", "False"], done.stderr
+    assert not (tmp_path / ".ray" / "auth_token").exists()
+
+
 @pytest.mark.timeout(120)
 def test_when_the_server_process_is_killed_its_runtime_ends_with_its_lease(
     start_server, make_config, actor_names, eventually

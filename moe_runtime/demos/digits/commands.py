@@ -12,10 +12,13 @@ _CALL = """\
 {python} - <<'END'
 import moe_runtime as moe
 from sklearn.datasets import load_digits
-images = (load_digits().data[:8] / 16).astype("float32")
+digits = load_digits()
+images = (digits.data[:8] / 16).astype("float32")
 with moe.MoEClient("{address}") as client:
     result = client.forward(images, layer="digits", return_routing=True)
-    print(result.outputs.argmax(axis=1), result.report.expert_ids)
+print("digits ", digits.target[:8])
+print("answers", result.outputs.argmax(axis=1))
+print("experts", result.report.expert_ids.reshape(8, 2).tolist())
 END"""
 
 
@@ -25,7 +28,7 @@ def serve_command(config_path: Path) -> str:
 
 
 def call_command(address: str) -> str:
-    """The shell command that classifies the first eight images; 0 to 7 is right."""
+    """The shell command that classifies the first eight images, and names their experts."""
     return _CALL.format(python=_program("python"), address=address)
 
 

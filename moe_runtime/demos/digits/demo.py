@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -68,15 +69,17 @@ def run(
         ray: Whether experts and router are Ray actors; otherwise they are threads of this process.
 
     Raises:
-        DemoError: If something that it needs is not installed, or the answers are not as accurate, or not as
-            near to the reference, as promised; the result is shown and written before.
+        DemoError: If something that it needs is not installed or not writable; or if the answers are not as
+            accurate, or not as near to the reference, as promised, after the result is shown and written.
         MoERuntimeError: If the runtime does not start, or a request ends with an error.
     """
     _check_installed(recipe)
+    folder = artifacts.cache_folder(recipe)
+    _check_writable(folder, json_path)
     show_title(console)
     data = load_digits(seed=recipe.seed, held_out_share=recipe.held_out_share)
     with make_progress(console) as progress:
-        trained = _trained(recipe, data, fresh=fresh, progress=progress)
+        trained = _trained(recipe, data, folder, fresh=fresh, progress=progress)
         result = _serve_and_call(trained, data, load, ray=ray, progress=progress)
     show_result(console, result, address=recipe.config.router.address)
     if json_path is not None:
@@ -94,10 +97,22 @@ def _check_installed(recipe: Recipe) -> None:
         ) from exc
 
 
-def _trained(recipe: Recipe, data: DigitsData, *, fresh: bool, progress: Progress) -> _Trained:
+def _check_writable(folder: Path, json_path: Path | None) -> None:
+    """Find out before anything takes time, not after."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder.parent, os.W_OK):
+            raise PermissionError(f"no permission to write to {folder.parent}")
+    except OSError as exc:
+        raise DemoError(f"the trained layer cannot be kept: {exc}; set MOE_RUNTIME_CACHE to another folder") from exc
+    if json_path is not None and not json_path.parent.is_dir():
+        raise DemoError(f"--json {json_path}: expected an existing folder, found none at {json_path.parent}")
+
+
+def _trained(recipe: Recipe, data: DigitsData, folder: Path, *, fresh: bool, progress: Progress) -> _Trained:
     """The layer from the cache; trained and put there first if need be."""
-    folder = artifacts.cache_folder(recipe)
-    task = progress.add_task("Training gate and experts", total=recipe.num_epochs, note="")
+    note = f"{len(data.training):,} images"
+    task = progress.add_task("Training gate and experts", total=recipe.num_epochs, note=note)
     if folder.exists() and not fresh:
         try:
             layer = artifacts.load(recipe, folder)
@@ -119,12 +134,14 @@ def _serve_and_call(trained: _Trained, data: DigitsData, load: Load, *, ray: boo
     started = time.perf_counter()
 
     def on_progress(num_ready: int, num_actors: int) -> None:
-        progress.update(task, total=num_actors, completed=num_ready)
+        progress.update(task, total=num_actors, completed=num_ready, note=f"{num_ready} of {num_actors} ready")
 
     with serve(config_path, ray=ray, address=_ADDRESS, on_progress=on_progress) as runtime:
         preparation = Preparation(config_path, trained.training_s, starting_s=time.perf_counter() - started)
         with MoEClient(runtime.address) as client:
             traffic, experts = _call(client, data.held_out, load, progress=progress)
+        stopping = progress.add_task("Stopping actors", total=None, note="")
+    progress.update(stopping, total=1, completed=1)
     return summarise(traffic, load=load, reference=reference, experts=experts, preparation=preparation)
 
 
@@ -135,6 +152,7 @@ def _call(
     # Connections are made and kernels chosen in a first round that does not count.
     send(client, images.pixels, layer=LAYER, load=replace(load, num_rounds=1))
     before = client.status()
-    task = progress.add_task("Classifying", total=load.num_rounds * load.concurrency, note="")
+    num_requests = load.num_rounds * load.concurrency
+    task = progress.add_task("Classifying", total=num_requests, note=f"{num_requests:,} requests")
     traffic = send(client, images.pixels, layer=LAYER, load=load, on_answer=lambda: progress.advance(task))
     return traffic, served_experts(client.describe(), before=before, after=client.status())

@@ -25,6 +25,7 @@ CONFIG_TEXT = """\
 # Serve it:  moe-runtime serve PATH_OF_THIS_FILE
 name: digits-demo
 device: auto
+start_timeout_s: 120                        # seven processes import torch, on two cores maybe
 plug_ins: [moe-runtime-example-expert]
 layers:
   digits:

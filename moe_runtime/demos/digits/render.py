@@ -85,12 +85,12 @@ def _figures(result: DigitsResult) -> Table:
     table.add_row(
         "accuracy",
         _judged(_percent(result.accuracy), good=result.accuracy >= MIN_ACCURACY)
-        + f" of {result.num_images} held-out images; expected at least {MIN_ACCURACY:.0%}",
+        + f" of {result.num_images} held-out images; expected at least {_percent(MIN_ACCURACY)}",
     )
     table.add_row(
-        "reference",
+        "difference",
         _judged(f"{result.max_difference:.1e}", good=result.max_difference <= MAX_DIFFERENCE)
-        + f" is the largest difference from one process; at most {MAX_DIFFERENCE:.0e}",
+        + f" at most from the same sums in one process; allowed {MAX_DIFFERENCE:.1e}",
     )
     table.add_row(
         "requests",

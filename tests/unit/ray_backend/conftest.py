@@ -205,17 +205,13 @@ def spawner() -> FakeSpawner:
     return FakeSpawner()
 
 
-def _no_process(*_args: Any, **_kwargs: Any) -> Any:
-    raise AssertionError("fake actors have no process")
-
-
 def _plan(**changes: Any) -> RuntimePlan:
     hosts = tuple(
-        HostPlan(name, (ReplicaPlan("l", i, f"l/{name}/0"),), Demand(num_gpus=1), _no_process)
+        HostPlan(name, (ReplicaPlan("l", i, f"l/{name}/0"),), Demand(num_gpus=1), b"")
         for i, name in enumerate(("a", "b"))
     )
     num_routers = changes.pop("num_routers", 1)
-    routers = RoutersPlan(num_routers, changes.pop("address", "127.0.0.1:0"), _no_process)
+    routers = RoutersPlan(num_routers, changes.pop("address", "127.0.0.1:0"), b"")
     return RuntimePlan("test", hosts, routers, **{"lease_s": None, **changes})
 
 

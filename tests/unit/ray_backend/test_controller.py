@@ -49,7 +49,7 @@ async def test_an_expert_that_raises_at_first_start_fails_it_with_its_text_and_l
 ):
     spawner.behaviours["b"].append(behave(error="WeightsError: b.safetensors is corrupt"))
     controller = make_controller()
-    with pytest.raises(StartError, match=r"expert host b: WeightsError: b\.safetensors is corrupt"):
+    with pytest.raises(StartError, match=r"expert host b on node n1: WeightsError: b\.safetensors is corrupt"):
         await controller.start()
     assert all(actor.death.done() for actors in spawner.spawned.values() for actor in actors)
     assert len(spawner.spawned["b"]) == 1
@@ -63,7 +63,7 @@ async def test_an_expert_that_raises_later_goes_out_for_ever_longer_times(make_c
     await clock.advance(0.2)
     assert len(spawner.spawned["a"]) == 2
     host = (await controller.describe())["hosts"][0]
-    assert (host["state"], host["reason"]) == ("out", "boom")
+    assert (host["state"], host["reason"]) == ("out", "on node n1: boom")
     await clock.advance(0.39)
     assert len(spawner.spawned["a"]) == 2
     await clock.advance(0.02)

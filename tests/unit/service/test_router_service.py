@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from queue import Queue
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fakes.service import make_layer, tokens_of
+from fakes.service import FakeClock, make_layer, tokens_of
 from moe_runtime.config.models import LimitsConfig, RouterConfig
 from moe_runtime.errors import (
     DeadlineExceededError,
@@ -61,7 +62,7 @@ class Mailbox:
 class Setting:
     """A service over real in-process transports; the test plays the one host of both experts."""
 
-    def __init__(self, layer: RoutedLayer | None = None, **router: object) -> None:
+    def __init__(self, layer: RoutedLayer | None = None, *, clock: FakeClock | None = None, **router: object) -> None:
         self.layer = layer or make_layer(3, gate_features=3, timeout_s=WAIT_S)
         network = InProcessNetwork()
         self.host = network.host_transport()
@@ -70,12 +71,14 @@ class Setting:
             network.router_transport(),
             router=RouterConfig(**{"max_batch_tokens": 8, "max_wait_ms": 1.0, "max_queued_tokens": 64, **router}),
             limits=LimitsConfig(max_concurrent_requests=5, default_timeout_s=WAIT_S),
+            clock=clock,
         )
         experts = range(self.layer.num_experts)
         self.table = RoutingTable(1, {("layer", e): (Replica(f"layer/{e}/0", self.host.endpoint),) for e in experts})
         self.service.set_table(self.table)
         self.service.start()
         self.mailbox = Mailbox()
+        self.received: deque[Delivery] = deque()
 
     def submit(self, tokens: torch.Tensor, **changes: object) -> Ticket:
         request = LayerRequest(**{"request_id": "r", "layer": "layer", "tokens": tokens, **changes})
@@ -84,12 +87,9 @@ class Setting:
     def receive(self) -> Delivery:
         """The next message to the host."""
         end = time.monotonic() + WAIT_S
-        while time.monotonic() < end:
-            deliveries = self.host.receive(WAIT_S)
-            if deliveries:
-                (delivery,) = deliveries
-                return delivery
-        raise TimeoutError("no message came")
+        while not self.received and time.monotonic() < end:
+            self.received.extend(self.host.receive(WAIT_S))
+        return self.received.popleft()
 
     def reply(self, delivery: Delivery, times: float = 2.0) -> None:
         request = delivery.request
@@ -170,13 +170,18 @@ def test_a_deadline_that_has_passed_is_refused(setting: Setting) -> None:
         setting.submit(tokens_of(1), deadline=time.monotonic() - 1.0)
 
 
-def test_a_request_is_answered_at_its_deadline_and_its_batch_mates_are_not_disturbed(setting: Setting) -> None:
+def test_a_request_is_answered_at_its_deadline_and_its_batch_mates_are_not_disturbed() -> None:
+    clock = FakeClock()
+    setting = Setting(clock=clock)
     setting.submit(tokens_of(1))
     first = setting.receive()
     mate = Mailbox()
-    setting.submit(tokens_of(4), deadline=time.monotonic() + 0.2)
+    setting.submit(tokens_of(4), deadline=clock.now() + 1.0)
     setting.service.submit(LayerRequest("mate", "layer", tokens_of(4)), mate)
     second = setting.receive()
+    assert second.request.rows.shape[0] == 8
+    clock.advance(1.0)
+    setting.service.set_table(setting.table)  # wakes the service, which looks at the time
     error = setting.mailbox.take()
     assert isinstance(error, DeadlineExceededError)
     setting.reply(second)
@@ -185,6 +190,7 @@ def test_a_request_is_answered_at_its_deadline_and_its_batch_mates_are_not_distu
     setting.mailbox.answer()
     assert setting.mailbox.is_empty
     assert setting.service.status()["num_deadline_exceeded"] == 1
+    setting.service.close()
 
 
 def test_a_request_that_waits_in_the_queue_can_be_cancelled_and_frees_its_place() -> None:

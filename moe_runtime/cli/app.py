@@ -1,0 +1,123 @@
+"""The commands and their arguments; what they do loads when they are called, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moe_runtime.cli.consoles import report_error, stdout_console
+from moe_runtime.errors import MoERuntimeError
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors of ours end in one line and exit code 1, and with ``--debug`` in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MoERuntimeError as exc:
+            if ctx.params.get("debug"):
+                raise
+            report_error(exc)
+            ctx.exit(1)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Mixture-of-Experts layers whose experts are Ray actors of their own.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+demo_app = typer.Typer(help="Run a whole use of the runtime on real input.", no_args_is_help=True)
+app.add_typer(demo_app, name="demo")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The runtime's YAML file.", show_default=False)]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from moe_runtime import __version__
+
+        typer.echo(f"moe-runtime {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Log in detail, and show tracebacks of errors.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if debug:
+        logging.getLogger("moe_runtime").setLevel(logging.DEBUG)
+
+
+@app.command()
+def serve(
+    config: ConfigPath,
+    *,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Instead of the file's router.address; port 0 is any.")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The Ray cluster to join; else RAY_ADDRESS; else one is started."),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave the runtime on the cluster, and return.")] = False,
+    ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Experts as Ray actors, or all in this process.")] = True,
+) -> None:
+    """Serve a configuration until SIGINT or SIGTERM; requests in flight are answered first."""
+    from moe_runtime.cli.serving import serve_until_stopped
+
+    serve_until_stopped(config, address=address, ray_address=ray_address, detach=detach, ray=ray)
+
+
+@app.command()
+def validate(config: ConfigPath) -> None:
+    """Check a configuration, its plug-ins and its weights without starting anything."""
+    from moe_runtime.cli.validation import print_summary
+    from moe_runtime.launch.build import validate as check
+
+    print_summary(check(config), config=config, console=stdout_console())
+
+
+@app.command()
+def status(
+    address: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help=f"A router's address; may be given again. [default: {DEFAULT_ADDRESS}]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each router.")] = 5.0,
+) -> None:
+    """Show the layers, experts, routers and load of a running runtime."""
+    from moe_runtime.cli.status import ask_routers, print_json, print_tables
+
+    routers = ask_routers(tuple(address or [DEFAULT_ADDRESS]), timeout_s=timeout_s)
+    if as_json:
+        print_json(routers, console=stdout_console())
+    else:
+        print_tables(routers, console=stdout_console())
+
+
+@demo_app.command("digits")
+def demo_digits(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write what was measured to this file.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again instead of using what was cached.")] = False,
+) -> None:
+    """Classify handwritten digits with five kinds of experts, each in a Ray actor of its own."""
+    from moe_runtime.demos import digits
+
+    digits.run(json_path=json_path, fresh=fresh, console=stdout_console())

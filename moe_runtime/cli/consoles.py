@@ -1,0 +1,19 @@
+"""Where the command line writes: results to stdout, errors to stderr."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+
+def stdout_console() -> Console:
+    """The console for results; plain where stdout is no terminal."""
+    return Console(highlight=False)
+
+
+def report_error(error: Exception) -> None:
+    """Say on stderr what went wrong: one red line per line of the error's message."""
+    console = Console(stderr=True, highlight=False)
+    for line in str(error).splitlines() or [type(error).__name__]:
+        # soft_wrap: a line stays a line, so that it can be searched for.
+        console.print(Text(f"error: {line}", style="red"), soft_wrap=True)

@@ -1,0 +1,94 @@
+"""``moe-runtime serve``: starts a runtime, says where it is, and ends it in order when a signal asks for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from moe_runtime.cli.consoles import stdout_console
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import FrameType
+
+    from rich.console import Console
+
+    from moe_runtime.launch.runtime import Runtime
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve_until_stopped(config: Path, *, address: str | None, ray_address: str | None, detach: bool, ray: bool) -> None:
+    """Serve a configuration until the first SIGINT or SIGTERM, then drain; a second one ends the process at once.
+
+    With ``detach``, return as soon as the runtime serves.
+
+    Raises:
+        ConfigError: If the configuration cannot work.
+        StartError: If the runtime did not start; nothing of it is left behind.
+    """
+    from moe_runtime.launch.runtime import serve
+
+    console = stdout_console()
+    # Before anything runs, SIGTERM is an orderly way out of the start, as SIGINT is.
+    signal.signal(signal.SIGTERM, _leave)
+    with console.status(f"Starting {config.name}") as starting:
+
+        def show(num_ready: int, num_actors: int) -> None:
+            starting.update(f"Starting {config.name}: {num_ready} of {num_actors} actors are ready")
+
+        runtime = serve(config, ray=ray, ray_address=ray_address, address=address, detach=detach, on_progress=show)
+    with runtime:
+        if detach:
+            _print_welcome(runtime, console=console, stop="close it where it runs: it outlives this command")
+            return
+        # After Ray's own handlers, which the start has installed.
+        stop = StopSignals()
+        _print_welcome(runtime, console=console, stop="Ctrl-C or SIGTERM; requests in flight are answered first")
+        received = stop.wait()
+        console.print(f"{received.name}: draining; the same signal again ends this at once", markup=False)
+    console.print("stopped", markup=False)
+
+
+class StopSignals:
+    """SIGINT and SIGTERM of this process from now on: the first is awaited, the second ends the process."""
+
+    def __init__(self) -> None:
+        # SimpleQueue.put may interrupt itself and get; the locks of threading.Event may not.
+        self._received: SimpleQueue[signal.Signals] = SimpleQueue()
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._first)
+
+    def wait(self) -> signal.Signals:
+        """The first signal, when it has come."""
+        return self._received.get()
+
+    def _first(self, number: int, _frame: FrameType | None) -> None:
+        for each in _STOP_SIGNALS:
+            signal.signal(each, _end_at_once)
+        self._received.put(signal.Signals(number))
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _end_at_once(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+def _print_welcome(runtime: Runtime, *, console: Console, stop: str) -> None:
+    addresses = list(runtime.addresses)
+    target = addresses[0] if len(addresses) == 1 else addresses
+    layers = list(runtime.describe()["layers"])
+    options = " ".join(f"--address {address}" for address in addresses)
+    lines = (
+        f"serving {', '.join(layers)} at {', '.join(addresses)}",
+        f"  status:  moe-runtime status {options}",
+        f'  Python:  moe_runtime.MoEClient({target!r}).forward(inputs, layer="{layers[0]}")',
+        f"  stop:    {stop}",
+    )
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""What ``moe-runtime validate`` prints of a configuration that can be served."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from moe_runtime.launch.recipes import ConfigSummary
+
+
+def print_summary(summary: ConfigSummary, *, config: Path, console: Console) -> None:
+    """Print what the configuration would serve."""
+    console.print(f"{config}: valid", style="green", markup=False, soft_wrap=True)
+    table = Table("layer", "item shape", "output shape", "dtype", "policy", "experts", "actors")
+    for layer in summary.layers:
+        table.add_row(
+            layer.name,
+            shape_text(layer.item_shape),
+            shape_text(layer.out_shape),
+            layer.dtype,
+            layer.policy,
+            _kinds_text(layer.experts.values()),
+            str(layer.num_actors),
+        )
+    console.print(table)
+    routers = "1 router" if summary.num_routers == 1 else f"{summary.num_routers} routers"
+    console.print(f"{summary.name}: {routers}, from {summary.address}", markup=False)
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """A shape as the configuration writes it."""
+    return "\\[" + ", ".join(map(str, shape)) + "]"
+
+
+def _kinds_text(kinds: Iterable[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())

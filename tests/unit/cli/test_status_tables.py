@@ -1,0 +1,90 @@
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moe_runtime.cli.status import RouterView, duration_text, print_json, print_tables
+
+
+def replica(state: str, *, node: str = "n1") -> dict[str, Any]:
+    return {"state": state, "node": node, "device": "cpu", "pid": 7, "weights_version": "0123456789abcdef"}
+
+
+def router(address: str, *, served: int, compute_ms: float, products: int) -> RouterView:
+    counters = {
+        "num_served": served,
+        "num_dropped_capacity": 1,
+        "num_dropped_failure": 2,
+        "num_products": products,
+        "compute_ms": compute_ms,
+    }
+    depth = {"queued_tokens": 5, "batches_in_flight": 1}
+    layer_load = {"num_batches": 3, "num_tokens": 40, **depth, "experts": [counters, counters | {"num_products": 0}]}
+    experts = [
+        {"name": "conv-0", "kind": "conv", "replicas": [replica("ready"), replica("suspect", node="n2")]},
+        {"name": "lost-0", "kind": "lost", "replicas": []},
+    ]
+    layer = {"item_shape": [1, 8], "out_shape": [10], "dtype": "float32", "policy": "top_k", "experts": experts}
+    totals = {"num_requests": 9, "open_requests": 2, "num_refused": 3, "num_failed": 4}
+    return RouterView(
+        address,
+        description={"name": "default", "layers": {"digits": layer}},
+        load={"uptime_s": 75.0, "table_version": 6, "draining": False, **totals, "layers": {"digits": layer_load}},
+    )
+
+
+def printed(*routers: RouterView, as_json: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=160, highlight=False)
+    (print_json if as_json else print_tables)(routers, console=console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def row(text: str, first_cell: str) -> list[str]:
+    [line] = [line for line in text.splitlines() if line.startswith(f"│ {first_cell}")]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_a_router_is_a_row_with_its_load() -> None:
+    text = printed(router("h:1", served=10, compute_ms=6.0, products=4))
+    assert row(text, "h:1") == ["h:1", "1 min 15 s", "9", "2", "3", "4", "v6"]
+
+
+def test_counters_of_an_expert_are_summed_over_the_routers() -> None:
+    text = printed(
+        router("h:1", served=10, compute_ms=6.0, products=4), router("h:2", served=20, compute_ms=2.0, products=4)
+    )
+    assert row(text, "conv-0") == ["conv-0", "conv", "ready", "cpu", "n1", "0123456789ab", "30", "2", "4", "1.00"]
+    assert "tokens 80, batches 6, queued tokens 10, batches in flight 2" in text
+
+
+def test_each_replica_of_an_expert_has_its_own_line() -> None:
+    lines = printed(router("h:1", served=10, compute_ms=6.0, products=4)).splitlines()
+    [index] = [index for index, line in enumerate(lines) if "conv-0" in line]
+    assert "suspect" in lines[index + 1]
+    assert "n2" in lines[index + 1]
+
+
+def test_an_expert_without_replicas_is_out_and_has_no_mean_time() -> None:
+    text = printed(router("h:1", served=10, compute_ms=6.0, products=4))
+    assert row(text, "lost-0") == ["lost-0", "lost", "out", "", "", "", "10", "1", "2", ""]
+
+
+def test_shapes_are_printed_as_the_configuration_writes_them() -> None:
+    assert "layer digits: [1, 8] → [10] float32, top_k" in printed(router("h:1", served=1, compute_ms=1, products=1))
+
+
+def test_json_holds_everything_that_the_router_said() -> None:
+    view = router("h:1", served=10, compute_ms=6.0, products=4)
+    document = json.loads(printed(view, as_json=True))
+    assert document == {"routers": [{"address": "h:1", "description": view.description, "load": view.load}]}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.9, "59 s"), (60, "1 min 0 s"), (3700, "1 h 1 min"), (90000, "1 d 1 h")],
+)
+def test_a_duration_is_told_in_its_two_largest_units(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from moe_runtime.config.load import load_config
+from moe_runtime.launch.build import build_layers
+from moe_runtime.launch.packing import plan_hosts
+
+OPTIONS = {"hidden_features": 8, "out_features": 4}
+
+
+def hosts(experts, *, device="auto", gpus_available=False, **layer):
+    data = {
+        "device": device,
+        "layers": {"l": {"item_shape": [6], "policy": {"kind": "switch"}, "experts": experts, **layer}},
+    }
+    loaded = load_config(data)
+    return plan_hosts(loaded.config, build_layers(loaded), gpus_available=gpus_available)
+
+
+def expert(count=1, **resources):
+    return {"kind": "feed_forward", "count": count, "options": OPTIONS, "resources": resources}
+
+
+def replicas(specs):
+    return [[hosted.replica_id for hosted in spec.experts] for spec in specs]
+
+
+def test_by_default_every_expert_has_an_actor_of_its_own():
+    specs = hosts([expert(2)])
+    assert [spec.host_id for spec in specs] == ["l/feed_forward-0", "l/feed_forward-1"]
+    assert replicas(specs) == [["l/feed_forward-0/0"], ["l/feed_forward-1/0"]]
+
+
+def test_neighbours_share_an_actor_up_to_the_number_given():
+    assert [len(group) for group in replicas(hosts([expert(5)], experts_per_actor=2))] == [2, 2, 1]
+
+
+def test_experts_with_other_resources_never_share_an_actor():
+    specs = hosts([expert(2), expert(2, num_cpus=1.0)], experts_per_actor=3)
+    assert [len(group) for group in replicas(specs)] == [2, 2]
+    assert [spec.resources.num_cpus for spec in specs] == [0.1, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus_available", "asked", "expected"),
+    [
+        ("auto", False, None, ("cpu", 0.0)),
+        ("auto", True, None, ("cuda", 1.0)),
+        ("auto", True, 0, ("cpu", 0.0)),
+        ("auto", False, 0.5, ("cuda", 0.5)),
+        ("cuda", False, None, ("cuda", 1.0)),
+        ("cuda", True, 0.25, ("cuda", 0.25)),
+        ("cuda", True, 0, ("cpu", 0.0)),
+        ("cpu", True, None, ("cpu", 0.0)),
+    ],
+)
+def test_an_expert_asks_for_a_gpu_where_its_device_is_one(device, gpus_available, asked, expected):
+    resources = {} if asked is None else {"num_gpus": asked}
+    (spec,) = hosts([expert(**resources)], device=device, gpus_available=gpus_available)
+    assert (spec.device, spec.resources.num_gpus) == expected
