@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError, PlugInError, WeightsError
-from moe_runtime.experts.build import initial_module
+from moe_runtime.experts.build import check_weights
 from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.experts.spec import expert_contract
-from moe_runtime.experts.weights import load_into, load_weights
 from moe_runtime.launch.expansion import expand_experts, name_mistakes
 from moe_runtime.launch.gates import gate_seed, load_gate
 from moe_runtime.launch.packing import pack_experts
@@ -185,12 +184,10 @@ class _LayerCheck:
 
     def _check_weights(self, expert: ExpandedExpert) -> None:
         spec = expert.recipe.spec
-        if spec.weights is None:
-            return
         try:
-            load_into(initial_module(spec), load_weights(spec.weights).tensors)
+            check_weights(spec)
         except WeightsError as exc:
-            self._mistakes.add(exc, prefix=f"{expert.key}.weights: ")
+            self._mistakes.add(exc, prefix=expert.key, instead_of=spec.where)
 
     def _check_gate(self) -> None:
         try:
