@@ -57,7 +57,7 @@ def build_layers(loaded: LoadedConfig) -> tuple[LayerRecipe, ...]:
         ConfigError: With one line per mistake. Where mistakes are of one kind only, it is that kind's error:
             ``PlugInError`` or ``WeightsError``.
     """
-    mistakes = _Mistakes()
+    mistakes = _Mistakes(loaded.origin)
     try:
         check_plug_ins(loaded.config.plug_ins)
     except PlugInError as exc:
@@ -69,8 +69,9 @@ def build_layers(loaded: LoadedConfig) -> tuple[LayerRecipe, ...]:
 
 @dataclass
 class _Mistakes:
-    """Collects mistakes, so that all of them are told at once."""
+    """Collects mistakes, so that all of them are told at once, each with where it comes from."""
 
+    origin: str
     lines: list[str] = field(default_factory=list)
     kinds: set[type[ConfigError]] = field(default_factory=set)
 
@@ -83,7 +84,7 @@ class _Mistakes:
         """Raise what was collected, if anything was."""
         if self.lines:
             kind = next(iter(self.kinds)) if len(self.kinds) == 1 else ConfigError
-            raise kind("\n".join(dict.fromkeys(self.lines)))
+            raise kind("\n".join(dict.fromkeys(self.origin + line for line in self.lines)))
 
 
 class _LayerCheck:
