@@ -35,7 +35,7 @@ from moe_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from moe_runtime.launch.runtime import Runtime, serve
+    from moe_runtime.launch.runtime import Runtime, attach, serve
     from moe_runtime.rpc.aio_client import AsyncMoEClient
     from moe_runtime.rpc.client import MoEClient
     from moe_runtime.rpc.retries import RetryPolicy
@@ -74,6 +74,7 @@ __all__ = [
     "UnavailableError",
     "UnknownLayerError",
     "WeightsError",
+    "attach",
     "serve",
 ]
 
@@ -85,6 +86,7 @@ _MODULES = {
     "RequestOptions": "moe_runtime.wire.messages",
     "RetryPolicy": "moe_runtime.rpc.retries",
     "Runtime": "moe_runtime.launch.runtime",
+    "attach": "moe_runtime.launch.runtime",
     "serve": "moe_runtime.launch.runtime",
 }
 #: What `pip install 'moe-runtime[runtime]'` adds, by the names that it is imported by.

@@ -83,6 +83,22 @@ def serve(
 
 
 @app.command()
+def stop(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The runtime's name in its configuration.")] = "default",
+    *,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster it runs on; else RAY_ADDRESS.")
+    ] = None,
+) -> None:
+    """End a runtime that was served with --detach; requests in flight are answered first."""
+    from moe_runtime.launch.runtime import attach
+
+    answered = attach(name, ray_address=ray_address).close()
+    outcome = "every request was answered" if answered else "some requests were not answered in time"
+    stdout_console().print(f"stopped {name}: {outcome}", markup=False)
+
+
+@app.command()
 def validate(config: ConfigPath) -> None:
     """Check a configuration, its plug-ins and its weights without starting anything."""
     from moe_runtime.cli.validation import print_summary

@@ -42,7 +42,9 @@ def serve_until_stopped(config: Path, *, address: str | None, ray_address: str |
         runtime = serve(config, ray=ray, ray_address=ray_address, address=address, detach=detach, on_progress=show)
     with runtime:
         if detach:
-            _print_welcome(runtime, console=console, stop="close it where it runs: it outlives this command")
+            name = runtime.describe()["name"]
+            at = "" if ray_address is None else f" --ray-address {ray_address}"
+            _print_welcome(runtime, console=console, stop=f"moe-runtime stop {name}{at}")
             return
         # After Ray's own handlers, which the start has installed.
         stop = StopSignals()

@@ -21,10 +21,12 @@ class LoadedConfig:
     Attributes:
         config: The checked configuration, as written: its paths are not resolved.
         base_dir: Absolute; the config file's folder, or the working directory where there was no file.
+        origin: Begins every message about the configuration: the file's name and a colon; empty without a file.
     """
 
     config: RuntimeConfig
     base_dir: Path
+    origin: str = ""
 
     def resolve(self, path: str) -> Path:
         """The absolute path of a file that the configuration names."""
@@ -54,7 +56,8 @@ def load_config(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> Loade
     from moe_runtime.config.yaml_file import read_yaml
 
     path = Path(source).expanduser().absolute()
-    return LoadedConfig(config=_check(read_yaml(path), origin=f"{path.name}: "), base_dir=path.parent)
+    origin = f"{path.name}: "
+    return LoadedConfig(config=_check(read_yaml(path), origin=origin), base_dir=path.parent, origin=origin)
 
 
 def _check(data: object, *, origin: str) -> RuntimeConfig:

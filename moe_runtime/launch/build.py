@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import ConfigError, PlugInError, WeightsError
-from moe_runtime.experts.build import initial_module
+from moe_runtime.experts.build import check_weights
 from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.experts.spec import expert_contract
-from moe_runtime.experts.weights import load_into, load_weights
 from moe_runtime.launch.expansion import expand_experts, name_mistakes
 from moe_runtime.launch.gates import gate_seed, load_gate
 from moe_runtime.launch.packing import pack_experts
@@ -58,7 +57,7 @@ def build_layers(loaded: LoadedConfig) -> tuple[LayerRecipe, ...]:
         ConfigError: With one line per mistake. Where mistakes are of one kind only, it is that kind's error:
             ``PlugInError`` or ``WeightsError``.
     """
-    mistakes = _Mistakes()
+    mistakes = _Mistakes(loaded.origin)
     try:
         check_plug_ins(loaded.config.plug_ins)
     except PlugInError as exc:
@@ -70,8 +69,9 @@ def build_layers(loaded: LoadedConfig) -> tuple[LayerRecipe, ...]:
 
 @dataclass
 class _Mistakes:
-    """Collects mistakes, so that all of them are told at once."""
+    """Collects mistakes, so that all of them are told at once, each with where it comes from."""
 
+    origin: str
     lines: list[str] = field(default_factory=list)
     kinds: set[type[ConfigError]] = field(default_factory=set)
 
@@ -84,7 +84,7 @@ class _Mistakes:
         """Raise what was collected, if anything was."""
         if self.lines:
             kind = next(iter(self.kinds)) if len(self.kinds) == 1 else ConfigError
-            raise kind("\n".join(dict.fromkeys(self.lines)))
+            raise kind("\n".join(dict.fromkeys(self.origin + line for line in self.lines)))
 
 
 class _LayerCheck:
@@ -187,12 +187,10 @@ class _LayerCheck:
 
     def _check_weights(self, expert: ExpandedExpert) -> None:
         spec = expert.recipe.spec
-        if spec.weights is None:
-            return
         try:
-            load_into(initial_module(spec), load_weights(spec.weights).tensors)
+            check_weights(spec)
         except WeightsError as exc:
-            self._mistakes.add(exc, prefix=f"{expert.key}.weights: ")
+            self._mistakes.add(exc, prefix=expert.key, instead_of=spec.where)
 
     def _check_gate(self) -> None:
         try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from moe_runtime.config.load import LoadedConfig, load_config
+from moe_runtime.config.load import load_config
 from moe_runtime.errors import StartError
 from moe_runtime.launch.build import build_layers
 from moe_runtime.launch.in_process import InProcessSession
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.models import RuntimeConfig
     from moe_runtime.ray_backend.cluster import Cluster
 
@@ -218,4 +220,4 @@ def _with_address(loaded: LoadedConfig, address: str | None) -> LoadedConfig:
     # Through the model again, which checks it.
     data = loaded.config.model_dump()
     data["router"]["address"] = address
-    return LoadedConfig(load_config(data).config, loaded.base_dir)
+    return replace(loaded, config=load_config(data).config)

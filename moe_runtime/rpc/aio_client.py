@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from moe_runtime.errors import UnavailableError
+from moe_runtime.errors import RequestCancelledError, UnavailableError
 from moe_runtime.rpc.client_core import ClientCore
 from moe_runtime.rpc.methods import CHANNEL_OPTIONS, FORWARD_STREAM, path, slices
 from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
@@ -96,6 +96,8 @@ class AsyncMoEClient:
             try:
                 reply = await self._send(call.attempt)
             except grpc.aio.AioRpcError as exc:
+                if self._closed:
+                    raise RequestCancelledError("the client was closed while the call was under way") from exc
                 error = error_of(exc.code(), exc.details(), exc.trailing_metadata())
                 error.__cause__ = exc
                 call.failed(error)

@@ -57,7 +57,8 @@ _BY_CODE: dict[grpc.StatusCode, type[MoERuntimeError]] = {
     grpc.StatusCode.NOT_FOUND: UnknownLayerError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
-    grpc.StatusCode.CANCELLED: RequestCancelledError,
+    # A caller that cancels never reads the status; without a name it is a server that stops.
+    grpc.StatusCode.CANCELLED: UnavailableError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.UNIMPLEMENTED: ProtocolVersionError,
 }

@@ -14,16 +14,16 @@ import torch
 from moe_runtime.launch.runtime import attach
 from moe_runtime.rpc.client import MoEClient
 
+#: The fewest processes that make a runtime: every one of them takes seconds to import torch.
+ONE_EXPERT = {"experts": [{"kind": "identity"}], "policy": {"kind": "switch"}}
+
 #: Serves the configuration of its first argument, says where, and waits for its input to close.
 SERVER = """
 import json, sys
 import moe_runtime as moe
-detach = sys.argv[2] == "detach"
-runtime = moe.serve(json.loads(sys.argv[1]), detach=detach)
+runtime = moe.serve(json.loads(sys.argv[1]))
 print(runtime.address, flush=True)
 sys.stdin.read()
-if detach:
-    runtime.leave()
 """
 
 
@@ -32,9 +32,9 @@ def start_server(cluster):
     """Starts a process that serves a configuration on the session's cluster; gives it and its address."""
     processes = []
 
-    def start(config, mode="lease"):
+    def start(config):
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, json.dumps(config), mode],
+            [sys.executable, "-c", SERVER, json.dumps(config)],
             env={**os.environ, "RAY_ADDRESS": cluster},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -68,7 +68,7 @@ print(ray.is_initialized())
 def test_without_a_cluster_serve_starts_one_that_strangers_cannot_use_and_ends_it(tmp_path, make_config):
     unset = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     env = {key: value for key, value in os.environ.items() if key not in unset}
-    config = make_config("embedded", experts=[{"kind": "identity"}], policy={"kind": "switch"})
+    config = make_config("embedded", **ONE_EXPERT)
     done = subprocess.run(
         [sys.executable, "-c", EMBEDDED, json.dumps(config)],
         env={**env, "HOME": str(tmp_path)},
@@ -85,23 +85,34 @@ def test_without_a_cluster_serve_starts_one_that_strangers_cannot_use_and_ends_i
 def test_when_the_server_process_is_killed_its_runtime_ends_with_its_lease(
     start_server, make_config, actor_names, eventually
 ):
-    process, address = start_server(make_config("leased"))
+    process, address = start_server(make_config("leased", **ONE_EXPERT))
     with MoEClient(address) as client:
-        assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 2
+        assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 1
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(actor_names("leased")) == 4
+    assert len(actor_names("leased")) == 3
     eventually(lambda: not actor_names("leased"), deadline_s=25.0)
 
 
-@pytest.mark.timeout(120)
-def test_a_detached_runtime_outlives_its_server_and_is_closed_from_elsewhere(start_server, make_config, actor_names):
-    process, address = start_server(make_config("detached"), "detach")
-    process.stdin.close()
-    assert process.wait(timeout=30) == 0
+@pytest.mark.timeout(180)
+def test_a_detached_runtime_outlives_its_command_until_another_one_stops_it(
+    tmp_path, cluster, make_config, actor_names
+):
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(make_config("detached", **ONE_EXPERT)))
+    served = command("serve", str(path), "--detach", "--ray-address", cluster)
     with attach("detached") as runtime:
-        assert runtime.address == address
-    with MoEClient(address) as client:
-        assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 2
-    assert attach("detached").close()
+        assert f"serving l at {runtime.address}\n" in served
+    assert f"stop:    moe-runtime stop detached --ray-address {cluster}\n" in served
+    with MoEClient(runtime.address) as client:
+        assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 1
+    assert command("stop", "detached", "--ray-address", cluster) == "stopped detached: every request was answered\n"
     assert actor_names("detached") == []
+
+
+def command(*arguments: str) -> str:
+    """What a command of the command line prints."""
+    main = "from moe_runtime.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", main, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

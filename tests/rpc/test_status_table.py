@@ -13,7 +13,6 @@ from moe_runtime.errors import (
     InvalidRequestError,
     MoERuntimeError,
     OverloadedError,
-    RequestCancelledError,
     RequestTooLargeError,
     UnavailableError,
     UnknownLayerError,
@@ -62,7 +61,7 @@ def test_hint_that_is_no_time_is_none(hint: str | None) -> None:
     [
         (CODES.UNAVAILABLE, "connection refused", UnavailableError),
         (CODES.DEADLINE_EXCEEDED, "Deadline Exceeded", DeadlineExceededError),
-        (CODES.CANCELLED, "Channel closed!", RequestCancelledError),
+        (CODES.CANCELLED, None, UnavailableError),
         (CODES.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!", OverloadedError),
         (CODES.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (5 vs. 4)", RequestTooLargeError),
         (CODES.INVALID_ARGUMENT, "odd", InvalidRequestError),

@@ -90,7 +90,7 @@ def _figures(result: DigitsResult) -> Table:
     table.add_row(
         "difference",
         _judged(f"{result.max_difference:.1e}", good=result.max_difference <= MAX_DIFFERENCE)
-        + f" at most from the same sums in one process; allowed {MAX_DIFFERENCE:.1e}",
+        + f" at most from the reference in one process; allowed {MAX_DIFFERENCE:.1e}",
     )
     table.add_row(
         "requests",

@@ -71,7 +71,7 @@ def test_validate_finds_what_only_building_an_expert_shows(tmp_path: Path) -> No
     result = moe_runtime_command("validate", write(tmp_path, CONFIG.replace("kind: identity", "kind: identty")))
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
-    assert line.startswith("error: layers.demo.experts.1")
+    assert line.startswith("error: config.yaml: layers.demo.experts.1")
     assert "identity" in line
 
 

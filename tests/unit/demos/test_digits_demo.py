@@ -21,6 +21,9 @@ from moe_runtime.demos.digits.training import DigitsLayer
 from moe_runtime.demos.errors import DemoError
 from moe_runtime.launch.runtime import serve
 
+# Some of these train for real, on machines that may have other things to do.
+pytestmark = pytest.mark.timeout(180)
+
 
 @pytest.fixture
 def console() -> Console:

@@ -1,4 +1,5 @@
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,9 @@ def test_the_python_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_changelog_has_a_section_for_what_is_not_released() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_folder_of_tests_is_collected() -> None:
+    collected = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    folders = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
+    assert [f for f in folders if not f.startswith(tuple(collected["testpaths"]))] == []

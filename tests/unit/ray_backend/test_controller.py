@@ -179,6 +179,15 @@ async def test_without_renewal_the_lease_runs_out_and_everything_is_torn_down(ma
     assert len(spawner.spawned["a"]) == 1
 
 
+async def test_a_start_that_takes_longer_than_the_lease_does_not_use_it_up(make_controller, spawner, clock):
+    controller = make_controller(lease_s=10.0)
+    await clock.advance(30.0)
+    await controller.start()
+    await clock.advance(9.0)
+    assert not spawner.last("a").death.done()
+    await controller.close(drain_timeout_s=0)
+
+
 async def test_close_drains_the_routers_before_it_ends_anything(make_controller, spawner):
     controller = make_controller()
     await controller.start()
