@@ -1,72 +1,65 @@
 """Requests and replies of the data plane as frames, and back: a small msgpack header, then the rows as they are.
 
-A message is one header frame, and one frame of rows unless it is a reply without rows. The header is a map
-that carries the incarnation that sent the message, the one it is meant for, and the dtype and shape of the
-rows, which are checked against the frame's length before the rows are touched. Rows are in the byte order of
-the machine; routers and hosts of a runtime run on the same architecture.
+A message is one header frame, and the frames of its rows unless it has none or they lie in memory that both
+ends share. The header is an array: decoding it must cost far less than the wire. It names the incarnation that
+sent the message, the one it is meant for, and the dtype and shape of the rows, which are checked against their
+bytes before they are touched. Rows are in the byte order of the machine; routers and hosts of a runtime run on
+the same architecture.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
-import torch
 
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostReply, HostRequest, Segment, SegmentResult
+from moe_runtime.transport.row_frames import DTYPES, MAX_DIMENSIONS, check_size, decode_rows, dtype_name, encode_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-HEADER_VERSION = 1
+HEADER_VERSION = 2
 #: Enough for the reply to any request: the longest ids and errors for the largest number of segments.
 MAX_HEADER_BYTES = 16 << 20
 MAX_SEGMENTS = 2048
 MAX_REPLICA_ID_CHARACTERS = 255
-MAX_ROWS_BYTES = 1 << 30
-MAX_DIMENSIONS = 16
 MAX_ERROR_CHARACTERS = 1000
-#: Frames below this are copied: they arrive unaligned, and would keep a shared receive buffer alive.
-COPY_BELOW_BYTES = 16 << 10
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "uint8": torch.uint8,
-    "int8": torch.int8,
-    "int16": torch.int16,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: What the header's items are, in order; the last is the request's time, which a reply has none of.
+FIELDS = ("version", "kind", "ticket", "from", "to", "segments", "dtype", "shape", "place", "timeout_s")
+#: Items that one segment takes in ``segments``: replica id and rows; in a reply also error and milliseconds.
+_REQUEST_ITEMS, _REPLY_ITEMS = 2, 4
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """Which process a message comes from, and which it is meant for, as incarnations."""
 
     sender: int
     receiver: int
 
 
-@dataclass(frozen=True)
-class IncomingRequest:
+class Place(NamedTuple):
+    """Where in shared memory the rows of a request lie, and how much room is there for those of its reply."""
+
+    segment_id: int
+    offset: int
+    num_bytes: int
+
+
+class IncomingRequest(NamedTuple):
     """A request as it was read from frames."""
 
     address: Address
     request: HostRequest
+    place: Place | None
 
 
-@dataclass(frozen=True)
-class IncomingReply:
+class IncomingReply(NamedTuple):
     """A reply as it was read from frames."""
 
     address: Address
@@ -75,135 +68,160 @@ class IncomingReply:
 
 def check_request(request: HostRequest) -> None:
     """Raise ``TransportError`` unless the segments can travel and account for exactly the rows of a request."""
-    if len(request.segments) > MAX_SEGMENTS:
-        raise TransportError(
-            f"request {request.ticket}: {len(request.segments)} segments, at most {MAX_SEGMENTS} can travel"
-        )
-    for segment in request.segments:
+    segments, rows = request.segments, request.rows
+    if len(segments) > MAX_SEGMENTS:
+        raise TransportError(f"request {request.ticket}: {len(segments)} segments, at most {MAX_SEGMENTS} can travel")
+    num_rows = 0
+    for segment in segments:
+        num_rows += segment.num_rows
         if len(segment.replica_id) > MAX_REPLICA_ID_CHARACTERS:
             raise TransportError(
                 f"request {request.ticket}: replica id {segment.replica_id:.40}... has "
                 f"{len(segment.replica_id)} characters, at most {MAX_REPLICA_ID_CHARACTERS} can travel"
             )
-    num_rows = sum(segment.num_rows for segment in request.segments)
-    if request.rows.dim() < 1 or request.rows.shape[0] != num_rows:
+    if rows.dim() < 1 or rows.shape[0] != num_rows:
         raise TransportError(
-            f"request {request.ticket}: segments list {num_rows} rows, rows have shape {tuple(request.rows.shape)}"
+            f"request {request.ticket}: segments list {num_rows} rows, rows have shape {tuple(rows.shape)}"
         )
 
 
 def check_reply(reply: HostReply) -> None:
     """Raise ``TransportError`` unless the segments without error account for exactly the rows of a reply."""
-    num_rows = sum(result.num_rows for result in reply.results if result.error is None)
+    num_rows = 0
+    for result in reply.results:
+        if result.error is None:
+            num_rows += result.num_rows
     found = 0 if reply.rows is None else reply.rows.shape[0] if reply.rows.dim() else -1
     if found != num_rows:
         shape = None if reply.rows is None else tuple(reply.rows.shape)
         raise TransportError(f"reply {reply.ticket}: results list {num_rows} good rows, rows have shape {shape}")
 
 
-def encode_request(request: HostRequest, *, address: Address) -> list[Any]:
+def encode_request(request: HostRequest, *, address: Address, place: Place | None = None) -> list[Any]:
     """Frames of a request. They share the memory of its rows, which must not change until they are sent.
+
+    Args:
+        request: What to send.
+        address: From whom to whom.
+        place: Where its rows lie already; then they are not sent.
 
     Raises:
         TransportError: If the segments do not account for the rows, or the message exceeds a limit.
     """
     check_request(request)
-    fields = {
-        "segments": [[segment.replica_id, segment.num_rows] for segment in request.segments],
-        "timeout_s": float(request.timeout_s),
-    }
-    return _encode("request", request.ticket, address, fields, request.rows)
+    items: list[object] = []
+    for segment in request.segments:
+        items += (segment.replica_id, segment.num_rows)
+    rows = request.rows
+    name = dtype_name(f"request {request.ticket}", rows)
+    header = (
+        HEADER_VERSION, "request", request.ticket, *address, items, name, [*rows.shape], place, float(request.timeout_s)
+    )  # fmt: skip
+    return [_pack(header), *(encode_rows(rows) if place is None else ())]
 
 
-def encode_reply(reply: HostReply, *, address: Address) -> list[Any]:
+def encode_reply(reply: HostReply, *, address: Address, is_placed: bool = False) -> list[Any]:
     """Frames of a reply. They share the memory of its rows, which must not change until they are sent.
+
+    Args:
+        reply: What to send.
+        address: From whom to whom.
+        is_placed: Whether its rows lie where the request's did; then they are not sent.
 
     Raises:
         TransportError: If the results do not account for the rows, or the message exceeds a limit.
     """
     check_reply(reply)
-    results = [
-        [
-            result.replica_id,
-            result.num_rows,
-            None if result.error is None else result.error[:MAX_ERROR_CHARACTERS],
-            float(result.compute_ms),
-        ]
-        for result in reply.results
-    ]
-    return _encode("reply", reply.ticket, address, {"results": results}, reply.rows)
+    items: list[object] = []
+    for result in reply.results:
+        error = None if result.error is None else result.error[:MAX_ERROR_CHARACTERS]
+        items += (result.replica_id, result.num_rows, error, float(result.compute_ms))
+    rows = reply.rows
+    name = None if rows is None else dtype_name(f"reply {reply.ticket}", rows)
+    shape = None if rows is None else [*rows.shape]
+    packed = _pack((HEADER_VERSION, "reply", reply.ticket, *address, items, name, shape, is_placed, None))
+    return [packed] if rows is None or is_placed else [packed, *encode_rows(rows)]
 
 
-def decode_request(frames: Sequence[memoryview]) -> IncomingRequest:
-    """The request in some frames; large rows share the memory of their frame.
+def decode_request(
+    frames: Sequence[memoryview], *, find: Callable[[Place], memoryview | None] | None = None
+) -> IncomingRequest:
+    """The request in some frames; large rows share the memory of their frame, or lie in shared memory.
+
+    Args:
+        frames: Header and rows.
+        find: Gives the shared memory at a place, None where there is none.
 
     Raises:
         TransportError: If the frames are anything but a well-formed request.
     """
     header = _decode_header(frames, expected="request")
-    timeout_s = _field(header, "timeout_s", float)
+    timeout_s = _checked(header, 9, float)
     if not (math.isfinite(timeout_s) and timeout_s >= 0):
         raise TransportError(f"header field timeout_s: expected a finite time of at least 0, found {timeout_s}")
-    rows = _decode_rows(header, frames)
-    if rows is None:
-        raise TransportError("request without rows: expected two frames, found one")
-    segments = tuple(_decode_segment(item) for item in _field(header, "segments", list))
-    request = HostRequest(_unsigned(header, "ticket"), segments, rows, timeout_s)
+    dtype, shape = _decode_layout(header)
+    place = None if header[8] is None else _decode_place(header[8])
+    data: Sequence[memoryview] = frames[1:]
+    if place is not None:
+        if data:
+            raise TransportError("request with a place: expected no frames of rows")
+        num_bytes = math.prod(shape) * dtype.itemsize
+        memory = None if find is None else find(place)
+        data = [_found(memory, place)[:num_bytes]]
+    items = _decode_items(header, _REQUEST_ITEMS)
+    segments = tuple(Segment(_replica_id(items[i]), _count(items[i + 1])) for i in range(0, len(items), _REQUEST_ITEMS))
+    request = HostRequest(_unsigned(header, 2), segments, decode_rows(data, dtype, shape), timeout_s)
     check_request(request)
-    return IncomingRequest(_decode_address(header), request)
+    return IncomingRequest(_decode_address(header), request, place)
 
 
-def decode_reply(frames: Sequence[memoryview]) -> IncomingReply:
-    """The reply in some frames; large rows share the memory of their frame.
+def decode_reply(
+    frames: Sequence[memoryview], *, find: Callable[[int, int], memoryview | None] | None = None
+) -> IncomingReply:
+    """The reply in some frames; large rows share the memory of their frame, or lie in shared memory.
+
+    Args:
+        frames: Header and rows.
+        find: Gives the first bytes of the memory that was lent to a ticket's request; None where there is none.
 
     Raises:
         TransportError: If the frames are anything but a well-formed reply.
     """
     header = _decode_header(frames, expected="reply")
-    results = tuple(_decode_result(item) for item in _field(header, "results", list))
-    reply = HostReply(_unsigned(header, "ticket"), results, _decode_rows(header, frames))
+    ticket, is_placed = _unsigned(header, 2), _checked(header, 8, bool)
+    items = _decode_items(header, _REPLY_ITEMS)
+    results = tuple(_decode_result(*items[i : i + _REPLY_ITEMS]) for i in range(0, len(items), _REPLY_ITEMS))
+    rows: Tensor | None = None
+    if is_placed or len(frames) > 1:
+        dtype, shape = _decode_layout(header)
+        data: Sequence[memoryview] = frames[1:]
+        if is_placed:
+            num_bytes = math.prod(shape) * dtype.itemsize
+            data = [*data, _found(None if find is None else find(ticket, num_bytes), ticket)]
+        rows = decode_rows(data, dtype, shape)
+    reply = HostReply(ticket, results, rows)
     check_reply(reply)
     return IncomingReply(_decode_address(header), reply)
 
 
-def _encode(kind: str, ticket: int, address: Address, fields: dict[str, Any], rows: Tensor | None) -> list[Any]:
-    header = {
-        "version": HEADER_VERSION,
-        "kind": kind,
-        "ticket": ticket,
-        "from": address.sender,
-        "to": address.receiver,
-        **fields,
-    }
-    frames: list[Any] = []
-    if rows is not None:
-        if rows.dtype not in _DTYPE_NAMES:
-            raise TransportError(f"{kind} {ticket}: rows of {rows.dtype} cannot travel, only {[*_DTYPES]}")
-        header["dtype"] = _DTYPE_NAMES[rows.dtype]
-        header["shape"] = list(rows.shape)
-        frames.append(rows.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
-        _check_size(f"rows of {kind} {ticket}", frames[0].nbytes, MAX_ROWS_BYTES)
-    packed = msgpack.packb(header)
-    _check_size(f"header of {kind} {ticket}", len(packed), MAX_HEADER_BYTES)
-    return [packed, *frames]
+def _pack(header: Sequence[object]) -> bytes:
+    packed: bytes = msgpack.packb(header)
+    if len(packed) > MAX_HEADER_BYTES:
+        check_size(f"header of {header[1]} {header[2]}", len(packed), MAX_HEADER_BYTES)
+    return packed
 
 
-def _check_size(what: str, num_bytes: int, max_bytes: int) -> None:
-    if num_bytes > max_bytes:
-        raise TransportError(f"{what}: {num_bytes} bytes, at most {max_bytes} can travel in one message")
-
-
-def _decode_header(frames: Sequence[memoryview], *, expected: str) -> dict[str, Any]:
-    if not 1 <= len(frames) <= 2:
-        raise TransportError(f"expected a header frame and at most one frame of rows, found {len(frames)} frames")
-    _check_size("header", frames[0].nbytes, MAX_HEADER_BYTES)
+def _decode_header(frames: Sequence[memoryview], *, expected: str) -> list[Any]:
+    if not frames:
+        raise TransportError("expected a header frame, found none")
+    check_size("header", frames[0].nbytes, MAX_HEADER_BYTES)
     try:
         header = msgpack.unpackb(frames[0], raw=False, strict_map_key=True)
     except (ValueError, RecursionError, msgpack.UnpackException) as exc:
         raise TransportError(f"header is not msgpack: {exc}") from exc
-    if not isinstance(header, dict):
-        raise TransportError(f"header: expected a map, found {type(header).__name__}")
-    version, kind = header.get("version"), header.get("kind")
+    if type(header) is not list or len(header) != len(FIELDS):
+        raise TransportError(f"header: expected an array of {len(FIELDS)} items, found {header!r:.80}")
+    version, kind = header[0], header[1]
     if version != HEADER_VERSION or kind != expected:
         raise TransportError(
             f"header: expected {expected} of version {HEADER_VERSION}, found {kind!r:.40} of {version!r:.40}"
@@ -211,68 +229,68 @@ def _decode_header(frames: Sequence[memoryview], *, expected: str) -> dict[str, 
     return header
 
 
-def _decode_address(header: dict[str, Any]) -> Address:
-    return Address(sender=_unsigned(header, "from"), receiver=_unsigned(header, "to"))
+def _decode_address(header: list[Any]) -> Address:
+    return Address(sender=_unsigned(header, 3), receiver=_unsigned(header, 4))
 
 
-def _decode_segment(item: object) -> Segment:
-    if not isinstance(item, list) or len(item) != 2:
-        raise TransportError(f"segment: expected [replica_id, num_rows], found {item!r:.80}")
-    fields = {"replica_id": item[0], "num_rows": item[1]}
-    return Segment(_field(fields, "replica_id", str), _unsigned(fields, "num_rows"))
+def _decode_items(header: list[Any], num_items: int) -> list[Any]:
+    items: list[Any] = _checked(header, 5, list)
+    if len(items) % num_items:
+        raise TransportError(f"header field segments: expected {num_items} items each, found {items!r:.80}")
+    return items
 
 
-def _decode_result(item: object) -> SegmentResult:
-    if not isinstance(item, list) or len(item) != 4:
-        raise TransportError(f"result: expected [replica_id, num_rows, error, compute_ms], found {item!r:.80}")
-    fields = {"replica_id": item[0], "num_rows": item[1], "error": item[2], "compute_ms": item[3]}
-    return SegmentResult(
-        replica_id=_field(fields, "replica_id", str),
-        num_rows=_unsigned(fields, "num_rows"),
-        error=None if fields["error"] is None else _field(fields, "error", str),
-        compute_ms=_field(fields, "compute_ms", float),
-    )
-
-
-def _decode_rows(header: dict[str, Any], frames: Sequence[memoryview]) -> Tensor | None:
-    if len(frames) == 1:
-        return None
-    dtype = _DTYPES.get(_field(header, "dtype", str))
+def _decode_layout(header: list[Any]) -> tuple[Any, list[int]]:
+    dtype = DTYPES.get(_checked(header, 6, str))
     if dtype is None:
-        raise TransportError(f"header field dtype: expected one of {[*_DTYPES]}, found {header['dtype']!r:.40}")
-    shape = _field(header, "shape", list)
+        raise TransportError(f"header field dtype: expected one of {[*DTYPES]}, found {header[6]!r:.40}")
+    shape: list[int] = _checked(header, 7, list)
     if not 1 <= len(shape) <= MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
         raise TransportError(f"header field shape: expected 1 to {MAX_DIMENSIONS} sizes, found {shape!r:.80}")
-    data, num_bytes = frames[1], math.prod(shape) * dtype.itemsize
-    if data.nbytes != num_bytes:
-        raise TransportError(f"rows: {dtype} of shape {shape} are {num_bytes} bytes, the frame has {data.nbytes}")
-    if num_bytes == 0:
-        return _empty_rows(shape, dtype)
-    flat = torch.frombuffer(data, dtype=torch.uint8)
-    if num_bytes < COPY_BELOW_BYTES or flat.data_ptr() % dtype.itemsize:
-        flat = flat.clone()
-    return flat.view(dtype).reshape(shape)
+    return dtype, shape
 
 
-def _empty_rows(shape: list[int], dtype: torch.dtype) -> Tensor:
-    # With a size of 0 the others are bounded by nothing above, and torch refuses to multiply huge ones.
-    if any(size > MAX_ROWS_BYTES for size in shape):
-        raise TransportError(f"header field shape: expected sizes of at most {MAX_ROWS_BYTES}, found {shape}")
-    try:
-        return torch.empty(shape, dtype=dtype)
-    except RuntimeError as exc:
-        raise TransportError(f"header field shape: torch refuses {shape}: {exc}") from exc
+def _decode_place(found: object) -> Place:
+    if type(found) is not list or len(found) != 3:
+        raise TransportError(f"header field place: expected [segment_id, offset, num_bytes], found {found!r:.80}")
+    return Place(*(_count(item) for item in found))
 
 
-def _field(header: dict[str, Any], key: str, kind: type) -> Any:
-    value = header.get(key)
-    if type(value) is not kind:
-        raise TransportError(f"header field {key}: expected {kind.__name__}, found {value!r:.80}")
+def _found(memory: memoryview | None, where: object) -> memoryview:
+    if memory is None:
+        raise TransportError(f"header field place: no such shared memory here: {where}")
+    return memory
+
+
+def _decode_result(replica_id: object, num_rows: object, error: object, compute_ms: object) -> SegmentResult:
+    if error is not None and type(error) is not str:
+        raise TransportError(f"result: expected an error in words, found {error!r:.80}")
+    if type(compute_ms) is not float:
+        raise TransportError(f"result: expected milliseconds as float, found {compute_ms!r:.80}")
+    return SegmentResult(_replica_id(replica_id), _count(num_rows), error, compute_ms)
+
+
+def _replica_id(value: object) -> str:
+    if type(value) is not str:
+        raise TransportError(f"replica id: expected str, found {value!r:.80}")
     return value
 
 
-def _unsigned(header: dict[str, Any], key: str) -> int:
-    value: int = _field(header, key, int)
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TransportError(f"expected a number of at least 0, found {value!r:.80}")
+    return value
+
+
+def _checked(header: list[Any], index: int, kind: type) -> Any:
+    value = header[index]
+    if type(value) is not kind:
+        raise TransportError(f"header field {FIELDS[index]}: expected {kind.__name__}, found {value!r:.80}")
+    return value
+
+
+def _unsigned(header: list[Any], index: int) -> int:
+    value: int = _checked(header, index, int)
     if value < 0:
-        raise TransportError(f"header field {key}: expected at least 0, found {value}")
+        raise TransportError(f"header field {FIELDS[index]}: expected at least 0, found {value}")
     return value

@@ -10,17 +10,19 @@ from hypothesis import given, settings
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostReply, HostRequest, Segment, SegmentResult
 from moe_runtime.transport.header import (
-    COPY_BELOW_BYTES,
+    FIELDS,
     MAX_ERROR_CHARACTERS,
     MAX_HEADER_BYTES,
     MAX_REPLICA_ID_CHARACTERS,
     MAX_SEGMENTS,
     Address,
+    Place,
     decode_reply,
     decode_request,
     encode_reply,
     encode_request,
 )
+from moe_runtime.transport.row_frames import COPY_BELOW_BYTES, MAX_FRAME_BYTES
 
 ADDRESS = Address(sender=2**64 - 1, receiver=1)
 REQUEST = HostRequest(5, (Segment("a/b/0", 2), Segment("a/c/0", 1)), torch.arange(6.0).reshape(3, 2), 0.25)
@@ -34,7 +36,7 @@ def views(frames):
 
 
 def request_frames(rows_frame=None, **changes):
-    """The frames of ``REQUEST``, with fields of its header changed, or removed where None."""
+    """The frames of ``REQUEST``, with fields of its header changed."""
     header, rows = encode_request(REQUEST, address=ADDRESS)
     return _changed(header, changes) + views([rows if rows_frame is None else rows_frame])
 
@@ -45,22 +47,24 @@ def reply_frames(**changes):
 
 
 def _changed(header, changes):
-    fields = {**msgpack.unpackb(header), **changes}
-    return views([msgpack.packb({key: value for key, value in fields.items() if value is not None})])
+    fields = dict(zip(FIELDS, msgpack.unpackb(header), strict=True))
+    assert fields.keys() >= changes.keys()
+    return views([msgpack.packb([*(fields | changes).values()])])
 
 
-def test_request_is_a_small_map_and_the_bytes_of_its_rows():
+def test_request_is_a_small_array_and_the_bytes_of_its_rows():
     header, rows = encode_request(REQUEST, address=ADDRESS)
-    assert msgpack.unpackb(header) == {
-        "version": 1,
+    assert dict(zip(FIELDS, msgpack.unpackb(header), strict=True)) == {
+        "version": 2,
         "kind": "request",
         "ticket": 5,
         "from": 2**64 - 1,
         "to": 1,
-        "segments": [["a/b/0", 2], ["a/c/0", 1]],
-        "timeout_s": 0.25,
+        "segments": ["a/b/0", 2, "a/c/0", 1],
         "dtype": "float32",
         "shape": [3, 2],
+        "place": None,
+        "timeout_s": 0.25,
     }
     assert bytes(rows) == torch.arange(6.0).numpy().tobytes()
 
@@ -115,16 +119,17 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
     ("frames", "message"),
     [
         ([], "expected a header frame"),
-        (request_frames() + request_frames(), "found 4 frames"),
-        (request_frames()[:1], "request without rows"),
+        (request_frames() + request_frames(), "are 24 bytes, the frames have"),
+        (request_frames()[:1], "are 24 bytes, the frames have 0"),
         (views([b"\xc1", b""]), "not msgpack"),
         (views([b"\x93\x01", b""]), "not msgpack"),
         (views([b"\x91" * 100_000, b""]), "not msgpack"),
         (views([msgpack.packb({"kind": b"\xff".decode("latin1")}) + b"x", b""]), "not msgpack"),
-        (views([msgpack.packb([1, 2]), b""]), "expected a map"),
+        (views([msgpack.packb([1, 2]), b""]), "expected an array of 10 items"),
+        (views([msgpack.packb({"version": 2}), b""]), "expected an array of 10 items"),
         (views([msgpack.packb({1: 2}), b""]), "not msgpack"),
         (views([b"\x80" * (MAX_HEADER_BYTES + 1), b""]), "header: .* bytes, at most"),
-        (request_frames(version=2), "of version 1, found 'request' of 2"),
+        (request_frames(version=1), "of version 2, found 'request' of 1"),
         (request_frames(kind="reply"), "expected request"),
         (request_frames(ticket=-1), "ticket: expected at least 0"),
         (request_frames(ticket=None), "ticket: expected int, found None"),
@@ -135,23 +140,28 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
         (request_frames(timeout_s=math.nan), "timeout_s: expected a finite time"),
         (request_frames(timeout_s=-0.5), "timeout_s: expected a finite time"),
         (request_frames(segments="ab"), "segments: expected list"),
-        (request_frames(segments=[["a"]]), "expected \\[replica_id, num_rows\\]"),
-        (request_frames(segments=[["a", -3]]), "num_rows: expected at least 0"),
-        (request_frames(segments=[[3, 3]]), "replica_id: expected str"),
-        (request_frames(segments=[["a", 4]]), "segments list 4 rows"),
-        (request_frames(segments=[["a" * (MAX_REPLICA_ID_CHARACTERS + 1), 3]]), "replica id"),
-        (request_frames(segments=[["a", 0]] * (MAX_SEGMENTS + 1)), "segments, at most"),
+        (request_frames(segments=["a"]), "expected 2 items each"),
+        (request_frames(segments=["a", -3]), "a number of at least 0, found -3"),
+        (request_frames(segments=["a", True]), "a number of at least 0, found True"),
+        (request_frames(segments=[3, 3]), "replica id: expected str"),
+        (request_frames(segments=["a", 4]), "segments list 4 rows"),
+        (request_frames(segments=["a" * (MAX_REPLICA_ID_CHARACTERS + 1), 3]), "replica id"),
+        (request_frames(segments=["a", 0] * (MAX_SEGMENTS + 1)), "segments, at most"),
         (request_frames(dtype="object"), "dtype: expected one of"),
         (request_frames(dtype=3), "dtype: expected str"),
         (request_frames(shape=[]), "shape: expected 1 to 16 sizes"),
         (request_frames(shape=[1] * 17), "shape: expected 1 to 16 sizes"),
         (request_frames(shape=[3, -2]), "shape: expected 1 to 16 sizes"),
         (request_frames(shape=[3, 2.0]), "shape: expected 1 to 16 sizes"),
-        (request_frames(shape=[3, 3]), "are 36 bytes, the frame has 24"),
-        (request_frames(shape=[2**63, 2**63]), "the frame has 24"),
+        (request_frames(shape=[3, 3]), "are 36 bytes, the frames have 24"),
+        (request_frames(shape=[2**63, 2**63]), "the frames have 24"),
         (request_frames(b"", shape=[0, 2**63], segments=[]), "sizes of at most"),
         (request_frames(b"", shape=[0, *[2**30] * 4], segments=[]), "torch refuses"),
-        (request_frames(b""), "the frame has 0"),
+        (request_frames(b""), "the frames have 0"),
+        (request_frames(place=[1, 2]), "place: expected \\[segment_id, offset, num_bytes\\]"),
+        (request_frames(place=[1, -2, 3]), "a number of at least 0, found -2"),
+        (request_frames(place=[1, 0, 24]), "with a place: expected no frames of rows"),
+        (request_frames(place=[1, 0, 24])[:1], "no such shared memory here"),
     ],
 )
 def test_frames_that_are_no_request_are_a_transport_error(frames, message):
@@ -164,10 +174,12 @@ def test_frames_that_are_no_request_are_a_transport_error(frames, message):
     [
         (request_frames(), "expected reply"),
         (reply_frames()[:1], "results list 2 good rows, rows have shape None"),
-        (reply_frames(results=[["a", 2, None]]), "expected \\[replica_id, num_rows, error, compute_ms\\]"),
-        (reply_frames(results=[["a", 2, 3, 0.0]]), "error: expected str"),
-        (reply_frames(results=[["a", 2, None, "fast"]]), "compute_ms: expected float"),
-        (reply_frames(results=[["a", 3, None, 0.0]]), "results list 3 good rows"),
+        (reply_frames(segments=["a", 2, None]), "expected 4 items each"),
+        (reply_frames(segments=["a", 2, 3, 0.0]), "an error in words, found 3"),
+        (reply_frames(segments=["a", 2, None, "fast"]), "milliseconds as float, found 'fast'"),
+        (reply_frames(segments=["a", 3, None, 0.0]), "results list 3 good rows"),
+        (reply_frames(place=None), "place: expected bool"),
+        (reply_frames(place=True)[:1], "no such shared memory here: 5"),
     ],
 )
 def test_frames_that_are_no_reply_are_a_transport_error(frames, message):
@@ -191,7 +203,7 @@ def test_no_bytes_cause_anything_but_a_transport_error(frames):
 
 
 @settings(deadline=None)
-@given(st.sampled_from(sorted(msgpack.unpackb(encode_request(REQUEST, address=ADDRESS)[0]))), VALUES)
+@given(st.sampled_from(FIELDS), VALUES)
 def test_no_header_causes_anything_but_a_transport_error(key, value):
     with contextlib.suppress(TransportError):
         decode_request(request_frames(**{key: value}))
@@ -203,6 +215,41 @@ def test_flipped_bits_cause_nothing_but_a_transport_error(position):
     header[position % len(header)] ^= 0xFF
     with contextlib.suppress(TransportError):
         decode_request([header, rows])
+
+
+def test_request_with_a_place_is_a_header_only_and_is_read_from_there():
+    place = Place(2**64 - 1, 4096, 64)
+    memory = bytearray(REQUEST.rows.numpy().tobytes() + bytes(40))
+    frames = views(encode_request(REQUEST, address=ADDRESS, place=place))
+    assert len(frames) == 1
+    incoming = decode_request(frames, find={place: memoryview(memory)}.get)
+    assert incoming.place == place
+    assert torch.equal(incoming.request.rows, REQUEST.rows)
+    with pytest.raises(TransportError, match="are 24 bytes, the frames have 23"):
+        decode_request(frames, find={place: memoryview(memory)[:23]}.get)
+
+
+def test_placed_reply_is_read_from_the_slot_of_its_ticket():
+    memory = bytearray(REPLY.rows.numpy().tobytes())
+    frames = views(encode_reply(REPLY, address=ADDRESS, is_placed=True))
+    assert len(frames) == 1
+    asked = []
+
+    def find(ticket, num_bytes):
+        asked.append((ticket, num_bytes))
+        return memoryview(memory)
+
+    assert torch.equal(decode_reply(frames, find=find).reply.rows, REPLY.rows)
+    assert asked == [(5, 32)]
+
+
+def test_rows_too_long_for_one_frame_travel_in_several():
+    rows = torch.arange(2 * MAX_FRAME_BYTES + 3, dtype=torch.int32).to(torch.uint8).reshape(1, -1)
+    frames = views(encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS))
+    assert [frame.nbytes for frame in frames[1:]] == [MAX_FRAME_BYTES, MAX_FRAME_BYTES, 3]
+    assert torch.equal(decode_request(frames).request.rows, rows)
+    with pytest.raises(TransportError, match="the frames have"):
+        decode_request(frames[:-1])
 
 
 def test_rows_of_a_dtype_that_cannot_travel_are_a_transport_error():
