@@ -1,10 +1,10 @@
 """Requests and replies of the data plane as frames, and back: a small msgpack header, then the rows as they are.
 
-A message is one header frame, and the frames of its rows unless it has none or they lie in memory that both
-ends share. The header is an array: decoding it must cost far less than the wire. It names the incarnation that
-sent the message, the one it is meant for, and the dtype and shape of the rows, which are checked against their
-bytes before they are touched. Rows are in the byte order of the machine; routers and hosts of a runtime run on
-the same architecture.
+A message is one header frame, and the frames of its rows; but few rows are part of the header, and many may lie in
+memory that both ends share. The header is an array: decoding it must cost far less than the wire. It names the
+incarnation that sent the message, the one it is meant for, and the dtype and shape of the rows, which are checked
+against their bytes before they are touched. Rows are in the byte order of the machine; routers and hosts of a
+runtime run on the same architecture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import msgpack
 
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostReply, HostRequest, Segment, SegmentResult
-from moe_runtime.transport.row_frames import DTYPES, MAX_DIMENSIONS, check_size, decode_rows, dtype_name, encode_rows
+from moe_runtime.transport.row_frames import (
+    DTYPES,
+    MAX_DIMENSIONS,
+    MAX_INLINE_BYTES,
+    check_size,
+    decode_rows,
+    dtype_name,
+    encode_inline,
+    encode_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +40,9 @@ MAX_REPLICA_ID_CHARACTERS = 255
 MAX_ERROR_CHARACTERS = 1000
 
 #: What the header's items are, in order; the last is the request's time, which a reply has none of.
-FIELDS = ("version", "kind", "ticket", "from", "to", "segments", "dtype", "shape", "place", "timeout_s")
+FIELDS = ("version", "kind", "ticket", "from", "to", "segments", "dtype", "shape", "rows", "timeout_s")
+#: ``rows`` is None where they are frames; the bytes themselves; a place in shared memory, in a request; True in a
+#: reply, where they lie where the request's did.
 #: Items that one segment takes in ``segments``: replica id and rows; in a reply also error and milliseconds.
 _REQUEST_ITEMS, _REPLY_ITEMS = 2, 4
 
@@ -113,11 +124,13 @@ def encode_request(request: HostRequest, *, address: Address, place: Place | Non
     for segment in request.segments:
         items += (segment.replica_id, segment.num_rows)
     rows = request.rows
-    name = dtype_name(f"request {request.ticket}", rows)
-    header = (
-        HEADER_VERSION, "request", request.ticket, *address, items, name, [*rows.shape], place, float(request.timeout_s)
+    name = dtype_name("request", request.ticket, rows)
+    is_inline = place is None and rows.nbytes <= MAX_INLINE_BYTES
+    packed = _pack(
+        (HEADER_VERSION, "request", request.ticket, *address, items, name, [*rows.shape],
+         encode_inline(rows) if is_inline else place, float(request.timeout_s))
     )  # fmt: skip
-    return [_pack(header), *(encode_rows(rows) if place is None else ())]
+    return [packed] if is_inline or place is not None else [packed, *encode_rows(rows)]
 
 
 def encode_reply(reply: HostReply, *, address: Address, is_placed: bool = False) -> list[Any]:
@@ -136,11 +149,13 @@ def encode_reply(reply: HostReply, *, address: Address, is_placed: bool = False)
     for result in reply.results:
         error = None if result.error is None else result.error[:MAX_ERROR_CHARACTERS]
         items += (result.replica_id, result.num_rows, error, float(result.compute_ms))
-    rows = reply.rows
-    name = None if rows is None else dtype_name(f"reply {reply.ticket}", rows)
-    shape = None if rows is None else [*rows.shape]
-    packed = _pack((HEADER_VERSION, "reply", reply.ticket, *address, items, name, shape, is_placed, None))
-    return [packed] if rows is None or is_placed else [packed, *encode_rows(rows)]
+    rows, name, shape = reply.rows, None, None
+    where: bytes | bool | None = None
+    if rows is not None:
+        name, shape = dtype_name("reply", reply.ticket, rows), [*rows.shape]
+        where = True if is_placed else encode_inline(rows) if rows.nbytes <= MAX_INLINE_BYTES else None
+    packed = _pack((HEADER_VERSION, "reply", reply.ticket, *address, items, name, shape, where, None))
+    return [packed] if rows is None or where is not None else [packed, *encode_rows(rows)]
 
 
 def decode_request(
@@ -160,14 +175,11 @@ def decode_request(
     if not (math.isfinite(timeout_s) and timeout_s >= 0):
         raise TransportError(f"header field timeout_s: expected a finite time of at least 0, found {timeout_s}")
     dtype, shape = _decode_layout(header)
-    place = None if header[8] is None else _decode_place(header[8])
-    data: Sequence[memoryview] = frames[1:]
-    if place is not None:
-        if data:
-            raise TransportError("request with a place: expected no frames of rows")
-        num_bytes = math.prod(shape) * dtype.itemsize
-        memory = None if find is None else find(place)
-        data = [_found(memory, place)[:num_bytes]]
+    data, place = _decode_data(header, frames), None
+    if data is None:
+        place = _decode_place(header[8])
+        memory = _found(None if find is None else find(place), place)
+        data = [memory[: math.prod(shape) * dtype.itemsize]]
     items = _decode_items(header, _REQUEST_ITEMS)
     segments = tuple(Segment(_replica_id(items[i]), _count(items[i + 1])) for i in range(0, len(items), _REQUEST_ITEMS))
     request = HostRequest(_unsigned(header, 2), segments, decode_rows(data, dtype, shape), timeout_s)
@@ -188,16 +200,17 @@ def decode_reply(
         TransportError: If the frames are anything but a well-formed reply.
     """
     header = _decode_header(frames, expected="reply")
-    ticket, is_placed = _unsigned(header, 2), _checked(header, 8, bool)
+    ticket = _unsigned(header, 2)
     items = _decode_items(header, _REPLY_ITEMS)
     results = tuple(_decode_result(*items[i : i + _REPLY_ITEMS]) for i in range(0, len(items), _REPLY_ITEMS))
     rows: Tensor | None = None
-    if is_placed or len(frames) > 1:
+    if header[6] is not None:
         dtype, shape = _decode_layout(header)
-        data: Sequence[memoryview] = frames[1:]
-        if is_placed:
+        data = _decode_data(header, frames)
+        if data is None:
+            _checked(header, 8, bool)
             num_bytes = math.prod(shape) * dtype.itemsize
-            data = [*data, _found(None if find is None else find(ticket, num_bytes), ticket)]
+            data = [_found(None if find is None else find(ticket, num_bytes), ticket)]
         rows = decode_rows(data, dtype, shape)
     reply = HostReply(ticket, results, rows)
     check_reply(reply)
@@ -250,15 +263,25 @@ def _decode_layout(header: list[Any]) -> tuple[Any, list[int]]:
     return dtype, shape
 
 
+def _decode_data(header: list[Any], frames: Sequence[memoryview]) -> Sequence[bytes | memoryview] | None:
+    """The bytes of the rows; None where they lie in shared memory."""
+    where, rest = header[8], frames[1:]
+    if where is None:
+        return rest
+    if rest:
+        raise TransportError("header field rows: expected no frames of rows beside the rows that it gives")
+    return [where] if type(where) is bytes else None
+
+
 def _decode_place(found: object) -> Place:
     if type(found) is not list or len(found) != 3:
-        raise TransportError(f"header field place: expected [segment_id, offset, num_bytes], found {found!r:.80}")
+        raise TransportError(f"header field rows: expected bytes or a place in shared memory, found {found!r:.80}")
     return Place(*(_count(item) for item in found))
 
 
 def _found(memory: memoryview | None, where: object) -> memoryview:
     if memory is None:
-        raise TransportError(f"header field place: no such shared memory here: {where}")
+        raise TransportError(f"header field rows: no such shared memory here: {where}")
     return memory
 
 

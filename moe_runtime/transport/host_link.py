@@ -14,7 +14,7 @@ from moe_runtime.transport.curve import secure_connection
 from moe_runtime.transport.link_monitor import LinkMonitor
 from moe_runtime.transport.near_channel import NearChannel
 from moe_runtime.transport.tickets import OutstandingTickets
-from moe_runtime.transport.zmq_socket import connect_once, open_socket
+from moe_runtime.transport.zmq_socket import connect_once, open_socket, send_now
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +133,7 @@ class HostLink:
     def try_send(self, frames: list[Any], *, ticket: int, num_bytes: int, slot: Slot | None) -> bool:
         """Queue a request without waiting; False if the queue is full."""
         try:
-            self.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+            send_now(self.socket, frames)
         except zmq.Again:
             return False
         self.outstanding.add(ticket, num_bytes)

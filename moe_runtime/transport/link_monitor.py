@@ -35,15 +35,22 @@ class LinkMonitor:
         self._is_up = False
         self._failure: str | None = None
         self._loss: str | None = None
-        self.socket: zmq.Socket[bytes] = watched.context.socket(zmq.PAIR)
-        self.socket.set(zmq.LINGER, 0)
-        self.socket.connect(address)
+        self._socket: zmq.Socket[bytes] = watched.context.socket(zmq.PAIR)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.connect(address)
+        # Only a reader that has found nothing is signalled.
+        self.loss()
+
+    def fileno(self) -> int:
+        """A descriptor that becomes readable once per change, until ``loss`` is asked."""
+        descriptor: int = self._socket.get(zmq.FD)
+        return descriptor
 
     def loss(self) -> str | None:
         """Why the link is lost, in words; None while it is up, or coming up."""
         while self._loss is None:
             try:
-                frames = self.socket.recv_multipart(zmq.DONTWAIT)
+                frames = self._socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 break
             event, _ = _EVENT.unpack(frames[0])
@@ -53,7 +60,7 @@ class LinkMonitor:
     def close(self) -> None:
         """Stop watching."""
         self._watched.disable_monitor()
-        self.socket.close()
+        self._socket.close()
 
     def _note(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 MAX_ROWS_BYTES = 1 << 30
 MAX_DIMENSIONS = 16
-#: Frames below this are copied: they arrive unaligned, and would keep a shared receive buffer alive.
-COPY_BELOW_BYTES = 16 << 10
+#: Up to here rows are copied into the header: a frame of their own would cost more, and arrive unaligned.
+MAX_INLINE_BYTES = 16 << 10
 #: Heartbeats travel between frames, and only a whole frame is a sign of life: a longer one would look like death.
 MAX_FRAME_BYTES = 1 << 18
 
@@ -42,7 +42,7 @@ def check_size(what: str, num_bytes: int, max_bytes: int) -> None:
         raise TransportError(f"{what}: {num_bytes} bytes, at most {max_bytes} can travel in one message")
 
 
-def dtype_name(what: str, rows: Tensor) -> str:
+def dtype_name(kind: str, ticket: int, rows: Tensor) -> str:
     """Name of the rows' dtype on the wire.
 
     Raises:
@@ -50,53 +50,66 @@ def dtype_name(what: str, rows: Tensor) -> str:
     """
     name = DTYPE_NAMES.get(rows.dtype)
     if name is None:
-        raise TransportError(f"{what}: rows of {rows.dtype} cannot travel, only {[*DTYPES]}")
+        raise TransportError(f"{kind} {ticket}: rows of {rows.dtype} cannot travel, only {[*DTYPES]}")
     if rows.nbytes > MAX_ROWS_BYTES:
-        check_size(f"rows of {what}", rows.nbytes, MAX_ROWS_BYTES)
+        check_size(f"rows of {kind} {ticket}", rows.nbytes, MAX_ROWS_BYTES)
     return name
+
+
+def rows_on_cpu(rows: Tensor) -> Tensor:
+    """Rows whose bytes can be sent from where they are."""
+    if rows.requires_grad or not rows.is_contiguous() or not rows.is_cpu:
+        return rows.detach().to("cpu").contiguous()
+    return rows
 
 
 def encode_rows(rows: Tensor) -> list[Any]:
     """The bytes of some rows, as frames that share their memory where they are contiguous and on the CPU."""
-    if rows.requires_grad or not rows.is_cpu or not rows.is_contiguous():
-        rows = rows.detach().to("cpu").contiguous()
-    data = rows.view(torch.uint8).numpy()
+    # numpy has no bfloat16.
+    data = rows_on_cpu(rows).view(torch.uint8).numpy()
     if data.nbytes <= MAX_FRAME_BYTES:
         return [data]
     flat = data.reshape(-1)
     return [flat[start : start + MAX_FRAME_BYTES] for start in range(0, flat.nbytes, MAX_FRAME_BYTES)]
 
 
-def decode_rows(frames: Sequence[memoryview], dtype: torch.dtype, shape: list[int]) -> Tensor:
-    """Rows of a shape from frames; they share the memory of a frame that is large, aligned and alone.
+def encode_inline(rows: Tensor) -> bytes:
+    """A copy of the bytes of some rows."""
+    rows = rows_on_cpu(rows)
+    data: bytes = (rows.view(torch.uint8) if rows.dtype == torch.bfloat16 else rows).numpy().tobytes()
+    return data
+
+
+def decode_rows(frames: Sequence[bytes | memoryview], dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """Rows of a shape from frames; they share the memory of one that is alone, writable and aligned.
 
     Raises:
         TransportError: If the frames have another length than the rows.
     """
-    num_bytes, num_found = math.prod(shape) * dtype.itemsize, sum(frame.nbytes for frame in frames)
+    num_bytes, num_found = math.prod(shape) * dtype.itemsize, sum(map(len, frames))
     if num_found != num_bytes:
         raise TransportError(f"rows: {dtype} of shape {shape} are {num_bytes} bytes, the frames have {num_found}")
     if num_bytes == 0:
         return _empty_rows(shape, dtype)
-    if len(frames) == 1 and num_bytes >= COPY_BELOW_BYTES:
-        flat = torch.frombuffer(frames[0], dtype=torch.uint8)
-        if flat.data_ptr() % dtype.itemsize:
-            flat = flat.clone()
-        return flat.view(dtype).view(shape)
-    return torch.frombuffer(_joined(frames, num_bytes), dtype=dtype).view(shape)
+    if len(frames) > 1:
+        return _joined(frames, num_bytes).view(dtype).view(shape)
+    frame = frames[0]
+    if isinstance(frame, bytes):
+        return torch.frombuffer(bytearray(frame), dtype=dtype).view(shape)
+    flat = torch.frombuffer(frame, dtype=torch.uint8)
+    if flat.data_ptr() % dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(dtype).view(shape)
 
 
-def _joined(frames: Sequence[memoryview], num_bytes: int) -> bytearray | memoryview:
-    if len(frames) == 1:
-        return bytearray(frames[0])
-    # Not a bytearray, which would be filled with zeros first.
+def _joined(frames: Sequence[bytes | memoryview], num_bytes: int) -> Tensor:
     joined = torch.empty(num_bytes, dtype=torch.uint8)
     start = 0
     for frame in frames:
-        if frame.nbytes:
-            joined[start : start + frame.nbytes] = torch.frombuffer(frame, dtype=torch.uint8)
-            start += frame.nbytes
-    return joined.numpy().data
+        if frame:
+            joined[start : start + len(frame)] = torch.frombuffer(frame, dtype=torch.uint8)
+            start += len(frame)
+    return joined
 
 
 def _empty_rows(shape: list[int], dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from moe_runtime.transport.zmq_socket import (
     bind_tcp,
     open_socket,
     receive_waiting,
+    send_now,
     wait_for_any,
 )
 
@@ -142,7 +143,7 @@ class ZmqHostTransport:
         address = Address(self.incarnation, int.from_bytes(router, "big"))
         frames = encode_reply(reply, address=address, is_placed=is_placed)
         try:
-            self._socket.send_multipart([route, *frames], zmq.DONTWAIT, copy=False)
+            send_now(self._socket, [route, *frames])
         except zmq.ZMQError:
             # EHOSTUNREACH: the router is gone. EAGAIN: it does not drain its queue, and no one may wait for it.
             self._counters.num_discarded += 1

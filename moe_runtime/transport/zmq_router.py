@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import select
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -81,6 +82,10 @@ class ZmqTransport:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
         self._poller = zmq.Poller()
+        # What seldom happens waits behind one descriptor, so that each poll asks the data sockets and little else.
+        self._rare = select.epoll()
+        self._on_rare: dict[int, Callable[[], None]] = {}
+        self._watch(self._rare.fileno(), self._take_rare)
         self._watch(self._waker.fileno(), self._take_wake)
         self._woken = False
         self._freezes_checked_at = 0.0
@@ -172,6 +177,7 @@ class ZmqTransport:
         self._closed = True
         self.retain(())
         self._waker.close()
+        self._rare.close()
         self._context.term()
 
     @property
@@ -190,17 +196,18 @@ class ZmqTransport:
         link = HostLink(endpoint, self._context, node=self._node, keys=self._keys, limits=self._limits)
         self._links[endpoint] = link
         self._watch(link.socket, lambda: self._collect(link))
-        self._watch(link.monitor.socket, lambda: self._look_for_loss(link))
+        self._watch_rarely(link.monitor.fileno(), lambda: self._look_for_loss(link))
         if link.channel is not None:
-            self._watch(link.channel.fileno(), lambda: self._read_channel(link))
+            self._watch_rarely(link.channel.fileno(), lambda: self._read_channel(link))
         return link
 
     def _disconnect(self, link: HostLink) -> None:
         del self._links[link.endpoint]
-        self._unwatch(link.socket)
-        self._unwatch(link.monitor.socket)
+        del self._on_ready[link.socket]
+        self._poller.unregister(link.socket)
+        self._unwatch_rare(link.monitor.fileno())
         if link.channel is not None:
-            self._unwatch(link.channel.fileno())
+            self._unwatch_rare(link.channel.fileno())
         link.close()
 
     def _watch(self, readable: Any, on_ready: Callable[[], None]) -> None:
@@ -208,9 +215,19 @@ class ZmqTransport:
         # The default would also wait for room to write, which there always is.
         self._poller.register(readable, zmq.POLLIN)
 
-    def _unwatch(self, readable: Any) -> None:
-        if self._on_ready.pop(readable, None) is not None:
-            self._poller.unregister(readable)
+    def _watch_rarely(self, descriptor: int, on_ready: Callable[[], None]) -> None:
+        self._on_rare[descriptor] = on_ready
+        self._rare.register(descriptor, select.EPOLLIN)
+
+    def _unwatch_rare(self, descriptor: int) -> None:
+        if self._on_rare.pop(descriptor, None) is not None:
+            self._rare.unregister(descriptor)
+
+    def _take_rare(self) -> None:
+        for descriptor, _ in self._rare.poll(0):
+            # Not there any more if its link was closed by another event of this round.
+            if descriptor in self._on_rare:
+                self._on_rare[descriptor]()
 
     def _take_wake(self) -> None:
         self._waker.drain()
@@ -218,7 +235,7 @@ class ZmqTransport:
 
     def _read_channel(self, link: HostLink) -> None:
         if link.channel is not None and not link.channel.read():
-            self._unwatch(link.channel.fileno())
+            self._unwatch_rare(link.channel.fileno())
 
     def _look_for_frozen_hosts(self) -> None:
         now = time.monotonic()

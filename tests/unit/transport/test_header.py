@@ -22,7 +22,7 @@ from moe_runtime.transport.header import (
     encode_reply,
     encode_request,
 )
-from moe_runtime.transport.row_frames import COPY_BELOW_BYTES, MAX_FRAME_BYTES
+from moe_runtime.transport.row_frames import MAX_FRAME_BYTES, MAX_INLINE_BYTES
 
 ADDRESS = Address(sender=2**64 - 1, receiver=1)
 REQUEST = HostRequest(5, (Segment("a/b/0", 2), Segment("a/c/0", 1)), torch.arange(6.0).reshape(3, 2), 0.25)
@@ -35,15 +35,15 @@ def views(frames):
     return [memoryview(bytearray(frame)) for frame in frames]
 
 
-def request_frames(rows_frame=None, **changes):
+def request_frames(**changes):
     """The frames of ``REQUEST``, with fields of its header changed."""
-    header, rows = encode_request(REQUEST, address=ADDRESS)
-    return _changed(header, changes) + views([rows if rows_frame is None else rows_frame])
+    (header,) = encode_request(REQUEST, address=ADDRESS)
+    return _changed(header, changes)
 
 
 def reply_frames(**changes):
-    header, rows = encode_reply(REPLY, address=ADDRESS)
-    return _changed(header, changes) + views([rows])
+    (header,) = encode_reply(REPLY, address=ADDRESS)
+    return _changed(header, changes)
 
 
 def _changed(header, changes):
@@ -52,8 +52,8 @@ def _changed(header, changes):
     return views([msgpack.packb([*(fields | changes).values()])])
 
 
-def test_request_is_a_small_array_and_the_bytes_of_its_rows():
-    header, rows = encode_request(REQUEST, address=ADDRESS)
+def test_few_rows_are_part_of_the_header():
+    (header,) = encode_request(REQUEST, address=ADDRESS)
     assert dict(zip(FIELDS, msgpack.unpackb(header), strict=True)) == {
         "version": 2,
         "kind": "request",
@@ -63,10 +63,18 @@ def test_request_is_a_small_array_and_the_bytes_of_its_rows():
         "segments": ["a/b/0", 2, "a/c/0", 1],
         "dtype": "float32",
         "shape": [3, 2],
-        "place": None,
+        "rows": torch.arange(6.0).numpy().tobytes(),
         "timeout_s": 0.25,
     }
-    assert bytes(rows) == torch.arange(6.0).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_are_a_frame_of_their_own(dtype):
+    rows = torch.zeros(1, MAX_INLINE_BYTES // dtype.itemsize + 1, dtype=dtype)
+    header, data = encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS)
+    assert msgpack.unpackb(header)[FIELDS.index("rows")] is None
+    assert data.nbytes == rows.nbytes
+    assert torch.equal(decode_request(views([header, data])).request.rows, rows)
 
 
 def test_request_is_read_as_it_was_written():
@@ -93,21 +101,17 @@ def test_integers_and_bool_travel(dtype):
     assert torch.equal(decode_request(views(frames)).request.rows, rows)
 
 
-def test_large_rows_share_the_memory_of_their_frame_and_small_ones_do_not():
-    def shares_memory(num_columns):
-        rows = torch.zeros(1, num_columns, dtype=torch.uint8)
-        frames = views(encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS))
-        read = decode_request(frames).request.rows
-        frames[1][0] = 7
-        return read[0, 0].item() == 7
-
-    assert shares_memory(COPY_BELOW_BYTES)
-    assert not shares_memory(COPY_BELOW_BYTES - 1)
+def test_rows_of_a_frame_share_its_memory():
+    rows = torch.zeros(1, MAX_INLINE_BYTES + 1, dtype=torch.uint8)
+    frames = views(encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS))
+    read = decode_request(frames).request.rows
+    frames[1][0] = 7
+    assert read[0, 0].item() == 7
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 8])
 def test_rows_are_aligned_wherever_their_frame_lies(offset):
-    rows = torch.arange(4096.0, dtype=torch.float64).reshape(1, -1)
+    rows = torch.arange(4097.0, dtype=torch.float64).reshape(1, -1)
     header, data = encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS)
     moved = memoryview(bytearray(b"\0" * offset + bytes(data)))[offset:]
     read = decode_request([memoryview(header), moved]).request.rows
@@ -119,8 +123,8 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
     ("frames", "message"),
     [
         ([], "expected a header frame"),
-        (request_frames() + request_frames(), "are 24 bytes, the frames have"),
-        (request_frames()[:1], "are 24 bytes, the frames have 0"),
+        (request_frames() + request_frames(), "expected no frames of rows beside"),
+        (request_frames(rows=None), "are 24 bytes, the frames have 0"),
         (views([b"\xc1", b""]), "not msgpack"),
         (views([b"\x93\x01", b""]), "not msgpack"),
         (views([b"\x91" * 100_000, b""]), "not msgpack"),
@@ -155,13 +159,14 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
         (request_frames(shape=[3, 2.0]), "shape: expected 1 to 16 sizes"),
         (request_frames(shape=[3, 3]), "are 36 bytes, the frames have 24"),
         (request_frames(shape=[2**63, 2**63]), "the frames have 24"),
-        (request_frames(b"", shape=[0, 2**63], segments=[]), "sizes of at most"),
-        (request_frames(b"", shape=[0, *[2**30] * 4], segments=[]), "torch refuses"),
-        (request_frames(b""), "the frames have 0"),
-        (request_frames(place=[1, 2]), "place: expected \\[segment_id, offset, num_bytes\\]"),
-        (request_frames(place=[1, -2, 3]), "a number of at least 0, found -2"),
-        (request_frames(place=[1, 0, 24]), "with a place: expected no frames of rows"),
-        (request_frames(place=[1, 0, 24])[:1], "no such shared memory here"),
+        (request_frames(rows=b"", shape=[0, 2**63], segments=[]), "sizes of at most"),
+        (request_frames(rows=b"", shape=[0, *[2**30] * 4], segments=[]), "torch refuses"),
+        (request_frames(rows=b""), "the frames have 0"),
+        (request_frames(rows="abc"), "rows: expected bytes or"),
+        (request_frames(rows=[1, 2]), "rows: expected bytes or a place"),
+        (request_frames(rows=[1, -2, 3]), "a number of at least 0, found -2"),
+        ([*request_frames(rows=[1, 0, 24]), memoryview(bytes(24))], "expected no frames of rows beside"),
+        (request_frames(rows=[1, 0, 24]), "no such shared memory here"),
     ],
 )
 def test_frames_that_are_no_request_are_a_transport_error(frames, message):
@@ -173,13 +178,14 @@ def test_frames_that_are_no_request_are_a_transport_error(frames, message):
     ("frames", "message"),
     [
         (request_frames(), "expected reply"),
-        (reply_frames()[:1], "results list 2 good rows, rows have shape None"),
+        (reply_frames(dtype=None), "results list 2 good rows, rows have shape None"),
         (reply_frames(segments=["a", 2, None]), "expected 4 items each"),
         (reply_frames(segments=["a", 2, 3, 0.0]), "an error in words, found 3"),
         (reply_frames(segments=["a", 2, None, "fast"]), "milliseconds as float, found 'fast'"),
         (reply_frames(segments=["a", 3, None, 0.0]), "results list 3 good rows"),
-        (reply_frames(place=None), "place: expected bool"),
-        (reply_frames(place=True)[:1], "no such shared memory here: 5"),
+        (reply_frames(rows=None), "the frames have 0"),
+        (reply_frames(rows=1), "rows: expected bool"),
+        (reply_frames(rows=True), "no such shared memory here: 5"),
     ],
 )
 def test_frames_that_are_no_reply_are_a_transport_error(frames, message):
@@ -211,10 +217,10 @@ def test_no_header_causes_anything_but_a_transport_error(key, value):
 
 @pytest.mark.parametrize("position", range(0, 120, 7))
 def test_flipped_bits_cause_nothing_but_a_transport_error(position):
-    header, rows = request_frames()
+    (header,) = request_frames()
     header[position % len(header)] ^= 0xFF
     with contextlib.suppress(TransportError):
-        decode_request([header, rows])
+        decode_request([header])
 
 
 def test_request_with_a_place_is_a_header_only_and_is_read_from_there():
