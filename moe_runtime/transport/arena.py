@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 
-from moe_runtime.transport.header import Place
+from moe_runtime.transport.header_fields import Place
 from moe_runtime.transport.shared_memory import FreeRanges
 
 _PAGE_BYTES = 4096

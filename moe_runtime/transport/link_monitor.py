@@ -43,8 +43,7 @@ class LinkMonitor:
 
     def fileno(self) -> int:
         """A descriptor that becomes readable once per change, until ``loss`` is asked."""
-        descriptor: int = self._socket.get(zmq.FD)
-        return descriptor
+        return int(self._socket.get(zmq.FD))
 
     def loss(self) -> str | None:
         """Why the link is lost, in words; None while it is up, or coming up."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe_runtime.transport.header import Place
+    from moe_runtime.transport.header_fields import Place
 
 
 class ReplySlot:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -12,7 +12,8 @@ from moe_runtime.errors import StartError, TransportError
 from moe_runtime.service.ports import Delivery, Endpoint
 from moe_runtime.transport.counters import TransportCounters
 from moe_runtime.transport.curve import Doorkeeper, make_key_pair, secure_listener
-from moe_runtime.transport.header import Address, check_reply, decode_request, encode_reply
+from moe_runtime.transport.header import check_reply, decode_request, encode_reply
+from moe_runtime.transport.header_fields import Address
 from moe_runtime.transport.incarnation import INCARNATION_BITS, mint_incarnation
 from moe_runtime.transport.ipc_folder import default_ipc_folder, ipc_address, ipc_path, near_path, prepare_ipc_folder
 from moe_runtime.transport.near_door import NearDoor, ReplySlot
@@ -28,7 +29,7 @@ from moe_runtime.transport.zmq_socket import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from moe_runtime.service.ports import HostReply
@@ -82,8 +83,13 @@ class ZmqHostTransport:
         # Without it an answer to a router that is gone would vanish uncounted.
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._endpoint = self._listen(node, ip, port_range=port_range, encryption=encryption)
+        self._on_ready: dict[Any, Callable[[], None]] = {
+            self._waker.fileno(): self._waker.drain,
+            self._doorkeeper.socket: self._answer_the_door,
+            self._near_door.fileno(): self._near_door.serve_waiting,
+        }
         self._poller = zmq.Poller()
-        for readable in (self._waker.fileno(), self._socket, self._doorkeeper.socket, self._near_door.fileno()):
+        for readable in (self._socket, *self._on_ready):
             self._poller.register(readable, zmq.POLLIN)
 
     @property
@@ -114,14 +120,10 @@ class ZmqHostTransport:
         if self._closed:
             return []
         deliveries = []
-        ready = wait_for_any(self._poller, timeout_s)
-        if self._waker.fileno() in ready:
-            self._waker.drain()
-        if self._doorkeeper.socket in ready:
-            self._counters.num_strangers += self._doorkeeper.answer_waiting()
-        if self._near_door.fileno() in ready:
-            self._near_door.serve_waiting()
-        if self._socket in ready:
+        for ready in wait_for_any(self._poller, timeout_s):
+            if ready is not self._socket:
+                self._on_ready[ready]()
+                continue
             for frames in receive_waiting(self._socket):
                 delivery = self._accept(frames)
                 if delivery is not None:
@@ -138,8 +140,10 @@ class ZmqHostTransport:
             self._counters.num_discarded += 1
             return
         router, route = delivery.sender[:_INCARNATION_BYTES], delivery.sender[_INCARNATION_BYTES:]
-        check_reply(reply)
-        is_placed = reply.rows is not None and isinstance(delivery.lease, ReplySlot) and delivery.lease.fill(reply.rows)
+        is_placed = False
+        if isinstance(delivery.lease, ReplySlot) and reply.rows is not None:
+            check_reply(reply)
+            is_placed = delivery.lease.fill(reply.rows)
         address = Address(self.incarnation, int.from_bytes(router, "big"))
         frames = encode_reply(reply, address=address, is_placed=is_placed)
         try:
@@ -185,6 +189,9 @@ class ZmqHostTransport:
             self.close()
             raise
         return Endpoint(self.incarnation, node, local=local, remote=remote, public_key=public_key)
+
+    def _answer_the_door(self) -> None:
+        self._counters.num_strangers += self._doorkeeper.answer_waiting()
 
     def _accept(self, frames: list[memoryview]) -> Delivery | None:
         try:

@@ -14,7 +14,8 @@ from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostLost
 from moe_runtime.transport.counters import TransportCounters
 from moe_runtime.transport.curve import make_key_pair
-from moe_runtime.transport.header import Address, decode_reply, encode_request
+from moe_runtime.transport.header import decode_reply, encode_request
+from moe_runtime.transport.header_fields import Address
 from moe_runtime.transport.host_link import HostLink, LinkLimits
 from moe_runtime.transport.incarnation import mint_incarnation
 from moe_runtime.transport.waker import Waker

@@ -10,18 +10,15 @@ from hypothesis import given, settings
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostReply, HostRequest, Segment, SegmentResult
 from moe_runtime.transport.header import (
-    FIELDS,
     MAX_ERROR_CHARACTERS,
-    MAX_HEADER_BYTES,
     MAX_REPLICA_ID_CHARACTERS,
     MAX_SEGMENTS,
-    Address,
-    Place,
     decode_reply,
     decode_request,
     encode_reply,
     encode_request,
 )
+from moe_runtime.transport.header_fields import FIELDS, MAX_HEADER_BYTES, Address, Place
 from moe_runtime.transport.row_frames import MAX_FRAME_BYTES, MAX_INLINE_BYTES
 
 ADDRESS = Address(sender=2**64 - 1, receiver=1)
@@ -135,7 +132,7 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
         (views([b"\x80" * (MAX_HEADER_BYTES + 1), b""]), "header: .* bytes, at most"),
         (request_frames(version=1), "of version 2, found 'request' of 1"),
         (request_frames(kind="reply"), "expected request"),
-        (request_frames(ticket=-1), "ticket: expected at least 0"),
+        (request_frames(ticket=-1), "ticket, from, to: expected at least 0"),
         (request_frames(ticket=None), "ticket: expected int, found None"),
         (request_frames(ticket=True), "ticket: expected int, found True"),
         (request_frames(to="you"), "to: expected int"),
@@ -145,9 +142,9 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
         (request_frames(timeout_s=-0.5), "timeout_s: expected a finite time"),
         (request_frames(segments="ab"), "segments: expected list"),
         (request_frames(segments=["a"]), "expected 2 items each"),
-        (request_frames(segments=["a", -3]), "a number of at least 0, found -3"),
-        (request_frames(segments=["a", True]), "a number of at least 0, found True"),
-        (request_frames(segments=[3, 3]), "replica id: expected str"),
+        (request_frames(segments=["a", -3]), "a number of rows, found 'a', -3"),
+        (request_frames(segments=["a", True]), "a number of rows, found 'a', True"),
+        (request_frames(segments=[3, 3]), "expected a replica id and a number of rows, found 3, 3"),
         (request_frames(segments=["a", 4]), "segments list 4 rows"),
         (request_frames(segments=["a" * (MAX_REPLICA_ID_CHARACTERS + 1), 3]), "replica id"),
         (request_frames(segments=["a", 0] * (MAX_SEGMENTS + 1)), "segments, at most"),
@@ -162,10 +159,9 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
         (request_frames(rows=b"", shape=[0, 2**63], segments=[]), "sizes of at most"),
         (request_frames(rows=b"", shape=[0, *[2**30] * 4], segments=[]), "torch refuses"),
         (request_frames(rows=b""), "the frames have 0"),
-        (request_frames(rows="abc"), "rows: expected bytes or"),
+        (request_frames(rows="abc"), "rows: expected NoneType or bytes or list"),
         (request_frames(rows=[1, 2]), "rows: expected bytes or a place"),
-        (request_frames(rows=[1, -2, 3]), "a number of at least 0, found -2"),
-        ([*request_frames(rows=[1, 0, 24]), memoryview(bytes(24))], "expected no frames of rows beside"),
+        (request_frames(rows=[1, -2, 3]), "rows: expected bytes or a place"),
         (request_frames(rows=[1, 0, 24]), "no such shared memory here"),
     ],
 )
@@ -178,13 +174,15 @@ def test_frames_that_are_no_request_are_a_transport_error(frames, message):
     ("frames", "message"),
     [
         (request_frames(), "expected reply"),
-        (reply_frames(dtype=None), "results list 2 good rows, rows have shape None"),
+        (reply_frames(dtype=None, shape=None, rows=None), "results list 2 good rows, rows have shape None"),
+        (reply_frames(dtype=None), "dtype, shape and rows do not fit together"),
+        (reply_frames(rows=False), "expected no frames of rows beside"),
         (reply_frames(segments=["a", 2, None]), "expected 4 items each"),
-        (reply_frames(segments=["a", 2, 3, 0.0]), "an error in words, found 3"),
-        (reply_frames(segments=["a", 2, None, "fast"]), "milliseconds as float, found 'fast'"),
+        (reply_frames(segments=["a", 2, 3, 0.0]), "an error in words and milliseconds, found 3"),
+        (reply_frames(segments=["a", 2, None, "fast"]), "milliseconds, found None, 'fast'"),
         (reply_frames(segments=["a", 3, None, 0.0]), "results list 3 good rows"),
         (reply_frames(rows=None), "the frames have 0"),
-        (reply_frames(rows=1), "rows: expected bool"),
+        (reply_frames(rows=1), "rows: expected NoneType or bool or bytes"),
         (reply_frames(rows=True), "no such shared memory here: 5"),
     ],
 )

@@ -10,7 +10,8 @@ import zmq
 
 from moe_runtime.errors import StartError, TransportError
 from moe_runtime.service.ports import Delivery
-from moe_runtime.transport.header import Address, encode_reply, encode_request
+from moe_runtime.transport.header import encode_reply, encode_request
+from moe_runtime.transport.header_fields import Address
 from moe_runtime.transport.ipc_folder import sweep_ipc
 from moe_runtime.transport.zmq_socket import MAX_MESSAGES_PER_CALL, receive_waiting
 
