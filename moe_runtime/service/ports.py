@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    import torch
     from torch import Tensor
 
 
@@ -37,12 +38,14 @@ class Endpoint:
         node: Name of the node; routers on it use ``local``.
         local: Address for routers on the same node, or None.
         remote: Address for routers on other nodes, or None.
+        public_key: Key that the host proves to own at ``remote``; None where that address is not encrypted.
     """
 
     incarnation: int
     node: str
     local: str | None = None
     remote: str | None = None
+    public_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,12 @@ class HostReply:
 
 @dataclass(frozen=True)
 class HostLost:
-    """The host of an endpoint is gone: nothing more will come from this incarnation."""
+    """The connection to a host has ended, or could not be made: what was sent and not answered is lost.
+
+    Attributes:
+        endpoint: The host's.
+        reason: Why, in words.
+    """
 
     endpoint: Endpoint
     reason: str
@@ -115,14 +123,31 @@ class Transport(Protocol):
 
     Guarantees: a request reaches the incarnation it is addressed to or nobody; ``poll`` returns a reply at
     most once per ticket sent, in any order, and none that another process was meant to get. There is no
-    guarantee that a reply comes: callers keep their own time.
+    guarantee that a reply comes: callers keep their own time. A host that dies, freezes or cannot be reached
+    gives one ``HostLost``; no reply to what was sent before follows it, and until ``poll`` has returned it no
+    request to that host is taken. A request sent afterwards is a new attempt to reach the same incarnation.
     """
+
+    @property
+    def public_key(self) -> str | None:
+        """Key that hosts must admit before they talk to this router; None if they ask for none."""
+        ...
+
+    def allocate(self, endpoint: Endpoint, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory for the rows of one request, from where ``send`` to that endpoint need not copy them.
+
+        It is the caller's until it is sent, or dropped; the reply's rows may come back in it.
+        """
+        ...
 
     def send(self, endpoint: Endpoint, request: HostRequest) -> None:
         """Hand a request to the transport without blocking.
 
+        Its rows must not be changed afterwards; those that ``allocate`` gave must not be read, either, and not
+        be sent again.
+
         Raises:
-            TransportError: If the endpoint cannot be reached or its queue is full.
+            TransportError: If the endpoint cannot be reached, is lost, or its queue is full.
         """
         ...
 
@@ -145,18 +170,39 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class Delivery:
-    """A request that arrived at a host, and whom to answer."""
+    """A request that arrived at a host, and whom to answer.
+
+    Attributes:
+        sender: Whom to answer.
+        request: Its rows may lie in memory that is lent for the reply, too: they hold until it is given.
+        lease: That memory; the transport's own business.
+    """
 
     sender: bytes
     request: HostRequest
+    lease: object = field(default=None, compare=False, repr=False)
 
 
 class HostTransport(Protocol):
-    """The expert host's end. Owned by one thread; only ``wake`` may be called from others."""
+    """The expert host's end. Owned by one thread; only ``admit`` and ``wake`` may be called from others.
+
+    Every delivery is to be answered, those that are too late as well: the answer gives back what the request took
+    of the router's credit and of the memory that they share.
+    """
 
     @property
     def endpoint(self) -> Endpoint:
         """Where routers find this host."""
+        ...
+
+    def admit(self, public_keys: Collection[str]) -> None:
+        """Let routers with these keys connect from other nodes, and no others. Thread-safe.
+
+        Those on the host's node, and those that are connected already, need no key.
+
+        Raises:
+            TransportError: If a key is malformed.
+        """
         ...
 
     def receive(self, timeout_s: float) -> list[Delivery]:

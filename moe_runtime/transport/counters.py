@@ -17,6 +17,10 @@ class TransportCounters:
         num_unexpected: Replies to a ticket that nobody waits for here: answered already, or never sent.
         num_discarded: Replies to a router that is gone or does not drain its queue.
         num_full: Requests refused because the queue to their host was full.
+        num_lost: Connections that ended by themselves, or never came about.
+        num_shared: Messages whose rows lay in shared memory.
+        num_unshared: Messages whose rows could have lain there, had there been room.
+        num_strangers: Connections that were not let in, because of their key.
     """
 
     num_sent: int = 0
@@ -26,3 +30,7 @@ class TransportCounters:
     num_unexpected: int = 0
     num_discarded: int = 0
     num_full: int = 0
+    num_lost: int = 0
+    num_shared: int = 0
+    num_unshared: int = 0
+    num_strangers: int = 0

@@ -9,6 +9,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import torch
+
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import Delivery, Endpoint, HostLost
 from moe_runtime.transport.counters import TransportCounters
@@ -18,6 +20,8 @@ from moe_runtime.transport.tickets import OutstandingTickets
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+    from torch import Tensor
 
     from moe_runtime.service.ports import HostReply, HostRequest
 
@@ -152,9 +156,19 @@ class InProcessTransport:
         self._closed = False
 
     @property
+    def public_key(self) -> None:
+        """None: a process needs no keys to talk to itself."""
+        return
+
+    @property
     def counters(self) -> TransportCounters:
         """A copy of the counters."""
         return dataclasses.replace(self._counters)
+
+    def allocate(self, endpoint: Endpoint, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Ordinary memory: rows are handed over as they are, wherever they lie."""
+        del endpoint
+        return torch.empty(shape, dtype=dtype)
 
     def send(self, endpoint: Endpoint, request: HostRequest) -> None:
         """Put a request into its host's queue.
@@ -239,6 +253,9 @@ class InProcessHostTransport:
                 self._counters.num_refused += 1
             return True
         return self._inbox.put(delivery, max_items=self._network.max_queued_messages)
+
+    def admit(self, public_keys: Collection[str]) -> None:
+        """Does nothing: whoever is in the process is admitted."""
 
     def receive(self, timeout_s: float) -> list[Delivery]:
         """All requests that have arrived; waits up to ``timeout_s`` for the first; returns early on ``wake``."""

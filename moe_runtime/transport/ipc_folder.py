@@ -14,6 +14,9 @@ from moe_runtime.errors import StartError
 #: Longest path of a Unix socket on Linux, without its terminating zero.
 MAX_IPC_PATH_BYTES = 107
 _SUFFIX = ".ipc"
+#: As long as the other, so that a path which is short enough for one is for both.
+_NEAR_SUFFIX = ".shm"
+_ADDRESS_PREFIX = "ipc://"
 
 
 def default_ipc_folder() -> Path:
@@ -57,6 +60,22 @@ def ipc_path(folder: Path, incarnation: int) -> Path:
     return path
 
 
+def ipc_address(path: Path) -> str:
+    """How ZeroMQ calls the socket at a path."""
+    return f"{_ADDRESS_PREFIX}{path}"
+
+
+def path_of(address: str | None) -> Path | None:
+    """The path in an ipc address; None for any other address."""
+    is_ipc = address is not None and address.startswith(_ADDRESS_PREFIX) and address.endswith(_SUFFIX)
+    return Path(address.removeprefix(_ADDRESS_PREFIX)) if address is not None and is_ipc else None
+
+
+def near_path(path: Path) -> Path:
+    """Path of the socket through which the host at an ipc path shares memory."""
+    return path.with_suffix(_NEAR_SUFFIX)
+
+
 def sweep_ipc(folder: Path, *, min_age_s: float = 10.0) -> int:
     """Remove the sockets that dead processes left in a folder; those of the living are not touched.
 
@@ -71,7 +90,8 @@ def sweep_ipc(folder: Path, *, min_age_s: float = 10.0) -> int:
         How many were removed.
     """
     oldest_kept = time.time() - min_age_s
-    return sum(_remove_if_dead(path, oldest_kept) for path in folder.glob(f"*{_SUFFIX}"))
+    paths = [*folder.glob(f"*{_SUFFIX}"), *folder.glob(f"*{_NEAR_SUFFIX}")]
+    return sum(_remove_if_dead(path, oldest_kept) for path in paths)
 
 
 def _remove_if_dead(path: Path, oldest_kept: float) -> bool:

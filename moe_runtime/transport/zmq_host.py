@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
 from moe_runtime.errors import StartError, TransportError
 from moe_runtime.service.ports import Delivery, Endpoint
 from moe_runtime.transport.counters import TransportCounters
-from moe_runtime.transport.header import Address, decode_request, encode_reply
+from moe_runtime.transport.curve import Doorkeeper, make_key_pair, secure_listener
+from moe_runtime.transport.header import check_reply, decode_request, encode_reply
+from moe_runtime.transport.header_fields import Address
 from moe_runtime.transport.incarnation import INCARNATION_BITS, mint_incarnation
-from moe_runtime.transport.ipc_folder import default_ipc_folder, ipc_path, prepare_ipc_folder
+from moe_runtime.transport.ipc_folder import default_ipc_folder, ipc_address, ipc_path, near_path, prepare_ipc_folder
+from moe_runtime.transport.near_door import NearDoor, ReplySlot
 from moe_runtime.transport.waker import Waker
 from moe_runtime.transport.zmq_socket import (
     DEFAULT_MAX_QUEUED_MESSAGES,
+    bind,
+    bind_tcp,
     open_socket,
     receive_waiting,
+    send_now,
     wait_for_any,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from moe_runtime.service.ports import HostReply
+    from moe_runtime.transport.curve import Encryption
 
 _INCARNATION_BYTES = INCARNATION_BITS // 8
 
@@ -44,6 +52,7 @@ class ZmqHostTransport:
         ip: str | None = "127.0.0.1",
         port_range: tuple[int, int] | None = None,
         folder: Path | None = None,
+        encryption: Encryption = "curve",
         max_queued_messages: int = DEFAULT_MAX_QUEUED_MESSAGES,
     ) -> None:
         """Listen at an ipc address for routers on this node, and at a tcp address for those on others.
@@ -53,6 +62,8 @@ class ZmqHostTransport:
             ip: Address of this node that others reach; None listens for routers on this node only.
             port_range: Inclusive range of tcp ports to take the first free one from; any port when None.
             folder: Where the ipc socket lies; made with mode 700. ``default_ipc_folder()`` when None.
+            encryption: ``curve`` lets only routers that were admitted connect from other nodes, and hides what
+                they say; ``none`` lets everybody. The ipc socket is plain: its folder is private.
             max_queued_messages: Messages that wait for one router, or from one, before the queue is full.
 
         Raises:
@@ -62,17 +73,24 @@ class ZmqHostTransport:
         folder = default_ipc_folder() if folder is None else folder
         prepare_ipc_folder(folder)
         self._ipc_path = ipc_path(folder, self.incarnation)
+        self._near_door = NearDoor(near_path(self._ipc_path))
         self._counters = TransportCounters()
         self._closed = False
         self._waker = Waker()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._doorkeeper = Doorkeeper(self._context)
         self._socket = open_socket(self._context, zmq.ROUTER, max_queued=max_queued_messages)
         # Without it an answer to a router that is gone would vanish uncounted.
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
-        self._endpoint = self._listen(node, ip, port_range)
+        self._endpoint = self._listen(node, ip, port_range=port_range, encryption=encryption)
+        self._on_ready: dict[Any, Callable[[], None]] = {
+            self._waker.fileno(): self._waker.drain,
+            self._doorkeeper.socket: self._answer_the_door,
+            self._near_door.fileno(): self._near_door.serve_waiting,
+        }
         self._poller = zmq.Poller()
-        self._poller.register(self._waker.fileno(), zmq.POLLIN)
-        self._poller.register(self._socket, zmq.POLLIN)
+        for readable in (self._socket, *self._on_ready):
+            self._poller.register(readable, zmq.POLLIN)
 
     @property
     def endpoint(self) -> Endpoint:
@@ -84,6 +102,16 @@ class ZmqHostTransport:
         """A copy of the counters."""
         return dataclasses.replace(self._counters)
 
+    def admit(self, public_keys: Collection[str]) -> None:
+        """Let routers with these keys connect from other nodes, and no others. Thread-safe.
+
+        Those on this node, and those that are connected already, need no key.
+
+        Raises:
+            TransportError: If a key is malformed.
+        """
+        self._doorkeeper.admit(public_keys)
+
     def receive(self, timeout_s: float) -> list[Delivery]:
         """Requests that have arrived; waits up to ``timeout_s`` for the first; returns early on ``wake``.
 
@@ -93,8 +121,8 @@ class ZmqHostTransport:
             return []
         deliveries = []
         for ready in wait_for_any(self._poller, timeout_s):
-            if ready == self._waker.fileno():
-                self._waker.drain()
+            if ready is not self._socket:
+                self._on_ready[ready]()
                 continue
             for frames in receive_waiting(self._socket):
                 delivery = self._accept(frames)
@@ -112,14 +140,20 @@ class ZmqHostTransport:
             self._counters.num_discarded += 1
             return
         router, route = delivery.sender[:_INCARNATION_BYTES], delivery.sender[_INCARNATION_BYTES:]
-        frames = encode_reply(reply, address=Address(self.incarnation, int.from_bytes(router, "big")))
+        is_placed = False
+        if isinstance(delivery.lease, ReplySlot) and reply.rows is not None:
+            check_reply(reply)
+            is_placed = delivery.lease.fill(reply.rows)
+        address = Address(self.incarnation, int.from_bytes(router, "big"))
+        frames = encode_reply(reply, address=address, is_placed=is_placed)
         try:
-            self._socket.send_multipart([route, *frames], zmq.DONTWAIT, copy=False)
+            send_now(self._socket, [route, *frames])
         except zmq.ZMQError:
             # EHOSTUNREACH: the router is gone. EAGAIN: it does not drain its queue, and no one may wait for it.
             self._counters.num_discarded += 1
             return
         self._counters.num_sent += 1
+        self._counters.num_shared += is_placed
 
     def wake(self) -> None:
         """Make a ``receive`` that is waiting, or the next one, return at once. Thread-safe."""
@@ -131,24 +165,37 @@ class ZmqHostTransport:
             return
         self._closed = True
         self._socket.close()
+        self._doorkeeper.close()
+        self._near_door.close()
         self._waker.close()
         self._context.term()
         with contextlib.suppress(FileNotFoundError):
             self._ipc_path.unlink()
 
-    def _listen(self, node: str, ip: str | None, port_range: tuple[int, int] | None) -> Endpoint:
-        local = f"ipc://{self._ipc_path}"
+    def _listen(
+        self, node: str, ip: str | None, *, port_range: tuple[int, int] | None, encryption: Encryption
+    ) -> Endpoint:
+        local = ipc_address(self._ipc_path)
+        remote = public_key = None
         try:
-            _bind(self._socket, local)
-            remote = None if ip is None else _bind_tcp(self._socket, ip, port_range)
+            bind(self._socket, local)
+            if ip is not None:
+                if encryption == "curve":
+                    keys = make_key_pair()
+                    public_key = keys.public
+                    secure_listener(self._socket, keys)
+                remote = bind_tcp(self._socket, ip, port_range)
         except StartError:
             self.close()
             raise
-        return Endpoint(self.incarnation, node, local=local, remote=remote)
+        return Endpoint(self.incarnation, node, local=local, remote=remote, public_key=public_key)
+
+    def _answer_the_door(self) -> None:
+        self._counters.num_strangers += self._doorkeeper.answer_waiting()
 
     def _accept(self, frames: list[memoryview]) -> Delivery | None:
         try:
-            incoming = decode_request(frames[1:])
+            incoming = decode_request(frames[1:], find=self._near_door.find)
         except TransportError:
             self._counters.num_malformed += 1
             return None
@@ -157,28 +204,5 @@ class ZmqHostTransport:
             return None
         self._counters.num_received += 1
         sender = incoming.address.sender.to_bytes(_INCARNATION_BYTES, "big") + bytes(frames[0])
-        return Delivery(sender, incoming.request)
-
-
-def _bind(socket: zmq.Socket[bytes], address: str) -> None:
-    try:
-        socket.bind(address)
-    except zmq.ZMQError as exc:
-        raise StartError(f"cannot listen at {address}: {exc}") from exc
-
-
-def _bind_tcp(socket: zmq.Socket[bytes], ip: str, port_range: tuple[int, int] | None) -> str:
-    host = f"[{ip}]" if ":" in ip else ip
-    if port_range is None:
-        _bind(socket, f"tcp://{host}:*")
-        return socket.get_string(zmq.LAST_ENDPOINT)
-    first, last = port_range
-    for port in range(first, last + 1):
-        try:
-            socket.bind(f"tcp://{host}:{port}")
-        except zmq.ZMQError as exc:
-            if exc.errno != zmq.EADDRINUSE:
-                raise StartError(f"cannot listen at tcp://{host}:{port}: {exc}") from exc
-        else:
-            return f"tcp://{host}:{port}"
-    raise StartError(f"no free tcp port at {ip} in data_plane.port_range {first} to {last}")
+        memory = None if incoming.place is None else self._near_door.find(incoming.place)
+        return Delivery(sender, incoming.request, None if memory is None else ReplySlot(memory))

@@ -3,120 +3,169 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import select
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 import zmq
 
 from moe_runtime.errors import TransportError
+from moe_runtime.service.ports import HostLost
 from moe_runtime.transport.counters import TransportCounters
-from moe_runtime.transport.header import Address, decode_reply, encode_request
+from moe_runtime.transport.curve import make_key_pair
+from moe_runtime.transport.header import decode_reply, encode_request
+from moe_runtime.transport.header_fields import Address
+from moe_runtime.transport.host_link import HostLink, LinkLimits
 from moe_runtime.transport.incarnation import mint_incarnation
-from moe_runtime.transport.tickets import OutstandingTickets
 from moe_runtime.transport.waker import Waker
-from moe_runtime.transport.zmq_socket import (
-    DEFAULT_MAX_QUEUED_MESSAGES,
-    open_socket,
-    receive_waiting,
-    wait_for_any,
-)
+from moe_runtime.transport.zmq_socket import DEFAULT_MAX_QUEUED_MESSAGES, receive_waiting, wait_for_any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
-    from moe_runtime.service.ports import Endpoint, HostLost, HostReply, HostRequest
+    from torch import Tensor
 
+    from moe_runtime.service.ports import Endpoint, HostReply, HostRequest
+    from moe_runtime.transport.curve import Encryption
 
-@dataclass(frozen=True)
-class _Connection:
-    endpoint: Endpoint
-    socket: zmq.Socket[bytes]
-    outstanding: OutstandingTickets = field(default_factory=OutstandingTickets)
+DEFAULT_MAX_OUTSTANDING_BYTES = 256 << 20
+DEFAULT_MAX_SHARED_BYTES = 64 << 20
+#: A host on this node that is found stopped twice in a row is lost.
+_FREEZE_CHECK_S = 0.02
 
 
 class ZmqTransport:
     """Sends requests to expert hosts and collects their replies; implements the port ``Transport``.
 
-    Each endpoint gets a DEALER of its own with the first request. ZeroMQ connects it again by itself, and may
-    then hand what was queued for a dead host to its successor at the same address: the successor refuses it,
-    since the message names the incarnation that it is meant for.
+    Each endpoint gets a DEALER of its own with the first request, which connects once and is closed when the
+    host is lost, so that nothing queued for a dead host can reach its successor at the same address; if it did,
+    the successor would refuse it, since the message names the incarnation that it is meant for.
 
-    A host's death is not noticed: ``poll`` gives replies only, and the caller's timeouts tell the rest.
+    Memory is bounded: each host holds at most ``max_outstanding_bytes`` of rows that it has not answered, or one
+    request that is larger; beyond that, or beyond ``max_queued_messages``, ``send`` refuses. A slow host
+    therefore costs its own requests, not those of the others.
 
-    The rows of a request are sent from where they are: they must not be changed after ``send``.
+    Large rows to and from a host on this node lie in memory that both share, up to ``max_shared_bytes`` of it;
+    what finds no room there travels as frames, and is counted. A host on this node that is frozen is lost after
+    some 40 ms, one that is cut off after a second, one that died at once.
     """
 
-    def __init__(self, *, node: str, max_queued_messages: int = DEFAULT_MAX_QUEUED_MESSAGES) -> None:
+    def __init__(
+        self,
+        *,
+        node: str,
+        encryption: Encryption = "curve",
+        max_queued_messages: int = DEFAULT_MAX_QUEUED_MESSAGES,
+        max_outstanding_bytes: int = DEFAULT_MAX_OUTSTANDING_BYTES,
+        max_shared_bytes: int = DEFAULT_MAX_SHARED_BYTES,
+    ) -> None:
         """Open the router's end; connections come with the first request to each endpoint.
 
         Args:
             node: Name of this node; endpoints of the same node are reached by their local address.
+            encryption: What the hosts of other nodes speak.
             max_queued_messages: Requests that wait for one host before ``send`` refuses more.
+            max_outstanding_bytes: Rows that one host holds unanswered before ``send`` refuses more.
+            max_shared_bytes: Memory shared with one host of this node; 0 shares none.
         """
         self.incarnation = mint_incarnation()
         self._node = node
-        self._max_queued = max_queued_messages
+        self._keys = make_key_pair() if encryption == "curve" else None
+        self._limits = LinkLimits(max_queued_messages, max_outstanding_bytes, max_shared_bytes)
         self._counters = TransportCounters()
-        self._connections: dict[Endpoint, _Connection] = {}
-        self._by_socket: dict[zmq.Socket[bytes], _Connection] = {}
+        self._links: dict[Endpoint, HostLink] = {}
+        self._on_ready: dict[Any, Callable[[], None]] = {}
+        # What the next poll returns, and the losses among it.
+        self._arrived: list[HostReply | HostLost] = []
+        self._losses: dict[Endpoint, str] = {}
         self._waker = Waker()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
         self._poller = zmq.Poller()
-        self._poller.register(self._waker.fileno(), zmq.POLLIN)
+        # What seldom happens waits behind one descriptor, so that each poll asks the data sockets and little else.
+        self._rare = select.epoll()
+        self._on_rare: dict[int, Callable[[], None]] = {}
+        self._watch(self._rare.fileno(), self._take_rare)
+        self._watch(self._waker.fileno(), self._take_wake)
+        self._woken = False
+        self._freezes_checked_at = 0.0
         self._closed = False
+
+    @property
+    def public_key(self) -> str | None:
+        """Key that hosts of other nodes must admit; None without encryption."""
+        return None if self._keys is None else self._keys.public
 
     @property
     def counters(self) -> TransportCounters:
         """A copy of the counters."""
         return dataclasses.replace(self._counters)
 
+    def allocate(self, endpoint: Endpoint, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory for the rows of one request to an endpoint, which ``send`` need not copy."""
+        link = None if self._closed else self._links.get(endpoint)
+        rows = None if link is None else link.allocate(shape, dtype)
+        return torch.empty(shape, dtype=dtype) if rows is None else rows
+
     def send(self, endpoint: Endpoint, request: HostRequest) -> None:
         """Hand a request to ZeroMQ without blocking.
 
         Raises:
-            TransportError: If the endpoint cannot be reached from here, its queue is full, the request is
-                malformed or too large, or the transport is closed.
+            TransportError: If the endpoint cannot be reached from here or is lost, its queue is full, the
+                request is malformed or too large, or the transport is closed.
         """
         if self._closed:
             raise TransportError(f"request {request.ticket}: the transport is closed")
-        frames = encode_request(request, address=Address(self.incarnation, endpoint.incarnation))
-        connection = self._connections.get(endpoint) or self._connect(endpoint)
+        if endpoint in self._losses:
+            raise TransportError(f"request {request.ticket}: its host is lost: {self._losses[endpoint]}")
+        link = self._links.get(endpoint) or self._connect(endpoint)
+        num_bytes = request.rows.nbytes
+        if not link.has_credit(num_bytes):
+            self._refuse(link, request)
+        slot = link.place(request.rows)
         try:
-            connection.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
-        except zmq.Again as exc:
-            self._counters.num_full += 1
-            raise TransportError(
-                f"request {request.ticket}: the queue to {self._address_of(endpoint)} is full"
-            ) from exc
-        connection.outstanding.add(request.ticket)
+            address = Address(self.incarnation, endpoint.incarnation)
+            frames = encode_request(request, address=address, place=None if slot is None else slot.place)
+            if not link.try_send(frames, ticket=request.ticket, num_bytes=num_bytes, slot=slot):
+                self._refuse(link, request)
+        except TransportError:
+            if slot is not None:
+                slot.come_back()
+            raise
         self._counters.num_sent += 1
+        self._counters.num_shared += slot is not None
+        self._counters.num_unshared += slot is None and link.wants_to_share(num_bytes)
 
     def poll(self, timeout_s: float) -> list[HostReply | HostLost]:
-        """Replies that have arrived; waits up to ``timeout_s`` for the first, and returns early on ``wake``.
+        """Replies that have arrived, and hosts that were lost; waits up to ``timeout_s`` for the first.
 
-        May also return early with nothing, after a message that was counted and dropped.
+        Returns early on ``wake``.
         """
         if self._closed:
             return []
-        replies: list[HostReply | HostLost] = []
-        for ready in wait_for_any(self._poller, timeout_s):
-            if ready == self._waker.fileno():
-                self._waker.drain()
-                continue
-            connection = self._by_socket[ready]
-            for frames in receive_waiting(connection.socket):
-                reply = self._accept(connection, frames)
-                if reply is not None:
-                    replies.append(reply)
-        return replies
+        give_up_at = time.monotonic() + timeout_s
+        while True:
+            self._look_for_frozen_hosts()
+            remaining_s = 0.0 if self._arrived else give_up_at - time.monotonic()
+            ready = wait_for_any(self._poller, min(remaining_s, _FREEZE_CHECK_S) if self._has_near else remaining_s)
+            for each in ready:
+                # Not there any more if its link was closed by another event of this round.
+                if each in self._on_ready:
+                    self._on_ready[each]()
+            if self._woken or self._arrived or time.monotonic() >= give_up_at:
+                break
+        self._woken = False
+        arrived, self._arrived = self._arrived, []
+        self._losses.clear()
+        return arrived
 
     def retain(self, endpoints: Collection[Endpoint]) -> None:
         """Close the connections to all endpoints but these, with whatever is queued there; open none."""
         kept = frozenset(endpoints)
-        for connection in [*self._connections.values()]:
-            if connection.endpoint not in kept:
-                self._disconnect(connection)
+        for link in [*self._links.values()]:
+            if link.endpoint not in kept:
+                self._disconnect(link)
 
     def wake(self) -> None:
         """Make a ``poll`` that is waiting, or the next one, return at once. Thread-safe."""
@@ -129,49 +178,102 @@ class ZmqTransport:
         self._closed = True
         self.retain(())
         self._waker.close()
+        self._rare.close()
         self._context.term()
 
-    def _address_of(self, endpoint: Endpoint) -> str:
-        is_near = endpoint.node == self._node and endpoint.local is not None
-        address = endpoint.local if is_near else endpoint.remote
-        if address is None:
-            raise TransportError(
-                f"endpoint {endpoint.incarnation:016x} on node {endpoint.node} cannot be reached from node "
-                f"{self._node}: it has no address for other nodes"
-            )
-        return address
+    @property
+    def _has_near(self) -> bool:
+        return any(link.channel is not None for link in self._links.values())
 
-    def _connect(self, endpoint: Endpoint) -> _Connection:
-        address = self._address_of(endpoint)
-        socket = open_socket(self._context, zmq.DEALER, max_queued=self._max_queued)
+    def _refuse(self, link: HostLink, request: HostRequest) -> NoReturn:
+        self._look_for_loss(link)
+        reason = self._losses.get(link.endpoint)
+        if reason is not None:
+            raise TransportError(f"request {request.ticket}: its host is lost: {reason}")
+        self._counters.num_full += 1
+        raise TransportError(f"request {request.ticket}: the queue to {link.address} is full")
+
+    def _connect(self, endpoint: Endpoint) -> HostLink:
+        link = HostLink(endpoint, self._context, node=self._node, keys=self._keys, limits=self._limits)
+        self._links[endpoint] = link
+        self._watch(link.socket, lambda: self._collect(link))
+        self._watch_rarely(link.monitor.fileno(), lambda: self._look_for_loss(link))
+        if link.channel is not None:
+            self._watch_rarely(link.channel.fileno(), lambda: self._read_channel(link))
+        return link
+
+    def _disconnect(self, link: HostLink) -> None:
+        del self._links[link.endpoint]
+        del self._on_ready[link.socket]
+        self._poller.unregister(link.socket)
+        self._unwatch_rare(link.monitor.fileno())
+        if link.channel is not None:
+            self._unwatch_rare(link.channel.fileno())
+        link.close()
+
+    def _watch(self, readable: Any, on_ready: Callable[[], None]) -> None:
+        self._on_ready[readable] = on_ready
+        # The default would also wait for room to write, which there always is.
+        self._poller.register(readable, zmq.POLLIN)
+
+    def _watch_rarely(self, descriptor: int, on_ready: Callable[[], None]) -> None:
+        self._on_rare[descriptor] = on_ready
+        self._rare.register(descriptor, select.EPOLLIN)
+
+    def _unwatch_rare(self, descriptor: int) -> None:
+        if self._on_rare.pop(descriptor, None) is not None:
+            self._rare.unregister(descriptor)
+
+    def _take_rare(self) -> None:
+        for descriptor, _ in self._rare.poll(0):
+            # Not there any more if its link was closed by another event of this round.
+            if descriptor in self._on_rare:
+                self._on_rare[descriptor]()
+
+    def _take_wake(self) -> None:
+        self._waker.drain()
+        self._woken = True
+
+    def _read_channel(self, link: HostLink) -> None:
+        if link.channel is not None and not link.channel.read():
+            self._unwatch_rare(link.channel.fileno())
+
+    def _look_for_frozen_hosts(self) -> None:
+        now = time.monotonic()
+        if now - self._freezes_checked_at < _FREEZE_CHECK_S:
+            return
+        self._freezes_checked_at = now
+        for link in [*self._links.values()]:
+            if link.is_frozen():
+                self._lose(link, "its process is frozen")
+
+    def _look_for_loss(self, link: HostLink) -> None:
+        reason = link.loss()
+        if reason is not None:
+            self._lose(link, reason)
+
+    def _lose(self, link: HostLink, reason: str) -> None:
+        """Close a link, after taking the replies that came before."""
+        self._collect(link)
+        self._disconnect(link)
+        self._losses[link.endpoint] = reason
+        self._arrived.append(HostLost(link.endpoint, reason))
+        self._counters.num_lost += 1
+
+    def _collect(self, link: HostLink) -> None:
+        for frames in receive_waiting(link.socket):
+            self._accept(link, frames)
+
+    def _accept(self, link: HostLink, frames: list[memoryview]) -> None:
         try:
-            socket.connect(address)
-        except zmq.ZMQError as exc:
-            socket.close()
-            raise TransportError(f"endpoint {address}: cannot connect: {exc}") from exc
-        connection = _Connection(endpoint, socket)
-        self._connections[endpoint] = connection
-        self._by_socket[socket] = connection
-        self._poller.register(socket, zmq.POLLIN)
-        return connection
-
-    def _disconnect(self, connection: _Connection) -> None:
-        del self._connections[connection.endpoint]
-        del self._by_socket[connection.socket]
-        self._poller.unregister(connection.socket)
-        connection.socket.close()
-
-    def _accept(self, connection: _Connection, frames: list[memoryview]) -> HostReply | None:
-        try:
-            incoming = decode_reply(frames)
+            incoming = decode_reply(frames, find=link.find)
         except TransportError:
             self._counters.num_malformed += 1
-            return None
-        if incoming.address != Address(connection.endpoint.incarnation, self.incarnation):
+            return
+        if incoming.address != Address(link.endpoint.incarnation, self.incarnation):
             self._counters.num_refused += 1
-            return None
-        if not connection.outstanding.take(incoming.reply.ticket):
+        elif not link.take(incoming.reply.ticket):
             self._counters.num_unexpected += 1
-            return None
-        self._counters.num_received += 1
-        return incoming.reply
+        else:
+            self._counters.num_received += 1
+            self._arrived.append(incoming.reply)

@@ -86,38 +86,75 @@ class InProcessFabric(Steps):
 class ZmqFabric(Steps):
     """Routers and hosts on ZeroMQ; routers are on the hosts' node, or on another."""
 
-    def __init__(self, stack, *, router_node):
+    def __init__(self, stack, *, router_node, encryption="none"):
         self._stack = stack
         self._router_node = router_node
+        self.encryption = encryption
+        self._routers = []
+        self._hosts = []
         # Not tmp_path: its paths exceed what a Unix socket allows.
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-", dir="/tmp")))
 
     def router(self):
-        router = ZmqTransport(node=self._router_node, max_queued_messages=4)
+        router = ZmqTransport(node=self._router_node, encryption=self.encryption, max_queued_messages=4)
+        self._routers.append(router)
+        self._admit_all()
         return self._stack.enter_context(contextlib.closing(router))
 
     def host(self, **options):
-        options = {"node": "node-0", "folder": self.folder, "max_queued_messages": 4, **options}
-        return self._stack.enter_context(contextlib.closing(ZmqHostTransport(**options)))
+        defaults = {"node": "node-0", "folder": self.folder, "encryption": self.encryption, "max_queued_messages": 4}
+        host = self._stack.enter_context(contextlib.closing(ZmqHostTransport(**defaults | options)))
+        self._hosts.append(host)
+        self._admit_all()
+        return host
+
+    def _admit_all(self):
+        for host in self._hosts:
+            host.admit([router.public_key for router in self._routers if router.public_key is not None])
 
     def successor(self, endpoint):
         port = int(endpoint.remote.rpartition(":")[2])
         return self.host(port_range=(port, port))
 
 
-@pytest.fixture(params=["in_process", "zmq_ipc", "zmq_tcp"])
+ZMQ_FABRICS = {
+    "ipc": {"router_node": "node-0"},
+    "tcp": {"router_node": "node-1"},
+    "curve": {"router_node": "node-1", "encryption": "curve"},
+}
+
+
+@pytest.fixture(params=["in_process", *ZMQ_FABRICS])
 def fabric(request):
     with contextlib.ExitStack() as stack:
         if request.param == "in_process":
             yield InProcessFabric(stack)
         else:
-            yield ZmqFabric(stack, router_node="node-0" if request.param == "zmq_ipc" else "node-1")
+            yield ZmqFabric(stack, **ZMQ_FABRICS[request.param])
+
+
+@pytest.fixture
+def ipc_fabric():
+    with contextlib.ExitStack() as stack:
+        yield ZmqFabric(stack, **ZMQ_FABRICS["ipc"])
+
+
+@pytest.fixture
+def tcp_fabric():
+    with contextlib.ExitStack() as stack:
+        yield ZmqFabric(stack, **ZMQ_FABRICS["tcp"])
+
+
+@pytest.fixture
+def curve_fabric():
+    with contextlib.ExitStack() as stack:
+        yield ZmqFabric(stack, **ZMQ_FABRICS["curve"])
 
 
 @pytest.fixture(params=["ipc", "tcp"])
 def zmq_fabric(request):
     with contextlib.ExitStack() as stack:
-        yield ZmqFabric(stack, router_node="node-0" if request.param == "ipc" else "node-1")
+        yield ZmqFabric(stack, **ZMQ_FABRICS[request.param])
 
 
 @pytest.fixture

@@ -10,17 +10,16 @@ from hypothesis import given, settings
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostReply, HostRequest, Segment, SegmentResult
 from moe_runtime.transport.header import (
-    COPY_BELOW_BYTES,
     MAX_ERROR_CHARACTERS,
-    MAX_HEADER_BYTES,
     MAX_REPLICA_ID_CHARACTERS,
     MAX_SEGMENTS,
-    Address,
     decode_reply,
     decode_request,
     encode_reply,
     encode_request,
 )
+from moe_runtime.transport.header_fields import FIELDS, MAX_HEADER_BYTES, Address, Place
+from moe_runtime.transport.row_frames import MAX_FRAME_BYTES, MAX_INLINE_BYTES
 
 ADDRESS = Address(sender=2**64 - 1, receiver=1)
 REQUEST = HostRequest(5, (Segment("a/b/0", 2), Segment("a/c/0", 1)), torch.arange(6.0).reshape(3, 2), 0.25)
@@ -33,36 +32,46 @@ def views(frames):
     return [memoryview(bytearray(frame)) for frame in frames]
 
 
-def request_frames(rows_frame=None, **changes):
-    """The frames of ``REQUEST``, with fields of its header changed, or removed where None."""
-    header, rows = encode_request(REQUEST, address=ADDRESS)
-    return _changed(header, changes) + views([rows if rows_frame is None else rows_frame])
+def request_frames(**changes):
+    """The frames of ``REQUEST``, with fields of its header changed."""
+    (header,) = encode_request(REQUEST, address=ADDRESS)
+    return _changed(header, changes)
 
 
 def reply_frames(**changes):
-    header, rows = encode_reply(REPLY, address=ADDRESS)
-    return _changed(header, changes) + views([rows])
+    (header,) = encode_reply(REPLY, address=ADDRESS)
+    return _changed(header, changes)
 
 
 def _changed(header, changes):
-    fields = {**msgpack.unpackb(header), **changes}
-    return views([msgpack.packb({key: value for key, value in fields.items() if value is not None})])
+    fields = dict(zip(FIELDS, msgpack.unpackb(header), strict=True))
+    assert fields.keys() >= changes.keys()
+    return views([msgpack.packb([*(fields | changes).values()])])
 
 
-def test_request_is_a_small_map_and_the_bytes_of_its_rows():
-    header, rows = encode_request(REQUEST, address=ADDRESS)
-    assert msgpack.unpackb(header) == {
-        "version": 1,
+def test_few_rows_are_part_of_the_header():
+    (header,) = encode_request(REQUEST, address=ADDRESS)
+    assert dict(zip(FIELDS, msgpack.unpackb(header), strict=True)) == {
+        "version": 2,
         "kind": "request",
         "ticket": 5,
         "from": 2**64 - 1,
         "to": 1,
-        "segments": [["a/b/0", 2], ["a/c/0", 1]],
-        "timeout_s": 0.25,
+        "segments": ["a/b/0", 2, "a/c/0", 1],
         "dtype": "float32",
         "shape": [3, 2],
+        "rows": torch.arange(6.0).numpy().tobytes(),
+        "timeout_s": 0.25,
     }
-    assert bytes(rows) == torch.arange(6.0).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_are_a_frame_of_their_own(dtype):
+    rows = torch.zeros(1, MAX_INLINE_BYTES // dtype.itemsize + 1, dtype=dtype)
+    header, data = encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS)
+    assert msgpack.unpackb(header)[FIELDS.index("rows")] is None
+    assert data.nbytes == rows.nbytes
+    assert torch.equal(decode_request(views([header, data])).request.rows, rows)
 
 
 def test_request_is_read_as_it_was_written():
@@ -89,21 +98,17 @@ def test_integers_and_bool_travel(dtype):
     assert torch.equal(decode_request(views(frames)).request.rows, rows)
 
 
-def test_large_rows_share_the_memory_of_their_frame_and_small_ones_do_not():
-    def shares_memory(num_columns):
-        rows = torch.zeros(1, num_columns, dtype=torch.uint8)
-        frames = views(encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS))
-        read = decode_request(frames).request.rows
-        frames[1][0] = 7
-        return read[0, 0].item() == 7
-
-    assert shares_memory(COPY_BELOW_BYTES)
-    assert not shares_memory(COPY_BELOW_BYTES - 1)
+def test_rows_of_a_frame_share_its_memory():
+    rows = torch.zeros(1, MAX_INLINE_BYTES + 1, dtype=torch.uint8)
+    frames = views(encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS))
+    read = decode_request(frames).request.rows
+    frames[1][0] = 7
+    assert read[0, 0].item() == 7
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 8])
 def test_rows_are_aligned_wherever_their_frame_lies(offset):
-    rows = torch.arange(4096.0, dtype=torch.float64).reshape(1, -1)
+    rows = torch.arange(4097.0, dtype=torch.float64).reshape(1, -1)
     header, data = encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS)
     moved = memoryview(bytearray(b"\0" * offset + bytes(data)))[offset:]
     read = decode_request([memoryview(header), moved]).request.rows
@@ -115,18 +120,19 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
     ("frames", "message"),
     [
         ([], "expected a header frame"),
-        (request_frames() + request_frames(), "found 4 frames"),
-        (request_frames()[:1], "request without rows"),
+        (request_frames() + request_frames(), "expected no frames of rows beside"),
+        (request_frames(rows=None), "are 24 bytes, the frames have 0"),
         (views([b"\xc1", b""]), "not msgpack"),
         (views([b"\x93\x01", b""]), "not msgpack"),
         (views([b"\x91" * 100_000, b""]), "not msgpack"),
         (views([msgpack.packb({"kind": b"\xff".decode("latin1")}) + b"x", b""]), "not msgpack"),
-        (views([msgpack.packb([1, 2]), b""]), "expected a map"),
+        (views([msgpack.packb([1, 2]), b""]), "expected an array of 10 items"),
+        (views([msgpack.packb({"version": 2}), b""]), "expected an array of 10 items"),
         (views([msgpack.packb({1: 2}), b""]), "not msgpack"),
         (views([b"\x80" * (MAX_HEADER_BYTES + 1), b""]), "header: .* bytes, at most"),
-        (request_frames(version=2), "of version 1, found 'request' of 2"),
+        (request_frames(version=1), "of version 2, found 'request' of 1"),
         (request_frames(kind="reply"), "expected request"),
-        (request_frames(ticket=-1), "ticket: expected at least 0"),
+        (request_frames(ticket=-1), "ticket, from, to: expected at least 0"),
         (request_frames(ticket=None), "ticket: expected int, found None"),
         (request_frames(ticket=True), "ticket: expected int, found True"),
         (request_frames(to="you"), "to: expected int"),
@@ -135,23 +141,28 @@ def test_rows_are_aligned_wherever_their_frame_lies(offset):
         (request_frames(timeout_s=math.nan), "timeout_s: expected a finite time"),
         (request_frames(timeout_s=-0.5), "timeout_s: expected a finite time"),
         (request_frames(segments="ab"), "segments: expected list"),
-        (request_frames(segments=[["a"]]), "expected \\[replica_id, num_rows\\]"),
-        (request_frames(segments=[["a", -3]]), "num_rows: expected at least 0"),
-        (request_frames(segments=[[3, 3]]), "replica_id: expected str"),
-        (request_frames(segments=[["a", 4]]), "segments list 4 rows"),
-        (request_frames(segments=[["a" * (MAX_REPLICA_ID_CHARACTERS + 1), 3]]), "replica id"),
-        (request_frames(segments=[["a", 0]] * (MAX_SEGMENTS + 1)), "segments, at most"),
+        (request_frames(segments=["a"]), "expected 2 items each"),
+        (request_frames(segments=["a", -3]), "a number of rows, found 'a', -3"),
+        (request_frames(segments=["a", True]), "a number of rows, found 'a', True"),
+        (request_frames(segments=[3, 3]), "expected a replica id and a number of rows, found 3, 3"),
+        (request_frames(segments=["a", 4]), "segments list 4 rows"),
+        (request_frames(segments=["a" * (MAX_REPLICA_ID_CHARACTERS + 1), 3]), "replica id"),
+        (request_frames(segments=["a", 0] * (MAX_SEGMENTS + 1)), "segments, at most"),
         (request_frames(dtype="object"), "dtype: expected one of"),
         (request_frames(dtype=3), "dtype: expected str"),
         (request_frames(shape=[]), "shape: expected 1 to 16 sizes"),
         (request_frames(shape=[1] * 17), "shape: expected 1 to 16 sizes"),
         (request_frames(shape=[3, -2]), "shape: expected 1 to 16 sizes"),
         (request_frames(shape=[3, 2.0]), "shape: expected 1 to 16 sizes"),
-        (request_frames(shape=[3, 3]), "are 36 bytes, the frame has 24"),
-        (request_frames(shape=[2**63, 2**63]), "the frame has 24"),
-        (request_frames(b"", shape=[0, 2**63], segments=[]), "sizes of at most"),
-        (request_frames(b"", shape=[0, *[2**30] * 4], segments=[]), "torch refuses"),
-        (request_frames(b""), "the frame has 0"),
+        (request_frames(shape=[3, 3]), "are 36 bytes, the frames have 24"),
+        (request_frames(shape=[2**63, 2**63]), "the frames have 24"),
+        (request_frames(rows=b"", shape=[0, 2**63], segments=[]), "sizes of at most"),
+        (request_frames(rows=b"", shape=[0, *[2**30] * 4], segments=[]), "torch refuses"),
+        (request_frames(rows=b""), "the frames have 0"),
+        (request_frames(rows="abc"), "rows: expected NoneType or bytes or list"),
+        (request_frames(rows=[1, 2]), "rows: expected bytes or a place"),
+        (request_frames(rows=[1, -2, 3]), "rows: expected bytes or a place"),
+        (request_frames(rows=[1, 0, 24]), "no such shared memory here"),
     ],
 )
 def test_frames_that_are_no_request_are_a_transport_error(frames, message):
@@ -163,11 +174,16 @@ def test_frames_that_are_no_request_are_a_transport_error(frames, message):
     ("frames", "message"),
     [
         (request_frames(), "expected reply"),
-        (reply_frames()[:1], "results list 2 good rows, rows have shape None"),
-        (reply_frames(results=[["a", 2, None]]), "expected \\[replica_id, num_rows, error, compute_ms\\]"),
-        (reply_frames(results=[["a", 2, 3, 0.0]]), "error: expected str"),
-        (reply_frames(results=[["a", 2, None, "fast"]]), "compute_ms: expected float"),
-        (reply_frames(results=[["a", 3, None, 0.0]]), "results list 3 good rows"),
+        (reply_frames(dtype=None, shape=None, rows=None), "results list 2 good rows, rows have shape None"),
+        (reply_frames(dtype=None), "dtype, shape and rows do not fit together"),
+        (reply_frames(rows=False), "expected no frames of rows beside"),
+        (reply_frames(segments=["a", 2, None]), "expected 4 items each"),
+        (reply_frames(segments=["a", 2, 3, 0.0]), "an error in words and milliseconds, found 3"),
+        (reply_frames(segments=["a", 2, None, "fast"]), "milliseconds, found None, 'fast'"),
+        (reply_frames(segments=["a", 3, None, 0.0]), "results list 3 good rows"),
+        (reply_frames(rows=None), "the frames have 0"),
+        (reply_frames(rows=1), "rows: expected NoneType or bool or bytes"),
+        (reply_frames(rows=True), "no such shared memory here: 5"),
     ],
 )
 def test_frames_that_are_no_reply_are_a_transport_error(frames, message):
@@ -191,7 +207,7 @@ def test_no_bytes_cause_anything_but_a_transport_error(frames):
 
 
 @settings(deadline=None)
-@given(st.sampled_from(sorted(msgpack.unpackb(encode_request(REQUEST, address=ADDRESS)[0]))), VALUES)
+@given(st.sampled_from(FIELDS), VALUES)
 def test_no_header_causes_anything_but_a_transport_error(key, value):
     with contextlib.suppress(TransportError):
         decode_request(request_frames(**{key: value}))
@@ -199,10 +215,45 @@ def test_no_header_causes_anything_but_a_transport_error(key, value):
 
 @pytest.mark.parametrize("position", range(0, 120, 7))
 def test_flipped_bits_cause_nothing_but_a_transport_error(position):
-    header, rows = request_frames()
+    (header,) = request_frames()
     header[position % len(header)] ^= 0xFF
     with contextlib.suppress(TransportError):
-        decode_request([header, rows])
+        decode_request([header])
+
+
+def test_request_with_a_place_is_a_header_only_and_is_read_from_there():
+    place = Place(2**64 - 1, 4096, 64)
+    memory = bytearray(REQUEST.rows.numpy().tobytes() + bytes(40))
+    frames = views(encode_request(REQUEST, address=ADDRESS, place=place))
+    assert len(frames) == 1
+    incoming = decode_request(frames, find={place: memoryview(memory)}.get)
+    assert incoming.place == place
+    assert torch.equal(incoming.request.rows, REQUEST.rows)
+    with pytest.raises(TransportError, match="are 24 bytes, the frames have 23"):
+        decode_request(frames, find={place: memoryview(memory)[:23]}.get)
+
+
+def test_placed_reply_is_read_from_the_slot_of_its_ticket():
+    memory = bytearray(REPLY.rows.numpy().tobytes())
+    frames = views(encode_reply(REPLY, address=ADDRESS, is_placed=True))
+    assert len(frames) == 1
+    asked = []
+
+    def find(ticket, num_bytes):
+        asked.append((ticket, num_bytes))
+        return memoryview(memory)
+
+    assert torch.equal(decode_reply(frames, find=find).reply.rows, REPLY.rows)
+    assert asked == [(5, 32)]
+
+
+def test_rows_too_long_for_one_frame_travel_in_several():
+    rows = torch.arange(2 * MAX_FRAME_BYTES + 3, dtype=torch.int32).to(torch.uint8).reshape(1, -1)
+    frames = views(encode_request(HostRequest(1, (Segment("a", 1),), rows, 1.0), address=ADDRESS))
+    assert [frame.nbytes for frame in frames[1:]] == [MAX_FRAME_BYTES, MAX_FRAME_BYTES, 3]
+    assert torch.equal(decode_request(frames).request.rows, rows)
+    with pytest.raises(TransportError, match="the frames have"):
+        decode_request(frames[:-1])
 
 
 def test_rows_of_a_dtype_that_cannot_travel_are_a_transport_error():

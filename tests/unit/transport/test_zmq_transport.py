@@ -10,7 +10,8 @@ import zmq
 
 from moe_runtime.errors import StartError, TransportError
 from moe_runtime.service.ports import Delivery
-from moe_runtime.transport.header import Address, encode_reply, encode_request
+from moe_runtime.transport.header import encode_reply, encode_request
+from moe_runtime.transport.header_fields import Address
 from moe_runtime.transport.ipc_folder import sweep_ipc
 from moe_runtime.transport.zmq_socket import MAX_MESSAGES_PER_CALL, receive_waiting
 
@@ -21,8 +22,14 @@ GARBAGE = [
     [b"\x80"],
     [msgpack.packb({"version": 1, "kind": "request"}), b"rows"],
     [b"a", b"b", b"c", b"d"],
+    [msgpack.packb([2, "request", 1, 9, 9, ["a", 1], "float32", [1, 1], [1, 2, 3], 1.0])],
     [b"\0" * 100_000],
 ]
+
+
+def socket_paths(endpoint):
+    path = endpoint.local.removeprefix("ipc://")
+    return {path, path.replace(".ipc", ".shm")}
 
 
 @pytest.fixture
@@ -79,20 +86,21 @@ def test_reply_between_other_incarnations_is_refused_and_counted(zmq_fabric, raw
     route = fake.recv_multipart()[0]
     right = Address(sender=endpoint.incarnation, receiver=router.incarnation)
     reply = zmq_fabric.make_reply(Delivery(b"", request))
-    fake.send_multipart([route, *encode_reply(reply, address=dataclasses.replace(right, **{wrong: 77}))])
+    fake.send_multipart([route, *encode_reply(reply, address=right._replace(**{wrong: 77}))])
     zmq_fabric.wait_for_counter(router, router.poll, "num_refused", 1)
     fake.send_multipart([route, *encode_reply(reply, address=right)])
     assert [reply.ticket for reply in zmq_fabric.poll(router)] == [1]
 
 
-def test_message_that_zeromq_sends_again_to_a_successor_is_refused(zmq_fabric):
-    router, dead = zmq_fabric.router(), zmq_fabric.host()
-    endpoint = dataclasses.replace(dead.endpoint, local=None)
-    router.send(endpoint, zmq_fabric.make_request(1))
+def test_message_that_a_socket_sends_again_to_a_successor_is_refused(zmq_fabric, raw_socket):
+    dead, stranger = zmq_fabric.host(), raw_socket(zmq.DEALER)
+    stranger.connect(dead.endpoint.remote)
+    frames = encode_request(zmq_fabric.make_request(1), address=Address(9, dead.endpoint.incarnation))
+    stranger.send_multipart(frames)
     zmq_fabric.receive(dead)
     dead.close()
-    router.send(endpoint, zmq_fabric.make_request(2))
-    successor = zmq_fabric.successor(endpoint)
+    stranger.send_multipart(frames)
+    successor = zmq_fabric.successor(dead.endpoint)
     zmq_fabric.wait_for_counter(successor, successor.receive, "num_refused", 1)
     assert successor.counters.num_received == 0
 
@@ -151,10 +159,23 @@ def test_sweep_removes_what_a_killed_host_left_and_does_not_disturb_the_living(z
         assert sweep_ipc(zmq_fabric.folder, min_age_s=-60.0) == 0
         process.kill()
     assert Path(left).exists()
-    assert sweep_ipc(zmq_fabric.folder, min_age_s=-60.0) == 1
-    assert not Path(left).exists()
+    assert sweep_ipc(zmq_fabric.folder, min_age_s=-60.0) == 2
+    assert {str(path) for path in zmq_fabric.folder.glob("*")} == socket_paths(living.endpoint)
     zmq_fabric.exchange(router, living, 2)
     zmq_fabric.exchange(zmq_fabric.router(), living, 3)
+
+
+def test_answer_whose_ticket_is_not_awaited_is_counted(zmq_fabric, raw_socket):
+    router, fake = zmq_fabric.router(), raw_socket(zmq.ROUTER)
+    port = fake.bind_to_random_port("tcp://127.0.0.1")
+    endpoint = dataclasses.replace(zmq_fabric.host().endpoint, local=None, remote=f"tcp://127.0.0.1:{port}")
+    request = zmq_fabric.make_request(1)
+    router.send(endpoint, request)
+    route = fake.recv_multipart()[0]
+    other = dataclasses.replace(zmq_fabric.make_reply(Delivery(b"", request)), ticket=2)
+    address = Address(sender=endpoint.incarnation, receiver=router.incarnation)
+    fake.send_multipart([route, *encode_reply(other, address=address)])
+    zmq_fabric.wait_for_counter(router, router.poll, "num_unexpected", 1)
 
 
 def test_one_call_takes_a_bounded_number_of_messages_from_a_flood(raw_socket):
@@ -176,7 +197,7 @@ def test_port_range_that_is_used_up_is_a_start_error(zmq_fabric):
     port = int(first.endpoint.remote.rpartition(":")[2])
     with pytest.raises(StartError, match=f"no free tcp port .* {port} to {port}"):
         zmq_fabric.host(port_range=(port, port))
-    assert len([*zmq_fabric.folder.iterdir()]) == 1
+    assert {str(path) for path in zmq_fabric.folder.glob("*")} == socket_paths(first.endpoint)
 
 
 def test_second_host_takes_the_next_port_of_the_range(zmq_fabric, raw_socket):

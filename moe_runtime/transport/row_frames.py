@@ -1,0 +1,125 @@
+"""The rows of a message as frames, and back: one frame of bytes, or several where one would be too long."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_runtime.errors import TransportError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+MAX_ROWS_BYTES = 1 << 30
+MAX_DIMENSIONS = 16
+#: Up to here rows are copied into the header: a frame of their own would cost more, and arrive unaligned.
+MAX_INLINE_BYTES = 16 << 10
+#: Heartbeats travel between frames, and only a whole frame is a sign of life: a longer one would look like death.
+MAX_FRAME_BYTES = 1 << 18
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def check_size(what: str, num_bytes: int, max_bytes: int) -> None:
+    """Raise ``TransportError`` unless so many bytes may travel."""
+    if num_bytes > max_bytes:
+        raise TransportError(f"{what}: {num_bytes} bytes, at most {max_bytes} can travel in one message")
+
+
+def dtype_name(kind: str, ticket: int, rows: Tensor) -> str:
+    """Name of the rows' dtype on the wire.
+
+    Raises:
+        TransportError: If rows of that dtype, or so many, cannot travel.
+    """
+    name = DTYPE_NAMES.get(rows.dtype)
+    if name is None:
+        raise TransportError(f"{kind} {ticket}: rows of {rows.dtype} cannot travel, only {[*DTYPES]}")
+    if rows.nbytes > MAX_ROWS_BYTES:
+        check_size(f"rows of {kind} {ticket}", rows.nbytes, MAX_ROWS_BYTES)
+    return name
+
+
+def rows_on_cpu(rows: Tensor) -> Tensor:
+    """Rows whose bytes can be sent from where they are."""
+    return rows if rows.is_cpu and rows.is_contiguous() else rows.detach().to("cpu").contiguous()
+
+
+def encode_rows(rows: Tensor) -> list[Any]:
+    """The bytes of some rows, as frames that share their memory where they are contiguous and on the CPU."""
+    # numpy has no bfloat16.
+    data = rows_on_cpu(rows).detach().view(torch.uint8).numpy()
+    if data.nbytes <= MAX_FRAME_BYTES:
+        return [data]
+    flat = data.reshape(-1)
+    return [flat[start : start + MAX_FRAME_BYTES] for start in range(0, flat.nbytes, MAX_FRAME_BYTES)]
+
+
+def encode_inline(rows: Tensor) -> bytes:
+    """A copy of the bytes of some rows."""
+    rows = rows_on_cpu(rows)
+    # Through numpy it takes several times as long, and numpy has no bfloat16.
+    return ctypes.string_at(rows.data_ptr(), rows.nbytes)
+
+
+def decode_rows(frames: Sequence[bytes | memoryview], dtype: torch.dtype, shape: list[int]) -> Tensor:
+    """Rows of a shape from frames; they share the memory of one that is alone, writable and aligned.
+
+    Raises:
+        TransportError: If the frames have another length than the rows.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    num_found = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
+    if num_found != num_bytes:
+        raise TransportError(f"rows: {dtype} of shape {shape} are {num_bytes} bytes, the frames have {num_found}")
+    if num_bytes == 0:
+        return _empty_rows(shape, dtype)
+    if len(frames) > 1:
+        return _joined(frames, num_bytes).view(dtype).view(shape)
+    frame = frames[0]
+    if isinstance(frame, bytes):
+        # Few bytes: what takes time is the number of calls into torch.
+        rows = torch.empty(shape, dtype=dtype)
+        ctypes.memmove(rows.data_ptr(), frame, num_bytes)
+        return rows
+    flat = torch.frombuffer(frame, dtype=torch.uint8)
+    if flat.data_ptr() % dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(dtype).view(shape)
+
+
+def _joined(frames: Sequence[bytes | memoryview], num_bytes: int) -> Tensor:
+    joined = torch.empty(num_bytes, dtype=torch.uint8)
+    start = 0
+    for frame in frames:
+        if frame:
+            joined[start : start + len(frame)] = torch.frombuffer(frame, dtype=torch.uint8)
+            start += len(frame)
+    return joined
+
+
+def _empty_rows(shape: list[int], dtype: torch.dtype) -> Tensor:
+    # With a size of 0 the others are bounded by nothing above, and torch refuses to multiply huge ones.
+    if any(size > MAX_ROWS_BYTES for size in shape):
+        raise TransportError(f"header field shape: expected sizes of at most {MAX_ROWS_BYTES}, found {shape}")
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as exc:
+        raise TransportError(f"header field shape: torch refuses {shape}: {exc}") from exc
