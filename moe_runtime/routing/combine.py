@@ -36,8 +36,9 @@ class Combined:
 
 
 def gather_rows(
-    tokens: Tensor, plan: DispatchPlan, *, weight_on: WeightOn, planned_ids: Tensor | slice | None = None
-) -> Tensor:
+    tokens: Tensor, plan: DispatchPlan, *, weight_on: WeightOn, planned_ids: Tensor | slice | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The rows to send to the experts.
 
     Args:
@@ -45,20 +46,23 @@ def gather_rows(
         plan: The plan made for it.
         weight_on: ``input`` multiplies each row by its weight (Llama 4); ``output`` leaves it alone.
         planned_ids: Which planned rows, in which order; all when None.
+        out: Where the rows go, rounded to its dtype; new memory when None.
 
     Returns:
-        ``(num_rows, *item_shape)``, contiguous, in the dtype of ``tokens``.
+        ``(num_rows, *item_shape)``, contiguous, in the dtype of ``tokens``; or ``out``.
 
     Raises:
         ShapeError: If the batch has another number of rows than the plan.
     """
     _check_tokens(tokens, plan)
     token_ids = plan.token_ids if planned_ids is None else plan.token_ids[planned_ids]
+    if out is not None and weight_on == "output" and out.dtype == tokens.dtype:
+        return torch.index_select(tokens, 0, token_ids, out=out)
     rows = tokens.index_select(0, token_ids)
-    if weight_on == "output":
-        return rows
-    weights = plan.weights if planned_ids is None else plan.weights[planned_ids]
-    return (rows * _as_column(weights, rows.dim())).to(tokens.dtype)
+    if weight_on == "input":
+        weights = plan.weights if planned_ids is None else plan.weights[planned_ids]
+        rows = (rows * _as_column(weights, rows.dim())).to(tokens.dtype)
+    return rows if out is None else out.copy_(rows)
 
 
 def combine(

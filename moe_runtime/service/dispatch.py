@@ -41,10 +41,15 @@ class HostMessage:
     endpoint: Endpoint
     segments: tuple[PlannedSegment, ...]
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of all segments."""
+        return sum(segment.num_rows for segment in self.segments)
+
     def planned_ids(self) -> Tensor | slice:
         """Which planned rows the message carries, in its order; a slice where they are neighbours."""
         first, last = self.segments[0], self.segments[-1]
-        if last.stop - first.start == sum(segment.num_rows for segment in self.segments):
+        if last.stop - first.start == self.num_rows:
             return slice(first.start, last.stop)
         return torch.cat([torch.arange(segment.start, segment.stop) for segment in self.segments])
 

@@ -17,6 +17,7 @@ from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
 from moe_runtime.service.ports import HostLost, HostReply, HostRequest, MonotonicClock
 from moe_runtime.service.routing_table import RoutingTable
+from moe_runtime.service.row_buffers import RowBuffers
 from moe_runtime.service.stats import LayerStats, RouterStats
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class RouterEngine:
         self._sent: dict[int, _Sent] = {}
         self._flights: dict[int, _Flight] = {}
         self._answered: list[_Flight] = []
+        self._row_buffers = RowBuffers()
         self._outstanding_rows: Counter[str] = Counter()
 
     @property
@@ -150,7 +152,7 @@ class RouterEngine:
             layer=layer,
             plan=plan,
             table=self.table,
-            expert_rows=batch.tokens.new_empty((plan.num_planned, *layer.out_shape)),
+            expert_rows=self._row_buffers.lend((plan.num_planned, *layer.out_shape), layer.dtype),
             served=torch.zeros(plan.num_planned, dtype=torch.bool),
             gate_s=now - started_at,
             dispatched_at=now,
@@ -175,13 +177,15 @@ class RouterEngine:
             self._answered.append(flight)
 
     def _send(self, flight: _Flight, message: HostMessage) -> None:
+        layer = flight.layer
+        shape = (message.num_rows, *layer.item_shape)
         rows = gather_rows(
             flight.batch.tokens,
             flight.plan,
-            weight_on=flight.layer.weight_on,
+            weight_on=layer.weight_on,
             planned_ids=message.planned_ids(),
+            out=self._transport.allocate(message.endpoint, shape, layer.row_dtype),
         )
-        rows = rows.to(flight.layer.row_dtype)
         ticket = next(self._tickets)
         request = HostRequest(ticket, message.wire_segments, rows, timeout_s=flight.deadline - self._clock.now())
         try:
@@ -270,6 +274,7 @@ class RouterEngine:
             combine_s=self._clock.now() - answered_at,
         )
         del self._flights[flight.batch_id]
+        self._row_buffers.give_back(flight.expert_rows)
         result = BatchResult(
             batch_id=flight.batch_id,
             outputs=combined.outputs,

@@ -41,6 +41,11 @@ class FakeTransport:
     retained: Collection[Endpoint] = ()
     polled_for: list[float] = field(default_factory=list)
 
+    public_key: str | None = None
+
+    def allocate(self, endpoint: Endpoint, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
     def send(self, endpoint: Endpoint, request: HostRequest) -> None:
         if endpoint in self.refusing:
             raise TransportError("its queue is full")

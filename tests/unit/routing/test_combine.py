@@ -189,3 +189,14 @@ def test_exact_leaves_out_rows_that_were_not_served_and_a_batch_without_any_is_z
         TOKENS, outputs, plan, residual="none", weight_on="output", served=torch.zeros(4, dtype=torch.bool), exact=True
     )
     assert nobody.outputs.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_gathered_into_memory_of_the_callers_in_its_dtype(weight_on, dtype):
+    plan = make_plan()
+    out = torch.full((2, 2), torch.nan, dtype=dtype)
+    rows = gather_rows(TOKENS, plan, weight_on=weight_on, planned_ids=slice(1, 3), out=out)
+    assert rows.data_ptr() == out.data_ptr()
+    expected = gather_rows(TOKENS, plan, weight_on=weight_on, planned_ids=slice(1, 3))
+    assert torch.equal(out, expected.to(dtype))
