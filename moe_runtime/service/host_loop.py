@@ -43,7 +43,8 @@ class HostLoop:
 
     Rows of one replica are merged across requests and routers. One run takes whole requests, in the order of
     arrival, up to ``max_rows_per_run`` rows, so that under load the first answers do not wait for the last.
-    A request that has waited here for longer than its ``timeout_s`` is skipped: nobody waits for its answer.
+    A request that has waited here for longer than its ``timeout_s`` is not run: nobody waits for its rows. It is
+    answered with an error, which gives back what it took of the router's credit and memory.
 
     Owned by the thread that calls ``run``; ``stop`` may be called from any.
 
@@ -120,6 +121,7 @@ class HostLoop:
             request = waiting.delivery.request
             if now - waiting.received_at > request.timeout_s:
                 self.num_skipped_late += 1
+                self._reply(waiting.delivery, _too_late(request))
             elif batch and num_rows + request.rows.shape[0] > self._max_rows_per_run:
                 break
             else:
@@ -153,6 +155,12 @@ class HostLoop:
             reply = HostReply(reply.ticket, results, rows=None)
             self._transport.reply(delivery, reply)
         self.num_failed_segments += sum(result.error is not None for result in reply.results)
+
+
+def _too_late(request: HostRequest) -> HostReply:
+    error = f"it waited at its host for longer than {request.timeout_s} s"
+    results = tuple(SegmentResult(segment.replica_id, segment.num_rows, error) for segment in request.segments)
+    return HostReply(request.ticket, results, rows=None)
 
 
 def _calls(request: HostRequest) -> Iterable[ExpertCall]:

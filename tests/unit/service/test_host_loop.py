@@ -167,7 +167,7 @@ def test_rows_that_do_not_fit_the_message_are_an_error_of_their_segment(system):
     assert first_column(reply) == [1.0, 3.0]
 
 
-def test_request_that_waited_here_too_long_is_skipped_and_counted():
+def test_request_that_waited_here_too_long_is_not_run_but_answered_and_counted():
     with contextlib.closing(System(max_rows_per_run=2)) as system:
         system.send(1, ("doubles", [1.0, 1.0]))
         system.send(2, ("doubles", [2.0]), timeout_s=1.0)
@@ -176,7 +176,10 @@ def test_request_that_waited_here_too_long_is_skipped_and_counted():
         assert system.answers().keys() == {1}
         system.clock.time += 1.5
         system.loop.serve_once(0.0)
-        assert system.answers().keys() == {3}
+        answers = system.answers()
+        assert answers.keys() == {2, 3}
+        assert answers[2].rows is None
+        assert answers[2].results[0].error == "it waited at its host for longer than 1.0 s"
         assert system.loop.num_skipped_late == 1
         assert system.doubles.forwards == [2, 1]
 

@@ -37,6 +37,19 @@ def test_rows_arrive_and_come_back_bit_for_bit(fabric, dtype, shape):
     assert torch.equal(reply.rows, outputs)
 
 
+def test_allocated_rows_travel_like_any_others(fabric):
+    router, host = fabric.router(), fabric.host()
+    for ticket, shape in enumerate([(2, 3), (64, 1024), (64, 1024), (0, 5), (64, 1024)]):
+        rows = router.allocate(host.endpoint, shape, torch.float32)
+        assert rows.shape == shape
+        rows.fill_(ticket)
+        router.send(host.endpoint, fabric.make_request(ticket, rows))
+        (delivery,) = fabric.receive(host)
+        assert torch.equal(delivery.request.rows, torch.full(shape, float(ticket)))
+        host.reply(delivery, fabric.make_reply(delivery, delivery.request.rows + 1))
+        assert torch.equal(fabric.poll(router)[0].rows, torch.full(shape, ticket + 1.0))
+
+
 def test_reply_without_good_rows_has_none(fabric):
     router, host = fabric.router(), fabric.host()
     router.send(host.endpoint, fabric.make_request(1))

@@ -11,6 +11,7 @@ import torch
 
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import Endpoint, HostReply, HostRequest, Segment, SegmentResult
+from moe_runtime.transport.zmq_router import ZmqTransport
 
 
 def test_second_reply_to_a_ticket_is_dropped_and_counted(fabric):
@@ -119,3 +120,44 @@ def test_successor_gets_nothing_that_was_queued_for_the_dead(fabric):
     (delivery,) = fabric.receive(successor)
     successor.reply(delivery, fabric.make_reply(delivery))
     assert [reply.ticket for reply in fabric.poll(router)] == [4]
+
+
+def test_late_answer_to_a_request_that_its_caller_gave_up_is_delivered_once_and_harms_nothing(fabric):
+    router, host = fabric.router(), fabric.host()
+    rows = torch.ones(64, 1024)
+    for ticket in (1, 2, 3):
+        router.send(host.endpoint, fabric.make_request(ticket, rows * ticket))
+    late, *prompt = fabric.receive(host, 3)
+    for delivery in prompt:
+        host.reply(delivery, fabric.make_reply(delivery))
+    assert {reply.ticket for reply in fabric.poll(router, 2)} == {2, 3}
+    host.reply(late, fabric.make_reply(late))
+    (reply,) = fabric.poll(router)
+    assert reply.ticket == 1
+    assert torch.equal(reply.rows, rows)
+
+
+def test_slow_host_costs_its_own_requests_only(zmq_fabric):
+    with contextlib.closing(ZmqTransport(node="node-0", encryption="none", max_outstanding_bytes=1 << 20)) as router:
+        slow, quick = zmq_fabric.host(max_queued_messages=100), zmq_fabric.host()
+        rows = torch.ones(64, 1024)
+        for ticket in range(4):
+            router.send(slow.endpoint, zmq_fabric.make_request(ticket, rows))
+        with pytest.raises(TransportError, match="the queue to"):
+            router.send(slow.endpoint, zmq_fabric.make_request(4, rows))
+        zmq_fabric.exchange(router, quick, 5)
+        # An answer gives its credit back.
+        deliveries = zmq_fabric.receive(slow, 4)
+        slow.reply(deliveries[0], zmq_fabric.make_reply(deliveries[0]))
+        zmq_fabric.poll(router)
+        router.send(slow.endpoint, zmq_fabric.make_request(6, rows))
+        assert router.counters.num_full == 1
+
+
+def test_request_larger_than_all_credit_is_taken_by_a_host_that_has_nothing_to_do(zmq_fabric):
+    with contextlib.closing(ZmqTransport(node="node-0", encryption="none", max_outstanding_bytes=1)) as router:
+        host = zmq_fabric.host()
+        zmq_fabric.exchange(router, host, 1)
+        router.send(host.endpoint, zmq_fabric.make_request(2))
+        with pytest.raises(TransportError, match="full"):
+            router.send(host.endpoint, zmq_fabric.make_request(3))

@@ -1,0 +1,364 @@
+"""Memory that routers and hosts of one node share: who owns which part of it, and until when."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import socket
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import zmq
+from hypothesis import given, settings
+
+from moe_runtime.errors import TransportError
+from moe_runtime.transport.arena import Arena
+from moe_runtime.transport.header import encode_request
+from moe_runtime.transport.header_fields import Address, Place
+from moe_runtime.transport.near_channel import ANSWER, OFFER
+from moe_runtime.transport.near_door import ReplySlot
+from moe_runtime.transport.shared_memory import FreeRanges, create_segment, map_segment
+from moe_runtime.transport.zmq_router import ZmqTransport
+
+SHAPE = (64, 1024)
+PAGE = 4096
+
+
+def rows_of(value, shape=SHAPE):
+    return torch.full(shape, float(value))
+
+
+def num_mapped():
+    """Segments that this process has mapped."""
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count("memfd:moe_runtime")
+
+
+def exchange(fabric, router, host, ticket, rows):
+    """A request whose rows come back plus 1."""
+    router.send(host.endpoint, fabric.make_request(ticket, rows))
+    (delivery,) = fabric.receive(host)
+    host.reply(delivery, fabric.make_reply(delivery, delivery.request.rows + 1))
+    (reply,) = fabric.poll(router)
+    assert reply.ticket == ticket
+    return reply.rows
+
+
+@pytest.fixture
+def pair(ipc_fabric):
+    """A router and a host that share memory already."""
+    router, host = ipc_fabric.router(), ipc_fabric.host()
+    share(ipc_fabric, router, host)
+    return router, host
+
+
+def share(fabric, router, host):
+    for ticket in range(10**6, 10**6 + 100):
+        exchange(fabric, router, host, ticket, rows_of(0))
+        if router.counters.num_shared:
+            return
+    pytest.fail(f"no memory was shared: {router.counters}")
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=60), st.randoms(use_true_random=False))
+def test_ranges_never_overlap_and_all_come_back_as_one(sizes, random):
+    free, taken = FreeRanges(100), {}
+    for size in sizes:
+        start = free.take(size)
+        if start is None:
+            assert sum(taken.values()) + size > 100 or len(taken) > 0
+        else:
+            assert 0 <= start <= 100 - size
+            assert all(start + size <= other or other + length <= start for other, length in taken.items())
+            taken[start] = size
+        if taken and random.random() < 0.5:
+            start = random.choice(sorted(taken))
+            free.give_back(start, taken.pop(start))
+    for start, size in taken.items():
+        free.give_back(start, size)
+    assert free.take(100) == 0
+    assert free.take(1) is None
+
+
+def test_segment_is_seen_by_both_sides_and_cannot_shrink():
+    descriptor, ours = create_segment(2 * PAGE)
+    theirs = map_segment(descriptor, 2 * PAGE)
+    theirs[5] = 7
+    assert ours[5] == 7
+    with pytest.raises(OSError, match="not permitted"):
+        os.ftruncate(descriptor, 0)
+    with pytest.raises(OSError, match="sealed segment of 4096 bytes"):
+        map_segment(descriptor, PAGE)
+    os.close(descriptor)
+
+
+def test_memory_that_could_shrink_is_not_mapped():
+    descriptor = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, PAGE)
+    with pytest.raises(OSError, match="sealed segment"):
+        map_segment(descriptor, PAGE)
+    os.close(descriptor)
+
+
+def test_slot_is_free_once_nobody_reads_it_and_no_host_has_it():
+    arena = Arena()
+    arena.add(1, memoryview(bytearray(PAGE)))
+    slot = arena.lend(10)
+    assert slot.place == Place(1, 0, PAGE)
+    view = slot.view(10)
+    slot.is_away = True
+    assert arena.lend(10) is None
+    del view
+    assert arena.lend(10) is None
+    view = slot.view(10)
+    slot.come_back()
+    assert arena.lend(10) is None
+    del view
+    assert arena.lend(PAGE).place == Place(1, 0, PAGE)
+
+
+def test_view_outlives_its_arena():
+    arena = Arena()
+    arena.add(1, memoryview(bytearray(PAGE)))
+    slot = arena.lend(PAGE)
+    view = slot.view(PAGE)
+    assert slot.view(PAGE + 1) is None
+    del arena, slot
+    view[:3] = b"abc"
+    assert bytes(view[:3]) == b"abc"
+
+
+def test_reply_slot_takes_rows_once_and_only_if_they_fit():
+    memory = bytearray(PAGE)
+    assert not ReplySlot(memoryview(memory)).fill(torch.ones(PAGE))
+    assert not ReplySlot(memoryview(memory)).fill(torch.ones(0, 3))
+    slot = ReplySlot(memoryview(memory))
+    assert slot.fill(torch.arange(3.0))
+    assert torch.equal(torch.frombuffer(memory, dtype=torch.float32)[:3], torch.arange(3.0))
+    assert not slot.fill(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "pick", [lambda rows: rows, lambda rows: rows[2:], lambda rows: rows.flip(0), lambda rows: rows.t()]
+)
+def test_reply_rows_that_lie_in_the_request_s_memory_arrive_intact(pick):
+    memory = memoryview(bytearray(16 * 4))
+    rows = torch.frombuffer(memory, dtype=torch.float32).view(4, 4)
+    rows.copy_(torch.arange(16.0).view(4, 4))
+    answer = pick(rows)
+    expected = answer.clone()
+    assert ReplySlot(memory).fill(answer)
+    found = torch.frombuffer(memory, dtype=torch.float32, count=expected.numel()).view(expected.shape)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_large_rows_travel_in_shared_memory_both_ways(ipc_fabric, pair, dtype):
+    router, host = pair
+    before = router.counters.num_shared, host.counters.num_shared
+    rows = torch.randn(SHAPE).to(dtype)
+    assert torch.equal(exchange(ipc_fabric, router, host, 1, rows), rows + 1)
+    assert (router.counters.num_shared, host.counters.num_shared) == (before[0] + 1, before[1] + 1)
+
+
+def test_allocated_rows_are_neither_copied_on_the_way_there_nor_back(ipc_fabric, pair):
+    router, host = pair
+    rows = router.allocate(host.endpoint, SHAPE, torch.float32)
+    address = rows.data_ptr()
+    rows.copy_(rows_of(3))
+    router.send(host.endpoint, ipc_fabric.make_request(1, rows))
+    (delivery,) = ipc_fabric.receive(host)
+    assert torch.equal(delivery.request.rows, rows_of(3))
+    host.reply(delivery, ipc_fabric.make_reply(delivery))
+    (reply,) = ipc_fabric.poll(router)
+    assert reply.rows.data_ptr() == address
+    assert torch.equal(reply.rows, rows_of(3))
+
+
+def test_allocated_rows_can_be_sent_once(ipc_fabric, pair):
+    router, host = pair
+    rows = router.allocate(host.endpoint, SHAPE, torch.float32)
+    router.send(host.endpoint, ipc_fabric.make_request(1, rows))
+    with pytest.raises(TransportError, match="have been sent before"):
+        router.send(host.endpoint, ipc_fabric.make_request(2, rows))
+
+
+def test_allocated_rows_that_are_never_sent_are_free_again(ipc_fabric, pair):
+    router, host = pair
+    addresses = set()
+    for _ in range(1000):
+        addresses.add(router.allocate(host.endpoint, SHAPE, torch.float32).data_ptr())
+    assert len(addresses) == 1
+
+
+def test_reply_that_is_sent_on_is_not_overwritten(ipc_fabric, pair):
+    router, host = pair
+    first = exchange(ipc_fabric, router, host, 1, rows_of(1))
+    second = exchange(ipc_fabric, router, host, 2, first)
+    assert torch.equal(first, rows_of(2))
+    assert torch.equal(second, rows_of(3))
+
+
+def test_replies_that_are_kept_are_not_overwritten_by_later_ones(ipc_fabric):
+    host = ipc_fabric.host()
+    # Room for 8 of them.
+    with contextlib.closing(ZmqTransport(node="node-0", max_shared_bytes=8 * rows_of(0).nbytes)) as router:
+        share(ipc_fabric, router, host)
+        kept = [exchange(ipc_fabric, router, host, ticket, rows_of(ticket)) for ticket in range(20)]
+        assert all(torch.equal(rows, rows_of(ticket + 1)) for ticket, rows in enumerate(kept))
+        assert router.counters.num_unshared >= 20 - 8
+        del kept
+        before = router.counters.num_shared
+        exchange(ipc_fabric, router, host, 1000, rows_of(0))
+        assert router.counters.num_shared == before + 1
+
+
+def test_memory_of_an_unanswered_request_is_not_lent_again(ipc_fabric, pair):
+    router, host = pair
+    router.send(host.endpoint, ipc_fabric.make_request(1, rows_of(1)))
+    (slow,) = ipc_fabric.receive(host)
+    for ticket in range(2, 50):
+        assert torch.equal(exchange(ipc_fabric, router, host, ticket, rows_of(ticket)), rows_of(ticket + 1))
+    assert torch.equal(slow.request.rows, rows_of(1))
+    host.reply(slow, ipc_fabric.make_reply(slow))
+    assert torch.equal(ipc_fabric.poll(router)[0].rows, rows_of(1))
+
+
+def test_answer_from_before_a_connection_was_dropped_touches_nothing_of_the_next(ipc_fabric, pair):
+    router, host = pair
+    router.send(host.endpoint, ipc_fabric.make_request(1, rows_of(1)))
+    (old,) = ipc_fabric.receive(host)
+    router.retain([])
+    share(ipc_fabric, router, host)
+    router.send(host.endpoint, ipc_fabric.make_request(2, rows_of(2)))
+    (new,) = ipc_fabric.receive(host)
+    host.reply(old, ipc_fabric.make_reply(old, rows_of(-1)))
+    assert torch.equal(new.request.rows, rows_of(2))
+    host.reply(new, ipc_fabric.make_reply(new))
+    (reply,) = ipc_fabric.poll(router)
+    assert reply.ticket == 2
+    assert torch.equal(reply.rows, rows_of(2))
+
+
+def test_second_reply_to_a_delivery_does_not_write_to_memory_that_was_given_back(ipc_fabric, pair):
+    router, host = pair
+    router.send(host.endpoint, ipc_fabric.make_request(1, rows_of(1)))
+    (delivery,) = ipc_fabric.receive(host)
+    host.reply(delivery, ipc_fabric.make_reply(delivery, rows_of(5)))
+    (first,) = ipc_fabric.poll(router)
+    host.reply(delivery, ipc_fabric.make_reply(delivery, rows_of(6)))
+    ipc_fabric.wait_for_counter(router, router.poll, "num_unexpected", 1)
+    assert torch.equal(first.rows, rows_of(5))
+
+
+def test_reply_larger_than_its_request_comes_as_frames(ipc_fabric, pair):
+    router, host = pair
+    router.send(host.endpoint, ipc_fabric.make_request(1, rows_of(1)))
+    (delivery,) = ipc_fabric.receive(host)
+    larger = rows_of(2, (64, 2048))
+    host.reply(delivery, ipc_fabric.make_reply(delivery, larger))
+    assert torch.equal(ipc_fabric.poll(router)[0].rows, larger)
+    before = router.counters.num_unshared
+    exchange(ipc_fabric, router, host, 2, rows_of(1))
+    assert router.counters.num_unshared == before
+
+
+def test_rows_travel_as_frames_where_no_memory_may_be_shared(ipc_fabric):
+    host = ipc_fabric.host()
+    with contextlib.closing(ZmqTransport(node="node-0", max_shared_bytes=0)) as router:
+        for ticket in range(5):
+            assert torch.equal(exchange(ipc_fabric, router, host, ticket, rows_of(ticket)), rows_of(ticket + 1))
+        assert router.counters.num_shared == router.counters.num_unshared == 0
+
+
+def test_rows_travel_as_frames_where_there_is_no_memory_left(ipc_fabric):
+    router, host = ipc_fabric.router(), ipc_fabric.host()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # What the kernel grants to a segment is the size of a file.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE, limits[1]))
+    try:
+        for ticket in range(5):
+            assert torch.equal(exchange(ipc_fabric, router, host, ticket, rows_of(ticket)), rows_of(ticket + 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert router.counters.num_unshared == 5
+
+
+def test_rows_travel_as_frames_to_a_host_that_has_closed_its_door(ipc_fabric):
+    router, host = ipc_fabric.router(), ipc_fabric.host()
+    Path(host.endpoint.local.removeprefix("ipc://")).with_suffix(".shm").unlink()
+    for ticket in range(3):
+        assert torch.equal(exchange(ipc_fabric, router, host, ticket, rows_of(ticket)), rows_of(ticket + 1))
+    assert router.counters.num_shared == 0
+
+
+def test_memory_is_given_back_when_either_end_leaves(ipc_fabric):
+    before = num_mapped()
+    router, host = ipc_fabric.router(), ipc_fabric.host()
+    share(ipc_fabric, router, host)
+    assert num_mapped() >= before + 2
+    kept = exchange(ipc_fabric, router, host, 1, rows_of(1))
+    router.close()
+    while num_mapped() > before + 1:
+        assert host.receive(ipc_fabric.deadline_s) == []
+    assert torch.equal(kept, rows_of(2))
+    del kept
+    assert num_mapped() == before
+
+
+@pytest.fixture
+def visitor(ipc_fabric):
+    """A host, and a bare socket that has come through its door."""
+    host = ipc_fabric.host()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as bare:
+        bare.settimeout(ipc_fabric.deadline_s)
+        bare.connect(str(Path(host.endpoint.local.removeprefix("ipc://")).with_suffix(".shm")))
+        yield host, bare
+    share(ipc_fabric, ipc_fabric.router(), host)
+
+
+def serve_until_answered(host, bare):
+    bare.setblocking(False)
+    while True:
+        assert host.receive(0.01) == []
+        try:
+            return bare.recv(100)
+        except BlockingIOError:
+            continue
+
+
+@pytest.mark.parametrize("offer", [b"", b"x", OFFER.pack(1, PAGE), b"x" * 1000])
+def test_visitor_who_offers_no_memory_is_shown_out(visitor, offer):
+    host, bare = visitor
+    bare.send(offer)
+    assert serve_until_answered(host, bare) == b""
+
+
+def test_visitor_who_offers_memory_that_could_shrink_is_told_that_it_is_no_use(visitor):
+    host, bare = visitor
+    descriptor = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, PAGE)
+    socket.send_fds(bare, [OFFER.pack(1, PAGE)], [descriptor])
+    os.close(descriptor)
+    assert serve_until_answered(host, bare) == ANSWER.pack(1, False)
+
+
+@pytest.mark.parametrize("place", [Place(99, 0, PAGE), Place(5, PAGE, PAGE), Place(5, 1, PAGE), Place(5, 0, 8)])
+def test_request_that_names_memory_which_is_not_there_is_counted_as_malformed(ipc_fabric, visitor, place):
+    host, bare = visitor
+    descriptor, _ = create_segment(PAGE)
+    socket.send_fds(bare, [OFFER.pack(5, PAGE)], [descriptor])
+    os.close(descriptor)
+    assert serve_until_answered(host, bare) == ANSWER.pack(5, True)
+    request = ipc_fabric.make_request(1)
+
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.set(zmq.LINGER, 0)
+        stranger.connect(host.endpoint.local)
+        stranger.send_multipart(encode_request(request, address=Address(9, host.endpoint.incarnation), place=place))
+        ipc_fabric.wait_for_counter(host, host.receive, "num_malformed", 1)
