@@ -1,0 +1,65 @@
+"""Runs suites one after the other: shows each one's table, and writes all rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moe_runtime.bench.errors import BenchError
+from moe_runtime.bench.machine import describe_machine
+from moe_runtime.bench.render import ShownStage, make_progress, show_machine, show_rows, show_title
+from moe_runtime.bench.results import write_json
+from moe_runtime.bench.suite import BenchSettings
+from moe_runtime.bench.suites import SUITES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from moe_runtime.bench.results import Row
+    from moe_runtime.bench.suite import Suite
+
+
+def run(
+    names: Sequence[str] = (), *, json_path: Path | None = None, quick: bool = False, console: Console
+) -> list[Row]:
+    """Measure some suites, all of them if none is named, and show what was found.
+
+    Args:
+        names: The suites'.
+        json_path: Where to write machine and rows as well, as JSON; written after every suite.
+        quick: Fewer cases and shorter: a suite takes under a minute.
+        console: Where to print.
+
+    Raises:
+        BenchError: If there is no such suite, something that it needs is not installed, or contenders disagree.
+        MoERuntimeError: If the runtime does not start.
+    """
+    suites = [_find(name) for name in names or SUITES]
+    machine = describe_machine()
+    show_machine(console, machine)
+    rows: list[Row] = []
+    for suite in suites:
+        rows += _measure(suite, quick=quick, console=console)
+        if json_path is not None:
+            write_json(json_path, machine=machine, rows=rows)
+    return rows
+
+
+def _find(name: str) -> Suite:
+    if name not in SUITES:
+        raise BenchError(f"suite: expected one of {', '.join(SUITES)}, found {name!r}")
+    return SUITES[name]
+
+
+def _measure(suite: Suite, *, quick: bool, console: Console) -> list[Row]:
+    show_title(console, suite)
+    with make_progress(console) as progress:
+
+        def begin(title: str) -> ShownStage:
+            return ShownStage(progress, progress.add_task(title, total=None))
+
+        rows = list(suite.run(BenchSettings(quick=quick, begin=begin)))
+    show_rows(console, rows)
+    return rows

@@ -1,0 +1,9 @@
+"""The suites by name, in the order in which they run."""
+
+from moe_runtime.bench.exchange import EXCHANGE
+from moe_runtime.bench.layer import LAYER_SUITE
+from moe_runtime.bench.scale import SCALE
+from moe_runtime.bench.service import SERVICE
+from moe_runtime.bench.skew import SKEW
+
+SUITES = {suite.name: suite for suite in (EXCHANGE, LAYER_SUITE, SERVICE, SCALE, SKEW)}
