@@ -62,7 +62,6 @@ class EchoFleet:
                 socket.recv_multipart(copy=False)
                 num_open -= 1
 
-
     def close(self) -> None:
         """Disconnect."""
         self._context.destroy(linger=0)

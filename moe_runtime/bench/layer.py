@@ -96,15 +96,11 @@ def _contenders(ours: LibraryLayer, tokens: Tensor, peers: InProcessLayer) -> Se
     contenders = [Contender("ours", lambda n: time_calls(lambda: ours.forward(tokens), n))]
     for implementation in IMPLEMENTATIONS:
         for num_threads in _THREADS:
-            contenders.append(
-                Contender(_name(implementation, num_threads), _timer(peers, implementation, num_threads))
-            )
+            contenders.append(Contender(_name(implementation, num_threads), _timer(peers, implementation, num_threads)))
     return contenders
 
 
-def _timer(
-    peers: InProcessLayer, implementation: Implementation, num_threads: int
-) -> Callable[[int], Sequence[float]]:
+def _timer(peers: InProcessLayer, implementation: Implementation, num_threads: int) -> Callable[[int], Sequence[float]]:
     return lambda num_calls: peers.time_calls(implementation, num_threads, num_calls)
 
 

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedSegment:
-    """The planned rows ``[start, stop)`` of one expert, and the replica that is to serve them."""
+    """The planned rows ``[start, stop)`` of one expert, and the replica that is to serve them, if there is one."""
 
     expert_id: int
-    replica_id: str
     start: int
     stop: int
+    replica_id: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -65,11 +65,11 @@ class Dispatch:
 
     Attributes:
         messages: One per expert host.
-        unreachable: Experts with planned rows and no usable replica.
+        unreachable: Segments of experts that have no usable replica.
     """
 
     messages: tuple[HostMessage, ...]
-    unreachable: tuple[int, ...]
+    unreachable: tuple[PlannedSegment, ...]
 
 
 def split_by_host(
@@ -90,7 +90,7 @@ def split_by_host(
         outstanding_rows: Rows under way per replica id.
 
     Returns:
-        One message per host touched, and the experts that nobody serves.
+        One message per host touched, and the segments that nobody serves.
     """
     by_host: dict[Endpoint, list[PlannedSegment]] = defaultdict(list)
     unreachable = []
@@ -100,15 +100,17 @@ def split_by_host(
             continue
         replicas = table.usable(layer, expert_id)
         if not replicas:
-            unreachable.append(expert_id)
+            unreachable.append(PlannedSegment(expert_id, start, stop))
             continue
         replica = _least_loaded(replicas, node=node, outstanding_rows=outstanding_rows)
-        by_host[replica.endpoint].append(PlannedSegment(expert_id, replica.replica_id, start, stop))
+        by_host[replica.endpoint].append(PlannedSegment(expert_id, start, stop, replica.replica_id))
     messages = tuple(HostMessage(endpoint, tuple(segments)) for endpoint, segments in by_host.items())
     return Dispatch(messages, tuple(unreachable))
 
 
 def _least_loaded(replicas: Sequence[Replica], *, node: str, outstanding_rows: Mapping[str, int]) -> Replica:
+    if len(replicas) == 1:
+        return replicas[0]
     return min(
         replicas,
         key=lambda replica: (outstanding_rows.get(replica.replica_id, 0), replica.endpoint.node != node),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,47 +15,25 @@ from moe_runtime.routing.combine import combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
+from moe_runtime.service.flight import Flight, SentMessage
 from moe_runtime.service.ports import HostLost, HostReply, HostRequest, MonotonicClock
 from moe_runtime.service.routing_table import RoutingTable
 from moe_runtime.service.row_buffers import RowBuffers
 from moe_runtime.service.stats import LayerStats, RouterStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
 
     from moe_runtime.routing.assignments import DispatchPlan
     from moe_runtime.service.batch import Batch
-    from moe_runtime.service.dispatch import HostMessage, PlannedSegment
+    from moe_runtime.service.dispatch import HostMessage
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.ports import Clock, Endpoint, Transport
 
-
-@dataclass
-class _Flight:
-    """A batch whose experts are at work."""
-
-    batch_id: int
-    batch: Batch
-    layer: RoutedLayer
-    plan: DispatchPlan
-    table: RoutingTable
-    expert_rows: Tensor
-    served: Tensor
-    gate_s: float
-    dispatched_at: float
-    deadline: float
-    tickets: set[int] = field(default_factory=set)
-    failures: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Sent:
-    """A message that a host has not answered yet."""
-
-    flight: _Flight
-    message: HostMessage
+#: Up to this many bytes of a batch, one pass over its rows is quicker than one per host.
+_GATHER_AT_ONCE_BYTES = 64 << 10
 
 
 class RouterEngine:
@@ -89,9 +67,9 @@ class RouterEngine:
         self._clock = clock or MonotonicClock()
         self._batch_ids = itertools.count(1)
         self._tickets = itertools.count(1)
-        self._sent: dict[int, _Sent] = {}
-        self._flights: dict[int, _Flight] = {}
-        self._answered: list[_Flight] = []
+        self._sent: dict[int, SentMessage] = {}
+        self._flights: dict[int, Flight] = {}
+        self._answered: list[Flight] = []
         self._row_buffers = RowBuffers()
         self._outstanding_rows: Counter[str] = Counter()
 
@@ -144,16 +122,15 @@ class RouterEngine:
         answered, self._answered = self._answered, []
         return [self._finish(flight) for flight in answered]
 
-    def _take_off(self, batch: Batch, layer: RoutedLayer, plan: DispatchPlan, started_at: float) -> _Flight:
+    def _take_off(self, batch: Batch, layer: RoutedLayer, plan: DispatchPlan, started_at: float) -> Flight:
         now = self._clock.now()
-        flight = _Flight(
+        flight = Flight(
             batch_id=next(self._batch_ids),
             batch=batch,
             layer=layer,
             plan=plan,
             table=self.table,
             expert_rows=self._row_buffers.lend((plan.num_planned, *layer.out_shape), layer.dtype),
-            served=torch.zeros(plan.num_planned, dtype=torch.bool),
             gate_s=now - started_at,
             dispatched_at=now,
             deadline=now + layer.timeout_s,
@@ -161,7 +138,7 @@ class RouterEngine:
         self._flights[flight.batch_id] = flight
         return flight
 
-    def _dispatch(self, flight: _Flight) -> None:
+    def _dispatch(self, flight: Flight) -> None:
         dispatch = split_by_host(
             flight.plan.expert_offsets.tolist(),
             flight.table,
@@ -169,34 +146,38 @@ class RouterEngine:
             node=self._node,
             outstanding_rows=self._outstanding_rows,
         )
-        for expert_id in dispatch.unreachable:
-            flight.failures[expert_id] = "no replica is ready"
-        for message in dispatch.messages:
-            self._send(flight, message)
+        flight.fail(dispatch.unreachable, "no replica is ready")
+        for message, rows in self._gather(flight, dispatch.messages):
+            self._send(flight, message, rows)
         if not flight.tickets:
             self._answered.append(flight)
 
-    def _send(self, flight: _Flight, message: HostMessage) -> None:
-        layer = flight.layer
-        shape = (message.num_rows, *layer.item_shape)
-        rows = gather_rows(
-            flight.batch.tokens,
-            flight.plan,
-            weight_on=layer.weight_on,
-            planned_ids=message.planned_ids(),
-            out=self._transport.allocate(message.endpoint, shape, layer.row_dtype),
-        )
+    def _gather(self, flight: Flight, messages: Iterable[HostMessage]) -> Iterator[tuple[HostMessage, Tensor]]:
+        """Each message with its rows: large ones straight into the transport's memory, small ones all at once."""
+        layer, plan = flight.layer, flight.plan
+        gather = partial(gather_rows, flight.batch.tokens, plan, weight_on=layer.weight_on)
+        if plan.num_planned * layer.item_size * layer.row_dtype.itemsize <= _GATHER_AT_ONCE_BYTES:
+            every_row = gather().to(layer.row_dtype)
+            for message in messages:
+                yield message, every_row[message.planned_ids()]
+            return
+        for message in messages:
+            shape = (message.num_rows, *layer.item_shape)
+            memory = self._transport.allocate(message.endpoint, shape, layer.row_dtype)
+            yield message, gather(planned_ids=message.planned_ids(), out=memory)
+
+    def _send(self, flight: Flight, message: HostMessage, rows: Tensor) -> None:
         ticket = next(self._tickets)
         request = HostRequest(ticket, message.wire_segments, rows, timeout_s=flight.deadline - self._clock.now())
         try:
             self._transport.send(message.endpoint, request)
         except TransportError as exc:
             self.stats.num_send_errors += 1
-            _mark_failed(flight, message.segments, str(exc))
+            flight.fail(message.segments, str(exc))
             return
         self.stats.num_messages += 1
         flight.tickets.add(ticket)
-        self._sent[ticket] = _Sent(flight, message)
+        self._sent[ticket] = SentMessage(flight, message)
         for segment in message.segments:
             self._outstanding_rows[segment.replica_id] += segment.num_rows
 
@@ -208,20 +189,19 @@ class RouterEngine:
         flight, segments = sent.flight, sent.message.segments
         fault = fault_in(reply, segments, out_shape=flight.layer.out_shape, dtype=flight.layer.row_dtype)
         if fault is not None:
-            _mark_failed(flight, segments, fault)
+            flight.fail(segments, fault)
             return
         start = 0
         for segment, result in zip(segments, reply.results, strict=True):
             if result.error is not None or reply.rows is None:
-                flight.failures[segment.expert_id] = result.error or "no rows"
+                flight.fail((segment,), result.error or "no rows")
                 continue
             stop = start + segment.num_rows
             flight.expert_rows[segment.start : segment.stop] = reply.rows[start:stop]
-            flight.served[segment.start : segment.stop] = True
             self.stats.layers[flight.layer.name].count_product(segment.expert_id, result.compute_ms)
             start = stop
 
-    def _land(self, ticket: int) -> _Sent | None:
+    def _land(self, ticket: int) -> SentMessage | None:
         """Take a message off the list of those that are waited for; the last one lands its batch."""
         sent = self._sent.pop(ticket, None)
         if sent is None:
@@ -248,7 +228,7 @@ class RouterEngine:
         for ticket in tickets:
             sent = self._land(ticket)
             if sent is not None:
-                _mark_failed(sent.flight, sent.message.segments, reason)
+                sent.flight.fail(sent.message.segments, reason)
 
     def _patience(self, timeout_s: float) -> float:
         if self._answered:
@@ -257,15 +237,16 @@ class RouterEngine:
         deadlines = (sent.flight.deadline for sent in self._sent.values())
         return max(0.0, min(timeout_s, min(deadlines, default=now + timeout_s) - now))
 
-    def _finish(self, flight: _Flight) -> BatchResult:
+    def _finish(self, flight: Flight) -> BatchResult:
         answered_at = self._clock.now()
+        served = flight.served()
         combined = combine(
             flight.batch.tokens,
             flight.expert_rows,
             flight.plan,
             residual=flight.layer.residual,
             weight_on=flight.layer.weight_on,
-            served=flight.served,
+            served=served if flight.unserved else None,
             exact=flight.layer.exact,
         )
         times = StageTimes(
@@ -279,7 +260,7 @@ class RouterEngine:
             batch_id=flight.batch_id,
             outputs=combined.outputs,
             plan=flight.plan,
-            served=flight.served,
+            served=served,
             weights=combined.weights,
             table_version=flight.table.version,
             times=times,
@@ -287,8 +268,3 @@ class RouterEngine:
         )
         self.stats.layers[flight.layer.name].count_batch(result)
         return result
-
-
-def _mark_failed(flight: _Flight, segments: Iterable[PlannedSegment], reason: str) -> None:
-    for segment in segments:
-        flight.failures[segment.expert_id] = reason

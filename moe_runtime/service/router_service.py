@@ -246,7 +246,10 @@ class RouterService:
         self._batches[batch_id] = joined
 
     def _finish(self, result: BatchResult) -> None:
-        joined = self._batches.pop(result.batch_id)
+        joined = self._batches.pop(result.batch_id, None)
+        if joined is None:
+            # Its submission failed half-way, and its requests were answered then.
+            return
         self._batcher.batch_done(joined.batch.layer)
         ledger = BatchLedger(result, self._engine.layers[joined.batch.layer])
         for part in joined.parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,12 +57,16 @@ class RoutingTable:
 
     def usable(self, layer: str, expert_id: int) -> tuple[Replica, ...]:
         """Replicas of an expert that rows may be sent to."""
-        replicas = self.replicas.get((layer, expert_id), ())
-        return tuple(r for r in replicas if r.state in (ReplicaState.READY, ReplicaState.SUSPECT))
+        return self._usable.get((layer, expert_id), ())
+
+    @cached_property
+    def _usable(self) -> dict[tuple[str, int], tuple[Replica, ...]]:
+        states = (ReplicaState.READY, ReplicaState.SUSPECT)
+        return {key: tuple(r for r in replicas if r.state in states) for key, replicas in self.replicas.items()}
 
     def endpoints(self) -> frozenset[Endpoint]:
         """Endpoints of all usable replicas."""
-        return frozenset(replica.endpoint for key in self.replicas for replica in self.usable(*key))
+        return frozenset(replica.endpoint for replicas in self._usable.values() for replica in replicas)
 
     def out_endpoints(self) -> frozenset[Endpoint]:
         """Endpoints of hosts that have replicas and none of them usable."""

@@ -39,18 +39,23 @@ class LayerStats:
 
     def count_batch(self, result: BatchResult) -> None:
         """Add a finished batch."""
-        admission = result.plan.admission
+        plan, admission = result.plan, result.plan.admission
         assignments = admission.assignments
         self.num_batches += 1
         self.num_tokens += assignments.num_tokens
-        self.num_rerouted += int(admission.rerouted.sum())
-        served = self._per_expert(result.plan.expert_ids[result.served])
-        failed = self._per_expert(result.plan.expert_ids[~result.served])
-        full = self._per_expert(assignments.expert_ids[~admission.admitted])
-        for expert, num_served, num_failed, num_full in zip(self.experts, served, failed, full, strict=True):
-            expert.num_served += num_served
-            expert.num_dropped_failure += num_failed
-            expert.num_dropped_capacity += num_full
+        offsets = plan.expert_offsets.tolist()
+        for expert, start, stop in zip(self.experts, offsets, offsets[1:], strict=False):
+            expert.num_served += stop - start
+        if result.failures:
+            for expert, num_failed in zip(self.experts, self._per_expert(plan.expert_ids[~result.served]), strict=True):
+                expert.num_served -= num_failed
+                expert.num_dropped_failure += num_failed
+        if plan.num_planned < admission.admitted.shape[0]:
+            full = self._per_expert(assignments.expert_ids[~admission.admitted])
+            for expert, num_full in zip(self.experts, full, strict=True):
+                expert.num_dropped_capacity += num_full
+        if admission.capacity is not None:
+            self.num_rerouted += int(admission.rerouted.sum())
 
     def count_product(self, expert_id: int, compute_ms: float) -> None:
         """Add one matrix product of an expert."""
