@@ -35,6 +35,10 @@ REPLY_TYPES: frozenset[tuple[object, ...]] = frozenset(
     [*((*_START, str, list, rows, _NONE) for rows in (bytes, bool, _NONE)), (*_START, _NONE, _NONE, _NONE, _NONE)]
 )
 
+# One for all, since each brings a buffer of 256 KiB. Packing what has no hooks is one step under the interpreter's
+# lock, so that threads may share it.
+_PACKER = msgpack.Packer()
+
 
 class Address(NamedTuple):
     """Which process a message comes from, and which it is meant for, as incarnations."""
@@ -57,7 +61,7 @@ def pack_header(header: Sequence[object]) -> bytes:
     Raises:
         TransportError: If it is too large to travel.
     """
-    packed: bytes = msgpack.packb(header)
+    packed: bytes = _PACKER.pack(header)
     if len(packed) > MAX_HEADER_BYTES:
         check_size(f"header of {header[1]} {header[2]}", len(packed), MAX_HEADER_BYTES)
     return packed

@@ -13,6 +13,7 @@ from moe_runtime.errors import TransportError
 from moe_runtime.transport.curve import secure_connection
 from moe_runtime.transport.link_monitor import LinkMonitor
 from moe_runtime.transport.near_channel import NearChannel
+from moe_runtime.transport.row_frames import MAX_INLINE_BYTES
 from moe_runtime.transport.tickets import OutstandingTickets
 from moe_runtime.transport.zmq_socket import connect_once, open_socket, send_now
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from moe_runtime.service.ports import Endpoint
     from moe_runtime.transport.arena import Slot
     from moe_runtime.transport.curve import KeyPair
-
-#: Below this many bytes of rows a slot costs more time than two copies through the kernel.
-MIN_SHARED_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class HostLink:
 
     def wants_to_share(self, num_bytes: int) -> bool:
         """Whether rows of this size are meant to travel in shared memory."""
-        return self.channel is not None and num_bytes >= MIN_SHARED_BYTES and self._limits.max_shared_bytes > 0
+        return self.channel is not None and num_bytes > MAX_INLINE_BYTES and self._limits.max_shared_bytes > 0
 
     def try_send(self, frames: list[Any], *, ticket: int, num_bytes: int, slot: Slot | None) -> bool:
         """Queue a request without waiting; False if the queue is full."""

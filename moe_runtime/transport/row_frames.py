@@ -20,7 +20,7 @@ MAX_DIMENSIONS = 16
 #: Up to here rows are copied into the header: a frame of their own would cost more, and arrive unaligned.
 MAX_INLINE_BYTES = 16 << 10
 #: Heartbeats travel between frames, and only a whole frame is a sign of life: a longer one would look like death.
-MAX_FRAME_BYTES = 1 << 18
+MAX_FRAME_BYTES = 1 << 20
 
 DTYPES = {
     "float32": torch.float32,
