@@ -272,6 +272,9 @@ class DataPlaneConfig(StrictModel):
     port_range: tuple[int, int] | None = Field(
         None, description="Inclusive range of tcp ports that expert hosts bind; any port when not given."
     )
+    encryption: Literal["curve", "none"] = Field(
+        "curve", description="Between nodes; with `curve`, hosts let only their runtime's routers in."
+    )
 
     @field_validator("port_range")
     @classmethod

@@ -14,7 +14,7 @@ from moe_runtime.experts.spec import expert_contract
 from moe_runtime.launch.expansion import expand_experts, name_mistakes
 from moe_runtime.launch.gates import gate_seed, load_gate
 from moe_runtime.launch.packing import pack_experts
-from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary
+from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary, RouterRecipe
 from moe_runtime.routing.policies import build_policy
 from moe_runtime.routing.rules import check_rules, resolve_residual
 
@@ -44,6 +44,22 @@ def validate(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> ConfigSu
         layers=tuple(_summary(layer) for layer in build_layers(loaded)),
         num_routers=config.router.replicas,
         address=config.router.address,
+    )
+
+
+def build_router(loaded: LoadedConfig) -> RouterRecipe:
+    """The recipe of the routers, after the checks of ``build_layers``.
+
+    Raises:
+        ConfigError: With one line per mistake.
+    """
+    config = loaded.config
+    return RouterRecipe(
+        runtime=config.name,
+        layers=build_layers(loaded),
+        router=config.router,
+        limits=config.limits,
+        encryption=config.data_plane.encryption,
     )
 
 

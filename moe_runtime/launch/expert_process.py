@@ -16,7 +16,7 @@ from moe_runtime.ray_backend.plan import HostReport
 from moe_runtime.service.host_loop import HostLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from moe_runtime.launch.recipes import HostSpec
     from moe_runtime.service.ports import HostTransport
@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class ExpertProcess:
-    """Serves the experts of one host. ``start`` is called once; ``stop`` and ``join`` from any thread."""
+    """Serves the experts of one host. ``start`` is called once; the others from any thread."""
 
     def __init__(self, spec: HostSpec, *, open_transport: Callable[[], HostTransport], num_threads: int | None) -> None:
         """Keep what to serve.
@@ -38,6 +38,7 @@ class ExpertProcess:
         self._spec = spec
         self._open_transport = open_transport
         self._num_threads = num_threads
+        self._transport: HostTransport | None = None
         self._loop: HostLoop | None = None
         self._thread: threading.Thread | None = None
         self._reason = "it was not started"
@@ -55,7 +56,7 @@ class ExpertProcess:
             torch.set_num_threads(self._num_threads)
         device = torch.device("cuda", 0) if self._spec.device == "cuda" else torch.device("cpu")
         experts = {hosted.replica_id: build_expert(hosted.spec, device=device) for hosted in self._spec.experts}
-        transport = self._open_transport()
+        self._transport = transport = self._open_transport()
         self._loop = HostLoop(ExpertHost(experts, device=device), transport)
         self._thread = threading.Thread(
             target=self._serve, args=(self._loop, transport), name=f"moe-host-{self._spec.host_id}", daemon=True
@@ -67,6 +68,17 @@ class ExpertProcess:
             num_threads=torch.get_num_threads(),
             weights_versions={replica_id: expert.weights_version for replica_id, expert in experts.items()},
         )
+
+    def admit(self, public_keys: Collection[str]) -> None:
+        """Let routers with these keys connect from other nodes, and no others.
+
+        Raises:
+            StartError: If it was never started.
+            TransportError: If a key is malformed.
+        """
+        if self._transport is None:
+            raise StartError(f"expert host {self._spec.host_id}: {self._reason}")
+        self._transport.admit(public_keys)
 
     def join(self) -> str:
         """Wait until serving has ended, and say why.

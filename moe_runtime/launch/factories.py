@@ -25,7 +25,7 @@ class ExpertProcessFactory:
 
     def __call__(self, location: Location, *, num_threads: int) -> ExpertProcess:
         """The process, not yet started."""
-        open_transport = partial(_open_host_transport, location, self.spec.port_range)
+        open_transport = partial(_open_host_transport, location, self.spec)
         return ExpertProcess(self.spec, open_transport=open_transport, num_threads=num_threads)
 
 
@@ -37,11 +37,11 @@ class RouterProcessFactory:
 
     def __call__(self, location: Location) -> RouterProcess:
         """The process, not yet started."""
-        open_transport = partial(ZmqTransport, node=location.node)
+        open_transport = partial(ZmqTransport, node=location.node, encryption=self.recipe.encryption)
         return RouterProcess(self.recipe, open_transport=open_transport, node=location.node)
 
 
-def _open_host_transport(location: Location, port_range: tuple[int, int] | None) -> ZmqHostTransport:
+def _open_host_transport(location: Location, spec: HostSpec) -> ZmqHostTransport:
     # Every node is swept by the hosts that start there: the controller reaches its own node only.
     sweep_ipc(default_ipc_folder())
-    return ZmqHostTransport(node=location.node, ip=location.ip, port_range=port_range)
+    return ZmqHostTransport(node=location.node, ip=location.ip, port_range=spec.port_range, encryption=spec.encryption)

@@ -99,7 +99,7 @@ class InProcessSession:
             on_progress(num_ready, num_actors)
         addresses = router_addresses(self._recipe.router.address, [self._node] * len(self._routers))
         for router, address in zip(self._routers, addresses, strict=True):
-            self._addresses.append(router.start(address))
+            self._addresses.append(router.start(address).address)
             router.set_table(RoutingTable(1, replicas))
         on_progress(num_actors, num_actors)
 

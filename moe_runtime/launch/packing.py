@@ -17,7 +17,7 @@ def plan_hosts(config: RuntimeConfig, layers: Iterable[LayerRecipe], *, gpus_ava
     """The expert hosts of all layers.
 
     Args:
-        config: Gives the device and the range of ports.
+        config: Gives the device, the encryption and the range of ports.
         layers: The layers.
         gpus_available: What ``device: auto`` looks at: whether the cluster, or this machine, has a GPU.
     """
@@ -33,6 +33,7 @@ def plan_hosts(config: RuntimeConfig, layers: Iterable[LayerRecipe], *, gpus_ava
                     experts=tuple(_first_replica(expert) for expert in group),
                     device=device,
                     resources=resources.model_copy(update={"num_gpus": num_gpus}),
+                    encryption=config.data_plane.encryption,
                     port_range=config.data_plane.port_range,
                     plug_ins=tuple(config.plug_ins),
                 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         WeightOn,
     )
     from moe_runtime.experts.spec import ExpertSpec
+    from moe_runtime.transport.curve import Encryption
 
 Device = Literal["cpu", "cuda"]
 
@@ -94,6 +95,7 @@ class HostSpec:
         experts: Its experts.
         device: Where they compute.
         resources: What its actor asks for; ``num_gpus`` is resolved.
+        encryption: What routers on other nodes must speak.
         port_range: Inclusive range of tcp ports to bind; any port when None.
         plug_ins: Distributions that its node must have, ``name`` or ``name==version``.
     """
@@ -102,18 +104,20 @@ class HostSpec:
     experts: tuple[HostedExpert, ...]
     device: Device
     resources: ResourcesConfig
+    encryption: Encryption = "curve"
     port_range: tuple[int, int] | None = None
     plug_ins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RouterRecipe:
-    """What every router of a runtime builds and serves."""
+    """What every router of a runtime builds and serves, and what it speaks to the hosts of other nodes."""
 
     runtime: str
     layers: tuple[LayerRecipe, ...]
     router: RouterConfig
     limits: LimitsConfig
+    encryption: Encryption = "curve"
 
 
 @dataclass(frozen=True)

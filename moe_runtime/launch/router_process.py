@@ -8,6 +8,7 @@ import torch
 
 from moe_runtime.errors import StartError
 from moe_runtime.launch.gates import load_gate
+from moe_runtime.ray_backend.plan import RouterReport
 from moe_runtime.routing.policies import build_policy
 from moe_runtime.rpc.server import RpcServer
 from moe_runtime.service.layer import ExpertInfo, RoutedLayer
@@ -78,17 +79,18 @@ class RouterProcess:
         self._service: RouterService | None = None
         self._server: RpcServer | None = None
 
-    def start(self, address: str) -> str:
-        """Build the layers, bind and serve; returns the bound ``host:port``.
+    def start(self, address: str) -> RouterReport:
+        """Build the layers, bind and serve.
 
         Raises:
             ConfigError: If a gate cannot be built.
             StartError: If the address cannot be bound.
         """
         layers = {layer.name: build_routed_layer(layer) for layer in self._recipe.layers}
+        transport = self._open_transport()
         service = RouterService(
             layers,
-            self._open_transport(),
+            transport,
             router=self._recipe.router,
             limits=self._recipe.limits,
             node=self._node,
@@ -102,7 +104,7 @@ class RouterProcess:
             service.close()
             raise
         self._service, self._server = service, server
-        return bound
+        return RouterReport(bound, transport.public_key)
 
     def set_table(self, table: RoutingTable) -> None:
         """Route by this table from the next batch on, unless a newer one is there."""

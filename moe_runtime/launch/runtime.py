@@ -9,11 +9,10 @@ import torch
 
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import StartError
-from moe_runtime.launch.build import build_layers
+from moe_runtime.launch.build import build_router
 from moe_runtime.launch.in_process import InProcessSession
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
-from moe_runtime.launch.recipes import RouterRecipe
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 
 if TYPE_CHECKING:
@@ -175,7 +174,7 @@ def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
 
 def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], None] | None) -> Runtime:
     config = loaded.config
-    recipe = _router_recipe(loaded)
+    recipe = build_router(loaded)
     hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
     session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
     session.start(on_progress)
@@ -195,7 +194,7 @@ def _serve_on_ray(
             "start one with `ray start --head`, or give its address"
         )
     # Before the cluster is touched: most mistakes are in the configuration.
-    recipe = _router_recipe(loaded)
+    recipe = build_router(loaded)
     demands = [expert.resources.num_cpus for layer in recipe.layers for expert in layer.experts]
     cluster = connect(ray_address, total_cpus=sum(demands))
     try:
@@ -207,11 +206,6 @@ def _serve_on_ray(
     except BaseException:
         cluster.disconnect()
         raise
-
-
-def _router_recipe(loaded: LoadedConfig) -> RouterRecipe:
-    config = loaded.config
-    return RouterRecipe(config.name, build_layers(loaded), config.router, config.limits)
 
 
 def _with_address(loaded: LoadedConfig, address: str | None) -> LoadedConfig:

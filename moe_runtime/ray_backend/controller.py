@@ -201,6 +201,8 @@ class Controller:
         self._snapshot = max((*snapshots, self._snapshot), key=lambda snapshot: snapshot.table.version)
         for keeper in self._routers:
             keeper.bound = self._snapshot.addresses.get(keeper.index)
+            # Until it says itself: hosts would forget the key of a router that does not answer just now.
+            keeper.public_key = self._snapshot.public_keys.get(keeper.index)
         await self._bounded(
             (keeper.start(keeper.bound) for keeper in self._routers if keeper.handle and keeper.bound),
             _CALL_TIMEOUT_S,
@@ -214,18 +216,33 @@ class Controller:
     async def _publish(self) -> None:
         """Make the next version of the table, and hand it to every actor."""
         self._dirty.clear()
+        await self._introduce_routers()
         replicas: dict[tuple[str, int], tuple[Replica, ...]] = {}
         for keeper in self._hosts:
             for plan, replica in keeper.replicas():
                 key = (plan.layer, plan.expert_id)
                 replicas[key] = (*replicas.get(key, ()), replica)
         addresses = {keeper.index: keeper.bound for keeper in self._routers if keeper.bound is not None}
-        self._snapshot = Snapshot(RoutingTable(self._snapshot.table.version + 1, replicas), addresses)
+        table = RoutingTable(self._snapshot.table.version + 1, replicas)
+        self._snapshot = Snapshot(table, addresses, self._public_keys())
         handles: list[ActorHandle] = [keeper.handle for keeper in self._routers if keeper.handle is not None]
         handles += [
             keeper.handle for keeper in self._hosts if keeper.life.state is ReplicaState.READY and keeper.handle
         ]
         await self._bounded((handle.keep(self._snapshot) for handle in handles), _CALL_TIMEOUT_S)
+
+    async def _introduce_routers(self) -> None:
+        """Have every ready host admit every router: whoever is in the table must not turn a router away."""
+        # More than once, where a host or a router comes back meanwhile.
+        while True:
+            public_keys = frozenset(self._public_keys().values())
+            hosts = [keeper for keeper in self._hosts if keeper.has_to_admit(public_keys)]
+            if not hosts:
+                return
+            await asyncio.gather(*(keeper.admit(public_keys) for keeper in hosts))
+
+    def _public_keys(self) -> dict[int, str]:
+        return {keeper.index: keeper.public_key for keeper in self._routers if keeper.public_key is not None}
 
     async def _watch_lease(self) -> None:
         while (remaining_s := self._lease_until - self._clock.now()) > 0:

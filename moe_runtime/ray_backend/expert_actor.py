@@ -7,11 +7,13 @@ import os
 import pickle
 from typing import TYPE_CHECKING
 
-from moe_runtime.errors import MoERuntimeError
+from moe_runtime.errors import MoERuntimeError, StartError
 from moe_runtime.ray_backend.plan import Failure, Snapshot
 from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from moe_runtime.ray_backend.plan import HostFactory, HostProcess, HostReport, Location
 
 
@@ -44,6 +46,16 @@ class ExpertActor:
                 if not isinstance(self._outcome, Failure):
                     self._watch = asyncio.create_task(self._watch_process())
             return self._outcome
+
+    async def admit(self, public_keys: Collection[str]) -> Failure | None:
+        """Let routers with these keys connect from other nodes, and no others; None, or why it could not."""
+        try:
+            if self._process is None:
+                raise StartError("expected a started host to let routers in")
+            self._process.admit(public_keys)
+        except MoERuntimeError as exc:
+            return Failure(type(exc).__name__, str(exc))
+        return None
 
     async def ping(self) -> None:
         """Answer."""

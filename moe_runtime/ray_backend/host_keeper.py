@@ -83,6 +83,7 @@ class HostKeeper:
         self._on_change = on_change
         self._handle: HostHandle | None = None
         self._report: HostReport | None = None
+        self._admitted: frozenset[str] = frozenset()
 
     @property
     def handle(self) -> HostHandle | None:
@@ -135,7 +136,28 @@ class HostKeeper:
             raise StartError(f"{where}: not ready {timeout_s:g} s after its placement") from exc
         except MoERuntimeError as exc:
             raise StartError(f"{where}: {exc}") from exc
+        # A new process knows nobody; of one that was found it is not known.
+        self._admitted = frozenset()
         self._change(self.life.become_ready(self._clock.now()))
+
+    def has_to_admit(self, public_keys: frozenset[str]) -> bool:
+        """Whether the host is ready, and does not yet let in just the routers with these keys."""
+        is_ready = self._handle is not None and self.life.state is ReplicaState.READY
+        return is_ready and self._admitted != public_keys
+
+    async def admit(self, public_keys: frozenset[str]) -> None:
+        """Have a ready host let in the routers with these keys; where it does not, it is suspect."""
+        handle = self._handle
+        if handle is None:
+            return
+        try:
+            await within(self._clock, self._pace.ping_timeout_s, handle.admit(public_keys))
+        except (TimeoutError, MoERuntimeError) as exc:
+            if handle is self._handle and self.life.state is ReplicaState.READY:
+                self._change(self.life.become_suspect(self._clock.now(), f"it did not admit the routers: {exc}"))
+        else:
+            if handle is self._handle:
+                self._admitted = public_keys
 
     async def adopt(self) -> None:
         """Take over the living actor of this host if there is one; otherwise, or if it fails, leave it starting."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from moe_runtime.service.routing_table import RoutingTable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from moe_runtime.service.ports import Endpoint
 
@@ -67,6 +67,20 @@ class HostReport:
 
 
 @dataclass(frozen=True)
+class RouterReport:
+    """What a started router says of itself.
+
+    Attributes:
+        address: The ``host:port`` that it bound.
+        public_key: Key that hosts must admit before it reaches them from another node; None if they ask for none.
+            Each process has its own.
+    """
+
+    address: str
+    public_key: str | None = None
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why an actor did not start: Ray reports what a constructor raises badly, so this travels as a value."""
 
@@ -89,6 +103,14 @@ class HostProcess(Protocol):
         """
         ...
 
+    def admit(self, public_keys: Collection[str]) -> None:
+        """Let routers with these keys connect from other nodes, and no others. Thread-safe.
+
+        Raises:
+            MoERuntimeError: If it was not started, or a key is malformed.
+        """
+        ...
+
     def join(self) -> str:
         """Wait until serving has ended, and say why."""
         ...
@@ -101,8 +123,8 @@ class HostProcess(Protocol):
 class RouterProcess(Protocol):
     """A router: what a router actor runs. Every method is called from a thread that may block."""
 
-    def start(self, address: str) -> str:
-        """Bind and serve; returns the bound ``host:port``.
+    def start(self, address: str) -> RouterReport:
+        """Bind and serve.
 
         Raises:
             MoERuntimeError: If a gate cannot be built, or the address cannot be bound.
@@ -218,7 +240,13 @@ class Snapshot:
     Attributes:
         table: The routing table.
         addresses: Bound address per router index, which a restarted router binds again.
+        public_keys: Key per router index, if routers have some; every host that is ready in the table admits them.
     """
 
     table: RoutingTable = field(default_factory=RoutingTable)
     addresses: Mapping[int, str] = field(default_factory=dict)
+    public_keys: Mapping[int, str] = field(default_factory=dict)
+
+    def is_for(self, public_key: str | None) -> bool:
+        """Whether a router with this key may route by the table: hosts would refuse one that they do not know."""
+        return public_key is None or public_key in self.public_keys.values()

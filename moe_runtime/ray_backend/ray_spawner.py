@@ -17,7 +17,17 @@ from moe_runtime.ray_backend.router_actor import RouterActor
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 
 if TYPE_CHECKING:
-    from moe_runtime.ray_backend.plan import Demand, HostPlan, HostReport, Location, RoutersPlan, Snapshot
+    from collections.abc import Collection
+
+    from moe_runtime.ray_backend.plan import (
+        Demand,
+        HostPlan,
+        HostReport,
+        Location,
+        RouterReport,
+        RoutersPlan,
+        Snapshot,
+    )
 
 #: A call may be lost with its actor; whoever called decides what then.
 _DETACHED = {"lifetime": "detached", "namespace": NAMESPACE, "max_task_retries": 0}
@@ -91,13 +101,18 @@ class RayHost(RayActor):
         report: HostReport = await self._call(self._actor.start.remote(num_threads))
         return report
 
+    async def admit(self, public_keys: Collection[str]) -> None:
+        """Have it let routers with these keys connect from other nodes, and no others."""
+        await self._call(self._actor.admit.remote(public_keys))
+
 
 class RayRouter(RayActor):
     """One router actor; implements ``RouterHandle``."""
 
-    async def start(self, address: str) -> str:
-        """Start it, once, and get its bound ``host:port``."""
-        return str(await self._call(self._actor.start.remote(address)))
+    async def start(self, address: str) -> RouterReport:
+        """Start it, once, and get its bound address and its key."""
+        report: RouterReport = await self._call(self._actor.start.remote(address))
+        return report
 
     async def describe(self) -> dict[str, Any] | None:
         """Its layers, experts and replicas; None if it is gone."""

@@ -6,44 +6,44 @@ import asyncio
 import pickle
 from typing import TYPE_CHECKING, Any
 
+from moe_runtime.ray_backend import whereabouts
 from moe_runtime.ray_backend.plan import Failure, Snapshot
-from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
-    from moe_runtime.ray_backend.plan import Location, RouterFactory, RouterProcess
+    from collections.abc import Callable
+
+    from moe_runtime.ray_backend.plan import Location, RouterFactory, RouterProcess, RouterReport
 
 
 class RouterActor:
     """Runs one router. Ray restarts its process for ever; the controller then starts it again, with its table."""
 
-    def __init__(self, factory: bytes) -> None:
-        """Keep the pickled factory of the router's process."""
+    def __init__(self, factory: bytes, *, locate: Callable[[], Location] = whereabouts.locate) -> None:
+        """Keep the pickled factory of the router's process, and what tells where it runs."""
         self._factory = factory
+        self._locate = locate
         self._process: RouterProcess | None = None
-        self._bound: str | None = None
+        self._report: RouterReport | None = None
         self._starting = asyncio.Lock()
         self._ended = asyncio.Event()
         self._snapshot: Snapshot | None = None
 
     async def locate(self) -> Location:
         """Where this process runs."""
-        return locate()
+        return self._locate()
 
-    async def start(self, address: str) -> str | Failure:
-        """Bind and serve; a router that serves already answers with its bound address."""
+    async def start(self, address: str) -> RouterReport | Failure:
+        """Bind and serve; a router that serves already just reports."""
         async with self._starting:
-            if self._bound is not None:
-                return self._bound
-            bound = await asyncio.to_thread(self._start, address)
-            if not isinstance(bound, Failure):
-                self._bound = bound
-            return bound
+            if self._report is None:
+                return await asyncio.to_thread(self._start, address)
+            return self._report
 
     async def ping(self) -> None:
         """Answer."""
 
     async def keep(self, snapshot: Snapshot) -> None:
-        """Route by the snapshot's table from now on, unless a newer one is here."""
+        """Route by the snapshot's table from now on, unless a newer one is here, or hosts do not know this router."""
         if self._snapshot is None or snapshot.table.version >= self._snapshot.table.version:
             self._snapshot = snapshot
             self._hand_on_table()
@@ -75,18 +75,21 @@ class RouterActor:
             await asyncio.to_thread(self._process.close)
         self._ended.set()
 
-    def _start(self, address: str) -> str | Failure:
+    def _start(self, address: str) -> RouterReport | Failure:
         try:
             factory: RouterFactory = pickle.loads(self._factory)
-            process = factory(locate())
-            bound = process.start(address)
+            process = factory(self._locate())
+            report = process.start(address)
         except Exception as exc:
             # As a value: the one who started it wants the error's text, not a remote traceback.
             return Failure(type(exc).__name__, str(exc))
-        self._process = process
+        self._process, self._report = process, report
         self._hand_on_table()
-        return bound
+        return report
 
     def _hand_on_table(self) -> None:
-        if self._process is not None and self._snapshot is not None:
+        if self._process is None or self._report is None or self._snapshot is None:
+            return
+        # A snapshot that was meant for this router's predecessor waits for the one that knows its own key.
+        if self._snapshot.is_for(self._report.public_key):
             self._process.set_table(self._snapshot.table)

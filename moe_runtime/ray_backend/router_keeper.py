@@ -1,4 +1,4 @@
-"""Keeps one router running: Ray restarts its process, this gives it its address and its table again."""
+"""Keeps one router running: Ray restarts its process, this gives it its address again and learns its new key."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class RouterKeeper:
         life: Where it stands.
         location: Where it runs; None until it was first placed.
         bound: The ``host:port`` that it bound first and binds again; None until then.
+        public_key: Key of its present process, or of the last one; None where hosts ask for none.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RouterKeeper:
         self.life = ReplicaLife.begin(clock.now())
         self.location: Location | None = None
         self.bound: str | None = None
+        self.public_key: str | None = None
         self.num_restarts = 0
         self._plan = plan
         self._spawner = spawner
@@ -103,11 +105,12 @@ class RouterKeeper:
             raise StartError(f"router {self.index}: expected to be placed before it is started")
         timeout_s = self._pace.start_timeout_s
         try:
-            self.bound = await within(self._clock, timeout_s, self._handle.start(address))
+            report = await within(self._clock, timeout_s, self._handle.start(address))
         except TimeoutError as exc:
             raise StartError(f"router {self.index}: not ready {timeout_s:g} s after its placement") from exc
         except MoERuntimeError as exc:
             raise StartError(f"router {self.index}: {exc}") from exc
+        self.bound, self.public_key = report.address, report.public_key
         self.life = self.life.become_ready(self._clock.now())
         self._on_change()
 

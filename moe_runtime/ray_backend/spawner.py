@@ -7,9 +7,17 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Collection, Coroutine
 
-    from moe_runtime.ray_backend.plan import Demand, HostPlan, HostReport, Location, RoutersPlan, Snapshot
+    from moe_runtime.ray_backend.plan import (
+        Demand,
+        HostPlan,
+        HostReport,
+        Location,
+        RouterReport,
+        RoutersPlan,
+        Snapshot,
+    )
 
 ResultT = TypeVar("ResultT")
 
@@ -107,12 +115,20 @@ class HostHandle(ActorHandle, Protocol):
         """
         ...
 
+    async def admit(self, public_keys: Collection[str]) -> None:
+        """Have a started host let routers with these keys connect from other nodes, and no others.
+
+        Raises:
+            StartError: If it cannot, with its error's text, or died.
+        """
+        ...
+
 
 class RouterHandle(ActorHandle, Protocol):
     """A router actor."""
 
-    async def start(self, address: str) -> str:
-        """Start it, and get its bound ``host:port``; a router that is started already just answers.
+    async def start(self, address: str) -> RouterReport:
+        """Start it, and get its bound address and its key; a router that is started already just reports.
 
         Raises:
             StartError: If it cannot, with its error's text, or died.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from moe_runtime.ray_backend.plan import (
     HostReport,
     Location,
     ReplicaPlan,
+    RouterReport,
     RoutersPlan,
     RuntimePlan,
     Snapshot,
@@ -71,6 +72,7 @@ class Behaviour:
     node: str = "n1"
     error: str | None = None
     is_placed: bool = True
+    has_key: bool = True
 
 
 @dataclass
@@ -80,9 +82,12 @@ class FakeActor:
     name: str
     behaviour: Behaviour
     answers_pings: bool = True
+    answers_admissions: bool = True
     snapshots: list[Snapshot] = field(default_factory=list)
     starts: list[Any] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    introductions: list[str] = field(default_factory=list)
+    admitted: frozenset[str] = frozenset()
     pid: int = field(default_factory=lambda: next(_pids))
 
     def __post_init__(self) -> None:
@@ -135,12 +140,27 @@ class FakeHost(FakeActor):
         endpoint = Endpoint(incarnation=self.pid, node=self.behaviour.node)
         return HostReport(endpoint, "cpu", num_threads, {})
 
+    async def admit(self, public_keys: Collection[str]) -> None:
+        self._alive()
+        if not self.answers_admissions:
+            await asyncio.get_running_loop().create_future()
+        self.admitted = frozenset(public_keys)
+        self.introductions.append(f"{self.name} admits {', '.join(sorted(public_keys))}")
+
 
 class FakeRouter(FakeActor):
-    async def start(self, address: str) -> str:
+    @property
+    def public_key(self) -> str | None:
+        return f"key-{self.pid}" if self.behaviour.has_key else None
+
+    async def start(self, address: str) -> RouterReport:
         self.starts.append(address)
         self._alive()
-        return address.replace(":0", ":7777")
+        return RouterReport(address.replace(":0", ":7777"), self.public_key)
+
+    async def keep(self, snapshot: Snapshot) -> bool:
+        self.introductions.append(f"{self.name} gets version {snapshot.table.version}")
+        return await super().keep(snapshot)
 
     async def describe(self) -> dict[str, Any] | None:
         return {"layers": {"l": {}}}
@@ -160,6 +180,7 @@ class FakeSpawner:
         self.behaviours: dict[str, deque[Behaviour]] = defaultdict(deque)
         self.spawned: dict[str, list[Any]] = defaultdict(list)
         self.log: list[str] = []
+        self.introductions: list[str] = []
         self.num_sweeps = 0
 
     def find_host(self, host_id: str) -> Any:
@@ -190,7 +211,9 @@ class FakeSpawner:
         if self._living(name) is not None:
             raise StartError(f"an actor named {name} lives")
         queue = self.behaviours[name]
-        actor = actor_class(name, queue.popleft() if queue else Behaviour(), log=self.log)
+        actor = actor_class(
+            name, queue.popleft() if queue else Behaviour(), log=self.log, introductions=self.introductions
+        )
         self.spawned[name].append(actor)
         return actor
 
