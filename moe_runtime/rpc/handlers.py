@@ -201,7 +201,10 @@ class RouterHandlers:
 
 def _check_reply_fits(request: ForwardRequest, layer: RoutedLayer) -> None:
     """Refuse, before anything is computed, what ``Forward`` could not carry back."""
-    num_tokens = request.inputs.shape[0] if request.inputs.shape else 0
+    if request.inputs.shape[1:] != layer.item_shape:
+        # Validation will say so, which helps more than anything about the size of an answer.
+        return
+    num_tokens = request.inputs.shape[0]
     reply_bytes = num_tokens * math.prod(layer.out_shape) * layer.dtype.itemsize + _REPLY_OVERHEAD_BYTES
     if request.return_routing:
         reply_bytes += num_tokens * layer.policy.max_k * _ROUTING_BYTES_PER_ASSIGNMENT

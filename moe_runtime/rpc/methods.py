@@ -26,8 +26,12 @@ _SIZE_OPTIONS = (
     ("grpc.max_receive_message_length", UNARY_BYTES),
     ("grpc.max_send_message_length", UNARY_BYTES),
 )
+_MAX_PENDING_CALLS = 1 << 20
 SERVER_OPTIONS = (
     *_SIZE_OPTIONS,
+    # Above these gRPC would cancel calls at random, without a word; the router refuses them with an error instead.
+    ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
     ("grpc.so_reuseport", 0),  # else two servers share one port without either noticing
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # lets the clients' keepalive pass
 )

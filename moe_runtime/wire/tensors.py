@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ WIRE_DTYPES = {
     "bool": WireDType(1, np.dtype("?")),
 }
 MAX_DIMS = 8
+#: A tensor without elements may claim any sizes; beyond these, no library could hold its shape.
+MAX_SIZE = 2**31 - 1
+MAX_ELEMENTS_OF_NONZERO_SIZES = 2**62
 
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
@@ -57,7 +61,7 @@ def checked_tensor(dtype: object, shape: object, data: object, *, where: str) ->
 
     Args:
         dtype: Should be one of ``WIRE_DTYPES``.
-        shape: Should be a list of at most ``MAX_DIMS`` integers of at least 0.
+        shape: Should be a list of at most ``MAX_DIMS`` integers of 0 to ``MAX_SIZE``.
         data: Should be exactly as many bytes as dtype and shape say; those of a bool 0 or 1.
         where: Name of the tensor, for messages.
 
@@ -69,8 +73,10 @@ def checked_tensor(dtype: object, shape: object, data: object, *, where: str) ->
     if not isinstance(shape, list) or len(shape) > MAX_DIMS:
         raise ProtocolError(f"{where}.shape: expected a list of at most {MAX_DIMS} sizes, found {_brief(shape)}")
     # type() and not isinstance(): True is an int to Python, and no size
-    if any(type(size) is not int or size < 0 for size in shape):
-        raise ProtocolError(f"{where}.shape: expected integers of at least 0, found {_brief(shape)}")
+    if any(type(size) is not int or not 0 <= size <= MAX_SIZE for size in shape):
+        raise ProtocolError(f"{where}.shape: expected integers of 0 to {MAX_SIZE}, found {_brief(shape)}")
+    if math.prod(size for size in shape if size) > MAX_ELEMENTS_OF_NONZERO_SIZES:
+        raise ProtocolError(f"{where}.shape: expected sizes whose product is a tensor's, found {_brief(shape)}")
     if not isinstance(data, bytes):
         raise ProtocolError(f"{where}.data: expected bytes, found {type(data).__name__}")
     expected = num_bytes(dtype, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,7 +27,7 @@ from moe_runtime.errors import (
 )
 from moe_runtime.rpc.aio_client import AsyncMoEClient
 from moe_runtime.rpc.client import MoEClient
-from moe_runtime.rpc.methods import FORWARD, SERVICE, path
+from moe_runtime.rpc.methods import ERROR_KEY, FORWARD, SERVICE, path
 from moe_runtime.rpc.retries import RetryPolicy
 from moe_runtime.rpc.server import RpcServer
 
@@ -143,6 +144,19 @@ def test_calls_above_the_limit_are_refused_and_health_still_answers(
         live.free()
         held.result()
         client.forward(ROWS, layer="vectors", timeout_s=20)
+
+
+def test_thousands_of_calls_at_once_each_get_an_answer_or_a_typed_refusal(start_router: StartRouter) -> None:
+    live = start_router(limits=LimitsConfig(max_concurrent_requests=64))
+    answers: Counter[str] = Counter()
+    with grpc.insecure_channel(live.address) as channel:
+        forward = channel.unary_unary(path(FORWARD))
+        for call in [forward.future(GOOD, timeout=50) for _ in range(4000)]:
+            code = call.code()
+            named = ERROR_KEY in dict(call.trailing_metadata() or ())
+            answers[f"{code.name}{' by name' if named else ''}"] += 1
+    assert answers["OK"] >= 64
+    assert set(answers) <= {"OK", "RESOURCE_EXHAUSTED by name", "RESOURCE_EXHAUSTED"}
 
 
 def test_overloaded_call_succeeds_on_a_retry(start_router: StartRouter, background: ThreadPoolExecutor) -> None:
