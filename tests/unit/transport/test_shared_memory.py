@@ -297,6 +297,25 @@ def test_rows_travel_as_frames_to_a_host_that_has_closed_its_door(ipc_fabric):
     assert router.counters.num_shared == 0
 
 
+def test_memory_that_a_host_has_forgotten_is_not_used(ipc_fabric):
+    router, host = ipc_fabric.router(), ipc_fabric.host()
+    path = Path(host.endpoint.local.removeprefix("ipc://")).with_suffix(".shm")
+    path.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(str(path))
+        door.listen()
+        exchange(ipc_fabric, router, host, 1, rows_of(1))
+        visitor, _ = door.accept()
+        with visitor:
+            offer, descriptors, _, _ = socket.recv_fds(visitor, OFFER.size, 1)
+            os.close(descriptors[0])
+            visitor.send(ANSWER.pack(OFFER.unpack(offer)[0], True))
+        for ticket in range(2, 5):
+            assert router.poll(0.0) == []
+            assert torch.equal(exchange(ipc_fabric, router, host, ticket, rows_of(ticket)), rows_of(ticket + 1))
+    assert router.counters.num_shared == 0
+
+
 def test_memory_is_given_back_when_either_end_leaves(ipc_fabric):
     before = num_mapped()
     router, host = ipc_fabric.router(), ipc_fabric.host()
