@@ -77,15 +77,16 @@ class NearChannel:
         return slot
 
     def read(self) -> bool:
-        """Take the host's answers; False once it is gone, and nobody need poll any more."""
+        """Take the host's answers; False once it has hung up, and nobody need poll any more."""
         while True:
             try:
                 answer = self._connection.recv(ANSWER.size)
             except BlockingIOError:
                 return True
             except OSError:
-                return False
+                answer = b""
             if len(answer) != ANSWER.size:
+                self._hang_up()
                 return False
             self._take(*ANSWER.unpack(answer))
 
@@ -95,6 +96,12 @@ class NearChannel:
         if self._state is not None:
             os.close(self._state)
             self._state = None
+
+    def _hang_up(self) -> None:
+        # The host has forgotten the segments; requests that it has already keep what they need.
+        self.arena = Arena()
+        self._offered = None
+        self._is_growing = False
 
     def _take(self, segment_id: int, is_usable: bool) -> None:
         if self._offered is None or self._offered[0] != segment_id:

@@ -41,6 +41,9 @@ _INCARNATION_BYTES = INCARNATION_BITS // 8
 class ZmqHostTransport:
     """Receives routers' requests and answers them; implements the port ``HostTransport``.
 
+    Memory is bounded by the routers, each of which leaves at most its ``max_outstanding_bytes`` of rows unanswered
+    here, and by ``max_queued_messages`` from and to each.
+
     Requests that are malformed, or meant for another incarnation, are counted and dropped. The rows of a reply
     are sent from where they are: they must not be changed after ``reply``.
     """

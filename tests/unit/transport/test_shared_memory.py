@@ -9,19 +9,11 @@ import resource
 import socket
 from pathlib import Path
 
-import hypothesis.strategies as st
 import pytest
 import torch
-import zmq
-from hypothesis import given, settings
 
 from moe_runtime.errors import TransportError
-from moe_runtime.transport.arena import Arena
-from moe_runtime.transport.header import encode_request
-from moe_runtime.transport.header_fields import Address, Place
 from moe_runtime.transport.near_channel import ANSWER, OFFER
-from moe_runtime.transport.near_door import ReplySlot
-from moe_runtime.transport.shared_memory import FreeRanges, create_segment, map_segment
 from moe_runtime.transport.zmq_router import ZmqTransport
 
 SHAPE = (64, 1024)
@@ -62,99 +54,6 @@ def share(fabric, router, host):
         if router.counters.num_shared:
             return
     pytest.fail(f"no memory was shared: {router.counters}")
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 40), max_size=60), st.randoms(use_true_random=False))
-def test_ranges_never_overlap_and_all_come_back_as_one(sizes, random):
-    free, taken = FreeRanges(100), {}
-    for size in sizes:
-        start = free.take(size)
-        if start is None:
-            assert sum(taken.values()) + size > 100 or len(taken) > 0
-        else:
-            assert 0 <= start <= 100 - size
-            assert all(start + size <= other or other + length <= start for other, length in taken.items())
-            taken[start] = size
-        if taken and random.random() < 0.5:
-            start = random.choice(sorted(taken))
-            free.give_back(start, taken.pop(start))
-    for start, size in taken.items():
-        free.give_back(start, size)
-    assert free.take(100) == 0
-    assert free.take(1) is None
-
-
-def test_segment_is_seen_by_both_sides_and_cannot_shrink():
-    descriptor, ours = create_segment(2 * PAGE)
-    theirs = map_segment(descriptor, 2 * PAGE)
-    theirs[5] = 7
-    assert ours[5] == 7
-    with pytest.raises(OSError, match="not permitted"):
-        os.ftruncate(descriptor, 0)
-    with pytest.raises(OSError, match="sealed segment of 4096 bytes"):
-        map_segment(descriptor, PAGE)
-    os.close(descriptor)
-
-
-def test_memory_that_could_shrink_is_not_mapped():
-    descriptor = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, PAGE)
-    with pytest.raises(OSError, match="sealed segment"):
-        map_segment(descriptor, PAGE)
-    os.close(descriptor)
-
-
-def test_slot_is_free_once_nobody_reads_it_and_no_host_has_it():
-    arena = Arena()
-    arena.add(1, memoryview(bytearray(PAGE)))
-    slot = arena.lend(10)
-    assert slot.place == Place(1, 0, PAGE)
-    view = slot.view(10)
-    slot.is_away = True
-    assert arena.lend(10) is None
-    del view
-    assert arena.lend(10) is None
-    view = slot.view(10)
-    slot.come_back()
-    assert arena.lend(10) is None
-    del view
-    assert arena.lend(PAGE).place == Place(1, 0, PAGE)
-
-
-def test_view_outlives_its_arena():
-    arena = Arena()
-    arena.add(1, memoryview(bytearray(PAGE)))
-    slot = arena.lend(PAGE)
-    view = slot.view(PAGE)
-    assert slot.view(PAGE + 1) is None
-    del arena, slot
-    view[:3] = b"abc"
-    assert bytes(view[:3]) == b"abc"
-
-
-def test_reply_slot_takes_rows_once_and_only_if_they_fit():
-    memory = bytearray(PAGE)
-    assert not ReplySlot(memoryview(memory)).fill(torch.ones(PAGE))
-    assert not ReplySlot(memoryview(memory)).fill(torch.ones(0, 3))
-    slot = ReplySlot(memoryview(memory))
-    assert slot.fill(torch.arange(3.0))
-    assert torch.equal(torch.frombuffer(memory, dtype=torch.float32)[:3], torch.arange(3.0))
-    assert not slot.fill(torch.zeros(3))
-
-
-@pytest.mark.parametrize(
-    "pick", [lambda rows: rows, lambda rows: rows[2:], lambda rows: rows.flip(0), lambda rows: rows.t()]
-)
-def test_reply_rows_that_lie_in_the_request_s_memory_arrive_intact(pick):
-    memory = memoryview(bytearray(16 * 4))
-    rows = torch.frombuffer(memory, dtype=torch.float32).view(4, 4)
-    rows.copy_(torch.arange(16.0).view(4, 4))
-    answer = pick(rows)
-    expected = answer.clone()
-    assert ReplySlot(memory).fill(answer)
-    found = torch.frombuffer(memory, dtype=torch.float32, count=expected.numel()).view(expected.shape)
-    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -297,6 +196,25 @@ def test_rows_travel_as_frames_to_a_host_that_has_closed_its_door(ipc_fabric):
     assert router.counters.num_shared == 0
 
 
+def test_memory_that_a_host_has_forgotten_is_not_used(ipc_fabric):
+    router, host = ipc_fabric.router(), ipc_fabric.host()
+    path = Path(host.endpoint.local.removeprefix("ipc://")).with_suffix(".shm")
+    path.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind(str(path))
+        door.listen()
+        exchange(ipc_fabric, router, host, 1, rows_of(1))
+        visitor, _ = door.accept()
+        with visitor:
+            offer, descriptors, _, _ = socket.recv_fds(visitor, OFFER.size, 1)
+            os.close(descriptors[0])
+            visitor.send(ANSWER.pack(OFFER.unpack(offer)[0], True))
+        for ticket in range(2, 5):
+            assert router.poll(0.0) == []
+            assert torch.equal(exchange(ipc_fabric, router, host, ticket, rows_of(ticket)), rows_of(ticket + 1))
+    assert router.counters.num_shared == 0
+
+
 def test_memory_is_given_back_when_either_end_leaves(ipc_fabric):
     before = num_mapped()
     router, host = ipc_fabric.router(), ipc_fabric.host()
@@ -309,56 +227,3 @@ def test_memory_is_given_back_when_either_end_leaves(ipc_fabric):
     assert torch.equal(kept, rows_of(2))
     del kept
     assert num_mapped() == before
-
-
-@pytest.fixture
-def visitor(ipc_fabric):
-    """A host, and a bare socket that has come through its door."""
-    host = ipc_fabric.host()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as bare:
-        bare.settimeout(ipc_fabric.deadline_s)
-        bare.connect(str(Path(host.endpoint.local.removeprefix("ipc://")).with_suffix(".shm")))
-        yield host, bare
-    share(ipc_fabric, ipc_fabric.router(), host)
-
-
-def serve_until_answered(host, bare):
-    bare.setblocking(False)
-    while True:
-        assert host.receive(0.01) == []
-        try:
-            return bare.recv(100)
-        except BlockingIOError:
-            continue
-
-
-@pytest.mark.parametrize("offer", [b"", b"x", OFFER.pack(1, PAGE), b"x" * 1000])
-def test_visitor_who_offers_no_memory_is_shown_out(visitor, offer):
-    host, bare = visitor
-    bare.send(offer)
-    assert serve_until_answered(host, bare) == b""
-
-
-def test_visitor_who_offers_memory_that_could_shrink_is_told_that_it_is_no_use(visitor):
-    host, bare = visitor
-    descriptor = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, PAGE)
-    socket.send_fds(bare, [OFFER.pack(1, PAGE)], [descriptor])
-    os.close(descriptor)
-    assert serve_until_answered(host, bare) == ANSWER.pack(1, False)
-
-
-@pytest.mark.parametrize("place", [Place(99, 0, PAGE), Place(5, PAGE, PAGE), Place(5, 1, PAGE), Place(5, 0, 8)])
-def test_request_that_names_memory_which_is_not_there_is_counted_as_malformed(ipc_fabric, visitor, place):
-    host, bare = visitor
-    descriptor, _ = create_segment(PAGE)
-    socket.send_fds(bare, [OFFER.pack(5, PAGE)], [descriptor])
-    os.close(descriptor)
-    assert serve_until_answered(host, bare) == ANSWER.pack(5, True)
-    request = ipc_fabric.make_request(1)
-
-    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
-        stranger.set(zmq.LINGER, 0)
-        stranger.connect(host.endpoint.local)
-        stranger.send_multipart(encode_request(request, address=Address(9, host.endpoint.incarnation), place=place))
-        ipc_fabric.wait_for_counter(host, host.receive, "num_malformed", 1)
