@@ -130,13 +130,13 @@ class LibraryLayer:
         self.engine = RouterEngine({LAYER: self.layer}, self._transport, node=deployment.node)
         self.engine.set_table(deployment.table)
 
-    def forward(self, tokens: Tensor) -> BatchResult:
-        """One batch from start to end.
+    def forward(self, tokens: Tensor, *, k: int | None = None) -> BatchResult:
+        """One batch from start to end, with ``k`` experts per token where that is not the layer's own number.
 
         Raises:
             BenchError: If an expert did not serve its rows.
         """
-        self.engine.submit(Batch(LAYER, tokens))
+        self.engine.submit(Batch(LAYER, tokens, k=k))
         while True:
             for result in self.engine.poll(_POLL_S):
                 if result.failures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,12 @@ def _run(settings: BenchSettings) -> Iterator[Row]:
     with ray_cluster():
         for expert in _EXPERTS[:1] if settings.quick else _EXPERTS:
             yield from _measure(expert, settings)
+
+
+def _missing() -> str | None:
+    if find_spec("transformers") is not None:
+        return None
+    return "expected transformers, whose layers are the peers, not installed: pip install 'moe-runtime[bench]'"
 
 
 def _measure(expert: _Expert, settings: BenchSettings) -> Iterator[Row]:
@@ -124,4 +131,4 @@ def _check(ours: LibraryLayer, tokens: Tensor, peers: InProcessLayer) -> None:
             )
 
 
-LAYER_SUITE = Suite("layer", "top-2 of 8 experts in actors, beside the best implementation in one process", _run)
+LAYER_SUITE = Suite("layer", "top-2 of 8 experts in actors, beside the best implementation in one process", _run, _missing)
