@@ -65,7 +65,9 @@ def layer_config(*, num_experts: int = 8, kind: str = "identity", num_routers: i
         "name": f"bench-{os.getpid()}",
         "device": "cpu",
         "router": {"address": "127.0.0.1:0", "replicas": num_routers},
-        "layers": {LAYER: {"item_shape": [1024], "residual": "none", "timeout_ms": 30000, "experts": [experts], **layer}},
+        "layers": {
+            LAYER: {"item_shape": [1024], "residual": "none", "timeout_ms": 30000, "experts": [experts], **layer}
+        },
     }
 
 

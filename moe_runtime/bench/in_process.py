@@ -97,9 +97,7 @@ def _time(layer: Callable[[Tensor], Tensor], tokens: Tensor, *, num_threads: int
     return times
 
 
-def _layers(
-    spec: ExpertSpec, modules: Sequence[nn.Module], routing: _Routing
-) -> dict[str, Callable[[Tensor], Tensor]]:
+def _layers(spec: ExpertSpec, modules: Sequence[nn.Module], routing: _Routing) -> dict[str, Callable[[Tensor], Tensor]]:
     make = {"swiglu": _mixtral_experts, "feed_forward": _plain_experts}[spec.kind]
     experts, config = make(modules)
 

@@ -100,18 +100,17 @@ def _case(
 
 
 def _contenders(ours: LibraryLayer, tokens: Tensor, peers: InProcessLayer) -> Sequence[Contender]:
-    contenders = [Contender("ours", lambda n: time_calls(lambda: ours.forward(tokens), n))]
-    for implementation in IMPLEMENTATIONS:
-        for num_threads in _THREADS:
-            contenders.append(
-                Contender(_name(implementation, num_threads), _timer(peers, implementation, num_threads))
-            )
-    return contenders
+    return [
+        Contender("ours", lambda n: time_calls(lambda: ours.forward(tokens), n)),
+        *(
+            Contender(_name(implementation, num_threads), _timer(peers, implementation, num_threads))
+            for implementation in IMPLEMENTATIONS
+            for num_threads in _THREADS
+        ),
+    ]
 
 
-def _timer(
-    peers: InProcessLayer, implementation: Implementation, num_threads: int
-) -> Callable[[int], Sequence[float]]:
+def _timer(peers: InProcessLayer, implementation: Implementation, num_threads: int) -> Callable[[int], Sequence[float]]:
     return lambda num_calls: peers.time_calls(implementation, num_threads, num_calls)
 
 
@@ -131,4 +130,6 @@ def _check(ours: LibraryLayer, tokens: Tensor, peers: InProcessLayer) -> None:
             )
 
 
-LAYER_SUITE = Suite("layer", "top-2 of 8 experts in actors, beside the best implementation in one process", _run, _missing)
+LAYER_SUITE = Suite(
+    "layer", "top-2 of 8 experts in actors, beside the best implementation in one process", _run, _missing
+)

@@ -130,7 +130,7 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _with_spread(median: float, spread: Sequence[float]) -> str:
-    return f"{median:.3g} ({spread[0]:.3g}–{spread[1]:.3g})"
+    return f"{median:.3g} ({spread[0]:.3g}-{spread[1]:.3g})"
 
 
 if __name__ == "__main__":

@@ -74,9 +74,7 @@ def _run(settings: BenchSettings) -> Iterator[Row]:
 
 def _load(shape: Shape, deployment: Deployment, settings: BenchSettings) -> _Load:
     weight = build_routed_layer(deployment.recipe).gate.weight
-    choices = (
-        shape.choices(i, num_tokens=_TOKENS, num_experts=_NUM_EXPERTS) for i in range(_num_requests(settings))
-    )
+    choices = (shape.choices(i, num_tokens=_TOKENS, num_experts=_NUM_EXPERTS) for i in range(_num_requests(settings)))
     return _Load(shape, [tokens_for(weight, wanted, seed=i) for i, wanted in enumerate(choices)])
 
 
