@@ -71,7 +71,7 @@ def _measure(expert: _Expert, settings: BenchSettings) -> Iterator[Row]:
         deployment = stack.enter_context(deploy(config, on_progress=starting.update))
         ours = stack.enter_context(library_layer(deployment))
         specs = [recipe.spec for recipe in deployment.recipe.experts]
-        peers = stack.enter_context(contextlib.closing(InProcessLayer(specs, ours.layer.gate.weight)))
+        peers = stack.enter_context(contextlib.closing(InProcessLayer(specs, ours.gate_weight)))
         measuring = settings.begin(f"Forwards of {expert.name}")
         for num_done, num_tokens in enumerate(sizes, start=1):
             generator = torch.Generator().manual_seed(num_tokens)

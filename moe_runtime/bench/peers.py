@@ -114,7 +114,7 @@ class HivemindPeer:
 
     def _answer(self) -> dict[str, Any]:
         stdout = self._process.stdout
-        readable, _, _ = select.select([stdout], [], [], _ANSWER_WITHIN_S)
+        readable, _, _ = select.select([stdout.fileno()] if stdout else [], [], [], _ANSWER_WITHIN_S)
         line = stdout.readline() if stdout is not None and readable else ""
         if not line:
             state = "has ended" if readable else f"has not answered within {_ANSWER_WITHIN_S:g} s"
@@ -164,16 +164,16 @@ def _measure(expert: str, *, python: Path, settings: BenchSettings) -> Iterator[
 def _cases(*, quick: bool) -> list[tuple[Kind, int]]:
     gated = _QUICK_GATED_SIZES if quick else _GATED_SIZES
     direct = _QUICK_DIRECT_SIZES if quick else _DIRECT_SIZES
-    return [*(("gated", size) for size in gated), *(("direct", size) for size in direct)]  # type: ignore[list-item]
+    return [*(("gated", size) for size in gated), *(("direct", size) for size in direct)]
 
 
 def _write_experts(deployment: Deployment, ours: LibraryLayer, folder: Path) -> None:
     """The weights of experts and gate, for hivemind's server to read."""
     for recipe in deployment.recipe.experts:
-        state = build_expert(recipe.spec, device="cpu").module.state_dict()
-        weights = {name: state[f"{name}.weight"].numpy() for name in ("up", "down")}
-        np.savez(folder / f"{recipe.spec.expert_id}.npz", **weights)
-    np.save(folder / "gate.npy", ours.layer.gate.weight.detach().numpy())
+        parameters = dict(build_expert(recipe.spec, device=torch.device("cpu")).module.named_parameters())
+        up, down = (parameters[f"{name}.weight"].detach().numpy() for name in ("up", "down"))
+        np.savez(folder / f"{recipe.spec.expert_id}.npz", up=up, down=down)
+    np.save(folder / "gate.npy", ours.gate_weight.detach().numpy())
 
 
 def _case(
@@ -183,7 +183,7 @@ def _case(
         choices, k = spread_evenly(num_tokens, num_experts=_NUM_EXPERTS), None
     else:
         choices, k = torch.zeros((num_tokens, 1), dtype=torch.int64), 1
-    tokens = tokens_for(ours.layer.gate.weight, choices)
+    tokens = tokens_for(ours.gate_weight, choices)
     peer.set_tokens(tokens)
     peer.time_calls(kind, 1)
     _check(ours.forward(tokens, k=k).outputs, peer.outputs(), kind)
