@@ -6,11 +6,13 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from moe_runtime.bench.runner import run
 
 
+@pytest.mark.timeout(180)  # two runtimes start, on whatever cores the other tests leave
 def test_the_quick_scale_suite_compares_two_layouts(cluster: str, tmp_path: Path):
     path = tmp_path / "scale.json"
     rows = run(["scale"], json_path=path, quick=True, console=Console(file=io.StringIO(), width=200))
