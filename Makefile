@@ -9,14 +9,18 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # One thread per process: the tests' processes share the machine, and results do not depend on its cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --durations=15
+BENCH = $(BIN)/moe-runtime bench $(if $(QUICK),--quick) $(if $(JSON),--json $(JSON))
+BENCH_STAMP := $(VENV)/.installed-bench
+HIVEMIND_VENV := .venv-hivemind
+HIVEMIND_STAMP := $(HIVEMIND_VENV)/.installed
 COVERED := routing wire service
 MIN_COVERAGE := 95
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format venv docs coverage soak clean
+.PHONY: help demo test check format venv docs coverage soak bench bench-peers bench-docs clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Train, serve and classify real digits with five kinds of experts on Ray.
 	$(BIN)/moe-runtime demo digits
@@ -48,8 +52,18 @@ coverage: $(STAMP)  ## Coverage of the core by the tests that need no Ray, line 
 soak: $(STAMP)  ## Run the long tests.
 	$(PYTEST) -m soak
 
+bench: $(BENCH_STAMP)  ## Run every benchmark, or SUITE=name; also QUICK=1 and JSON=PATH.
+	$(BENCH) $(SUITE)
+
+bench-peers: $(BENCH_STAMP) $(HIVEMIND_STAMP)  ## Benchmark against hivemind, in an environment of its own; also QUICK=1 and JSON=PATH.
+	$(BENCH) peers
+
+bench-docs: $(BENCH_STAMP) $(HIVEMIND_STAMP)  ## Make the figures and plots of docs/benchmarks.md anew, from every suite.
+	$(BIN)/moe-runtime bench --json docs/benchmarks.json
+	$(BIN)/python -m moe_runtime.bench.page docs/benchmarks.json docs
+
 clean:  ## Remove .venv and every cache.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* build dist
+	rm -rf $(VENV) $(HIVEMIND_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -maxdepth 3 -name '*.egg-info' -type d -prune -exec rm -rf {} +
 
@@ -70,4 +84,15 @@ $(STAMP): pyproject.toml constraints.txt examples/custom_expert/pyproject.toml
 	# The build tool is the pinned one above: nothing is fetched beside the constraints.
 	$(PIP_INSTALL) --no-build-isolation --editable '.[runtime,demo,dev]'
 	$(PIP_INSTALL) --no-build-isolation --no-deps ./examples/custom_expert
+	@touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(PIP_INSTALL) --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+# hivemind has no wheel; its build fetches the daemon that carries its messages.
+$(HIVEMIND_STAMP): benchmarks/requirements-hivemind.txt
+	@echo "Setting up $(HIVEMIND_VENV): a few minutes."
+	$(PYTHON) -m venv $(HIVEMIND_VENV)
+	$(HIVEMIND_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-hivemind.txt
 	@touch $@

@@ -40,7 +40,7 @@ class ActorFleet:
 def actor_fleet(num_actors: int) -> Iterator[ActorFleet]:
     """So many echoing actors on the cluster that is connected, until the end of the ``with``."""
     actor_class = ray.remote(EchoActor)
-    actors = [actor_class.options(num_cpus=0).remote() for _ in range(num_actors)]
+    actors: list[Any] = [actor_class.options(num_cpus=0).remote() for _ in range(num_actors)]
     try:
         ray.get([actor.__ray_ready__.remote() for actor in actors])
         yield ActorFleet(actors)

@@ -18,6 +18,7 @@ from moe_runtime.launch.router_process import build_routed_layer
 from moe_runtime.launch.runtime import serve
 from moe_runtime.ray_backend.cluster import connect
 from moe_runtime.ray_backend.names import NAMESPACE, expert_name
+from moe_runtime.routing.gates import LinearGate
 from moe_runtime.service.batch import Batch
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.transport.zmq_router import ZmqTransport
@@ -113,11 +114,22 @@ def _table_of(runtime: Runtime) -> RoutingTable:
     description = runtime.describe()
     host_id = description["hosts"][0]["host_id"]
     actor = ray.get_actor(expert_name(description["name"], host_id), namespace=NAMESPACE)
-    snapshot = ray.get(actor.kept.remote())
+    snapshot: Any = ray.get(actor.kept.remote())
     if snapshot is None:
         raise BenchError(f"expert host {host_id}: expected it to keep a routing table, found none")
     table: RoutingTable = snapshot.table
     return table
+
+
+def gate_weight(layer: RoutedLayer) -> Tensor:
+    """The weight of a layer's gate, ``(num_experts, features)``.
+
+    Raises:
+        BenchError: If the gate is not linear.
+    """
+    if not isinstance(layer.gate, LinearGate):
+        raise BenchError(f"layer {layer.name}: expected a linear gate, found {type(layer.gate).__name__}")
+    return layer.gate.weight
 
 
 class LibraryLayer:
@@ -132,13 +144,18 @@ class LibraryLayer:
         self.engine = RouterEngine({LAYER: self.layer}, self._transport, node=deployment.node)
         self.engine.set_table(deployment.table)
 
-    def forward(self, tokens: Tensor) -> BatchResult:
-        """One batch from start to end.
+    @property
+    def gate_weight(self) -> Tensor:
+        """The linear gate's weight, ``(num_experts, features)``."""
+        return gate_weight(self.layer)
+
+    def forward(self, tokens: Tensor, *, k: int | None = None) -> BatchResult:
+        """One batch from start to end, with ``k`` experts per token where that is not the layer's own number.
 
         Raises:
             BenchError: If an expert did not serve its rows.
         """
-        self.engine.submit(Batch(LAYER, tokens))
+        self.engine.submit(Batch(LAYER, tokens, k=k))
         while True:
             for result in self.engine.poll(_POLL_S):
                 if result.failures:

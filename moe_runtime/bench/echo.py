@@ -55,7 +55,7 @@ class EchoFleet:
         num_open = 0
         for socket, part in zip(self._sockets, parts, strict=True):
             if len(part):
-                socket.send_multipart([_HEADER, part], copy=False)
+                socket.send_multipart([_HEADER, part.data], copy=False)
                 num_open += 1
         while num_open:
             for socket, _ in self._poller.poll():

@@ -54,7 +54,7 @@ def _case(
     num_rows: int, *, ours: LibraryLayer, actors: ActorFleet, echo: EchoFleet, settings: BenchSettings
 ) -> Iterator[Row]:
     choices = spread_evenly(num_rows, num_experts=NUM_EXPERTS)
-    tokens = tokens_for(ours.layer.gate.weight, choices)
+    tokens = tokens_for(ours.gate_weight, choices)
     _check(ours, tokens)
     parts = _parts(tokens, choices)
     samples = interleave(

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from moe_runtime.bench.children import Child
-from moe_runtime.bench.errors import BenchError
 from moe_runtime.experts.build import build_expert
 
 if TYPE_CHECKING:
@@ -49,13 +47,7 @@ class InProcessLayer:
     """The peer's process, seen from ours."""
 
     def __init__(self, specs: Sequence[ExpertSpec], gate_weight: Tensor, *, k: int = 2) -> None:
-        """Start the process, which builds the same experts and the same gate.
-
-        Raises:
-            BenchError: If transformers is not installed.
-        """
-        if find_spec("transformers") is None:
-            raise BenchError("peer grouped_mm: expected transformers, not installed: pip install 'moe-runtime[bench]'")
+        """Start the process, which builds the same experts and the same gate."""
         self.child = Child(serve_in_process, list(specs), gate_weight.detach().numpy(), k)
 
     def set_tokens(self, tokens: Tensor) -> None:

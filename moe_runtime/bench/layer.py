@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,12 @@ def _run(settings: BenchSettings) -> Iterator[Row]:
             yield from _measure(expert, settings)
 
 
+def _missing() -> str | None:
+    if find_spec("transformers") is not None:
+        return None
+    return "expected transformers, whose layers are the peers, not installed: pip install 'moe-runtime[bench]'"
+
+
 def _measure(expert: _Expert, settings: BenchSettings) -> Iterator[Row]:
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     starting = settings.begin(f"Starting 8 {expert.name} actors, and one process with the same experts")
@@ -64,7 +71,7 @@ def _measure(expert: _Expert, settings: BenchSettings) -> Iterator[Row]:
         deployment = stack.enter_context(deploy(config, on_progress=starting.update))
         ours = stack.enter_context(library_layer(deployment))
         specs = [recipe.spec for recipe in deployment.recipe.experts]
-        peers = stack.enter_context(contextlib.closing(InProcessLayer(specs, ours.layer.gate.weight)))
+        peers = stack.enter_context(contextlib.closing(InProcessLayer(specs, ours.gate_weight)))
         measuring = settings.begin(f"Forwards of {expert.name}")
         for num_done, num_tokens in enumerate(sizes, start=1):
             generator = torch.Generator().manual_seed(num_tokens)
@@ -93,11 +100,14 @@ def _case(
 
 
 def _contenders(ours: LibraryLayer, tokens: Tensor, peers: InProcessLayer) -> Sequence[Contender]:
-    contenders = [Contender("ours", lambda n: time_calls(lambda: ours.forward(tokens), n))]
-    for implementation in IMPLEMENTATIONS:
-        for num_threads in _THREADS:
-            contenders.append(Contender(_name(implementation, num_threads), _timer(peers, implementation, num_threads)))
-    return contenders
+    return [
+        Contender("ours", lambda n: time_calls(lambda: ours.forward(tokens), n)),
+        *(
+            Contender(_name(implementation, num_threads), _timer(peers, implementation, num_threads))
+            for implementation in IMPLEMENTATIONS
+            for num_threads in _THREADS
+        ),
+    ]
 
 
 def _timer(peers: InProcessLayer, implementation: Implementation, num_threads: int) -> Callable[[int], Sequence[float]]:
@@ -120,4 +130,6 @@ def _check(ours: LibraryLayer, tokens: Tensor, peers: InProcessLayer) -> None:
             )
 
 
-LAYER_SUITE = Suite("layer", "top-2 of 8 experts in actors, beside the best implementation in one process", _run)
+LAYER_SUITE = Suite(
+    "layer", "top-2 of 8 experts in actors, beside the best implementation in one process", _run, _missing
+)

@@ -79,4 +79,4 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
 
 
 def _with_spread(median: float, spread: tuple[float, float]) -> str:
-    return f"[bold]{median:.3g}[/] [dim]{spread[0]:.3g}–{spread[1]:.3g}[/]"
+    return f"[bold]{median:.3g}[/] [dim]{spread[0]:.3g}-{spread[1]:.3g}[/]"

@@ -36,7 +36,7 @@ def run(
         BenchError: If there is no such suite, something that it needs is not installed, or contenders disagree.
         MoERuntimeError: If the runtime does not start.
     """
-    suites = [_find(name) for name in names or SUITES]
+    suites = [_find(name) for name in names] if names else _possible(console)
     machine = describe_machine()
     show_machine(console, machine)
     rows: list[Row] = []
@@ -50,7 +50,23 @@ def run(
 def _find(name: str) -> Suite:
     if name not in SUITES:
         raise BenchError(f"suite: expected one of {', '.join(SUITES)}, found {name!r}")
-    return SUITES[name]
+    suite = SUITES[name]
+    missing = suite.missing()
+    if missing is not None:
+        raise BenchError(f"suite {name}: {missing}")
+    return suite
+
+
+def _possible(console: Console) -> list[Suite]:
+    """Every suite but those that lack something, which is said."""
+    suites = []
+    for suite in SUITES.values():
+        missing = suite.missing()
+        if missing is None:
+            suites.append(suite)
+        else:
+            console.print(f"[yellow]suite {suite.name} is left out[/]: {missing}", highlight=False)
+    return suites
 
 
 def _measure(suite: Suite, *, quick: bool, console: Console) -> list[Row]:

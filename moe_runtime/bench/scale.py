@@ -76,7 +76,7 @@ def _measure(num_tokens: int, deployment: Deployment, smallest: Deployment, *, s
 
 def _contender(name: str, library: LibraryLayer, num_tokens: int) -> Contender:
     choices = spread_evenly(num_tokens, num_experts=library.layer.num_experts)
-    tokens = tokens_for(library.layer.gate.weight, choices)
+    tokens = tokens_for(library.gate_weight, choices)
     return Contender(name, lambda num_calls: _router_seconds(library, tokens, num_calls))
 
 

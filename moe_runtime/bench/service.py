@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = "library mode"
 _FEATURES = 1024
+_MIN_REQUESTS, _REQUESTS_PER_CLIENT = 16, 8
 _MIXED_SIZES = (1, 2, 4, 8, 16, 16, 32, 64)
 _KINDS = {"ffn": ("feed_forward", {"hidden_features": 4096}), "noop": ("identity", {})}
 
@@ -75,7 +76,7 @@ def _measure(
 ) -> Row:  # fmt: skip
     requests = case.requests()
     addresses = deployment.runtime.addresses[: case.routers]
-    num_requests = max(8, case.clients) * (1 if settings.quick else 2)
+    num_requests = max(_MIN_REQUESTS, case.clients * _REQUESTS_PER_CLIENT) // (2 if settings.quick else 1)
     arrays = [tokens.numpy() for tokens in requests]
     ours: list[Traffic] = []
     theirs: list[Traffic] = []

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_runtime.bench.deployment import deploy, layer_config, ray_cluster
+from moe_runtime.bench.deployment import deploy, gate_weight, layer_config, ray_cluster
 from moe_runtime.bench.load import LibraryService, Traffic
 from moe_runtime.bench.results import Row
 from moe_runtime.bench.sampling import Sample
@@ -73,7 +73,7 @@ def _run(settings: BenchSettings) -> Iterator[Row]:
 
 
 def _load(shape: Shape, deployment: Deployment, settings: BenchSettings) -> _Load:
-    weight = build_routed_layer(deployment.recipe).gate.weight
+    weight = gate_weight(build_routed_layer(deployment.recipe))
     choices = (shape.choices(i, num_tokens=_TOKENS, num_experts=_NUM_EXPERTS) for i in range(_num_requests(settings)))
     return _Load(shape, [tokens_for(weight, wanted, seed=i) for i, wanted in enumerate(choices)])
 

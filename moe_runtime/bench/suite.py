@@ -47,8 +47,10 @@ class Suite:
         name: For the command line.
         title: What it measures, in a line.
         run: Measures it; gives rows as they are found.
+        missing: What it needs and cannot find, and how to get it; None if nothing.
     """
 
     name: str
     title: str
     run: Callable[[BenchSettings], Iterator[Row]]
+    missing: Callable[[], str | None] = lambda: None

@@ -2,8 +2,9 @@
 
 from moe_runtime.bench.exchange import EXCHANGE
 from moe_runtime.bench.layer import LAYER_SUITE
+from moe_runtime.bench.peers import PEERS
 from moe_runtime.bench.scale import SCALE
 from moe_runtime.bench.service import SERVICE
 from moe_runtime.bench.skew import SKEW
 
-SUITES = {suite.name: suite for suite in (EXCHANGE, LAYER_SUITE, SERVICE, SCALE, SKEW)}
+SUITES = {suite.name: suite for suite in (EXCHANGE, LAYER_SUITE, PEERS, SERVICE, SCALE, SKEW)}

@@ -27,7 +27,8 @@ def tokens_for(gate_weight: Tensor, choices: Tensor, *, seed: int = 0) -> Tensor
     wanted = torch.zeros(num_tokens, weight.shape[0], dtype=torch.float64)
     wanted.scatter_(1, choices, torch.linspace(2.0, 1.0, k, dtype=torch.float64).expand(num_tokens, k))
     correction = torch.linalg.lstsq(weight, (wanted - noise @ weight.T).T).solution.T
-    return (noise + correction).float()
+    tokens: Tensor = noise + correction
+    return tokens.float()
 
 
 def spread_evenly(num_tokens: int, *, num_experts: int, k: int = 2) -> Tensor:

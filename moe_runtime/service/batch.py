@@ -62,6 +62,8 @@ class BatchResult:
         table_version: Version of the routing table that the batch used.
         times: Seconds per stage.
         failures: Why an expert's rows were not served, by expert id.
+        overflowed: Bool ``(num_tokens,)``: rows with NaN or an infinity that no expert answered with, because a
+            weighted sum left the dtype's range; None if there is none.
     """
 
     batch_id: int
@@ -72,3 +74,4 @@ class BatchResult:
     table_version: int
     times: StageTimes
     failures: Mapping[int, str] = field(default_factory=dict)
+    overflowed: Tensor | None = None

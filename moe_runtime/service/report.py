@@ -83,7 +83,10 @@ class BatchLedger:
                 experts_ms=times.experts_s * _MS,
                 combine_ms=times.combine_s * _MS,
             ),
-            warnings=self._warnings(self._expert_ids[mine][outcomes == DROPPED_FAILURE]),
+            warnings=(
+                *self._warnings(self._expert_ids[mine][outcomes == DROPPED_FAILURE]),
+                *self._overflow_warning(first_row, last_row),
+            ),
         )
         return self._with_routing(report, mine, first_row) if return_routing else report
 
@@ -102,6 +105,14 @@ class BatchLedger:
             f"expert {self._layer.experts[expert_id].name}: {self._result.failures.get(expert_id, 'failed')}"
             for expert_id in np.unique(failed_experts).tolist()
         )
+
+    def _overflow_warning(self, first_row: int, last_row: int) -> tuple[str, ...]:
+        overflowed = self._result.overflowed
+        num_rows = 0 if overflowed is None else int(overflowed[first_row:last_row].sum())
+        if num_rows == 0:
+            return ()
+        dtype = str(self._layer.dtype).removeprefix("torch.")
+        return (f"{num_rows} output rows are not finite: their weighted sum left the range of {dtype}",)
 
 
 def merge_parts(

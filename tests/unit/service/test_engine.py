@@ -20,6 +20,7 @@ from moe_runtime.service.batch import Batch
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.layer import RoutedLayer
 from moe_runtime.service.ports import HostLost, HostReply, SegmentResult
+from moe_runtime.service.report import BatchLedger
 from moe_runtime.service.routing_table import ReplicaState, RoutingTable
 
 
@@ -294,3 +295,28 @@ def test_stage_times_come_from_the_clock() -> None:
     bench.answer_all()
     (result,) = bench.engine.poll(0.0)
     assert result.times.experts_s == 0.25
+
+
+def test_a_sum_that_leaves_the_dtypes_range_is_told_of_its_rows_alone() -> None:
+    bench = Bench(make_layer(residual="add"), table_of(1, 10, 11))
+    tokens = torch.tensor([[1.0, 2.0, 3.0], [3e38, 0.0, 0.0]])
+    bench.submit(tokens, logits_for(0, 0))
+    ((_, request),) = bench.transport.sent
+    bench.transport.answer(request, times=1.0)
+    (result,) = bench.engine.poll(0.0)
+    assert result.overflowed is not None
+    assert result.overflowed.tolist() == [False, True]
+    ledger = BatchLedger(result, make_layer(residual="add"))
+    assert ledger.part(first_row=0, last_row=1, queue_s=0.0, return_routing=False).warnings == ()
+    assert ledger.part(first_row=1, last_row=2, queue_s=0.0, return_routing=False).warnings == (
+        "1 output rows are not finite: their weighted sum left the range of float32",
+    )
+
+
+def test_large_finite_values_whose_sum_overflows_are_no_overflow() -> None:
+    bench = Bench(make_layer(), table_of(1, 10, 11))
+    bench.submit(torch.full((2, 3), 3e38), logits_for(0, 0))
+    ((_, request),) = bench.transport.sent
+    bench.transport.answer(request, times=1.0)
+    (result,) = bench.engine.poll(0.0)
+    assert result.overflowed is None
