@@ -126,6 +126,22 @@ def status(
         print_tables(routers, console=stdout_console())
 
 
+@app.command()
+def bench(
+    suites: Annotated[
+        list[str] | None, typer.Argument(metavar="SUITE", help="Which to run; all when none is named.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write the machine and every figure to this file.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: a first look.")] = False,
+) -> None:
+    """Measure the runtime beside its peers, in turns, in one run."""
+    from moe_runtime.bench.runner import run
+
+    run(suites or (), json_path=json_path, quick=quick, console=stdout_console())
+
+
 @demo_app.command("digits")
 def demo_digits(
     json_path: Annotated[
