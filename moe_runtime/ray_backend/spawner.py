@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from moe_runtime.ray_backend.plan import Demand, HostPlan, HostReport, Location, RoutersPlan, Snapshot
+    from moe_runtime.service.ports import Endpoint
 
 ResultT = TypeVar("ResultT")
 
@@ -168,4 +169,8 @@ class Spawner(Protocol):
 
     def sweep(self) -> None:
         """Remove what dead hosts of this node left behind."""
+        ...
+
+    def clean_up(self, endpoint: Endpoint) -> None:
+        """Remove what one host that is dead, or was killed, left behind, if it was on this node."""
         ...

@@ -57,6 +57,11 @@ def ipc_path(folder: Path, incarnation: int) -> Path:
     return path
 
 
+def remove_ipc(address: str) -> None:
+    """Remove the socket at ``ipc://PATH`` of a process that is dead or dying, if it is still there."""
+    Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
 def sweep_ipc(folder: Path, *, min_age_s: float = 10.0) -> int:
     """Remove the sockets that dead processes left in a folder; those of the living are not touched.
 

@@ -161,6 +161,7 @@ class FakeSpawner:
         self.spawned: dict[str, list[Any]] = defaultdict(list)
         self.log: list[str] = []
         self.num_sweeps = 0
+        self.cleaned_up: list[Endpoint] = []
 
     def find_host(self, host_id: str) -> Any:
         return self._living(host_id)
@@ -179,6 +180,9 @@ class FakeSpawner:
 
     def sweep(self) -> None:
         self.num_sweeps += 1
+
+    def clean_up(self, endpoint: Endpoint) -> None:
+        self.cleaned_up.append(endpoint)
 
     def last(self, name: str) -> Any:
         return self.spawned[name][-1]
