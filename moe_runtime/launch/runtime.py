@@ -14,7 +14,9 @@ from moe_runtime.launch.in_process import InProcessSession
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
 from moe_runtime.launch.recipes import RouterRecipe
+from moe_runtime.ray_backend.addresses import is_loopback, split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
+from moe_runtime.ray_backend.ports import check_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -176,6 +178,7 @@ def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
 def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], None] | None) -> Runtime:
     config = loaded.config
     recipe = _router_recipe(loaded)
+    check_ports(config.router.address, config.router.replicas)
     hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
     session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
     session.start(on_progress)
@@ -189,13 +192,18 @@ def _serve_on_ray(
     detach: bool,
     on_progress: Callable[[int, int], None] | None,
 ) -> Runtime:
-    if detach and not is_initialised() and existing_address(ray_address) is None:
+    starts_ray = not is_initialised() and existing_address(ray_address) is None
+    if detach and starts_ray:
         raise StartError(
             "detach: expected a cluster that outlives this process, found none: "
             "start one with `ray start --head`, or give its address"
         )
     # Before the cluster is touched: most mistakes are in the configuration.
     recipe = _router_recipe(loaded)
+    router = loaded.config.router
+    if starts_ray and is_loopback(split_address(router.address)[0]):
+        # On an existing cluster later: there, a runtime of this name may hold the ports.
+        check_ports(router.address, router.replicas)
     demands = [expert.resources.num_cpus for layer in recipe.layers for expert in layer.experts]
     cluster = connect(ray_address, total_cpus=sum(demands))
     try:
