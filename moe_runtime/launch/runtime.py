@@ -148,7 +148,7 @@ def serve(
     loaded = _with_address(load_config(config), address)
     if not ray:
         if detach:
-            raise StartError("detach: expected ray=True: threads of this process cannot outlive it")
+            raise StartError("detach: expected ray=True, found False: threads of this process cannot outlive it")
         return _serve_in_process(loaded, on_progress)
     return _serve_on_ray(loaded, ray_address=ray_address, detach=detach, on_progress=on_progress)
 
@@ -164,7 +164,10 @@ def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
         StartError: If there is no such cluster, or no runtime of this name on it.
     """
     if not is_initialised() and existing_address(ray_address) is None:
-        raise StartError("attach: expected the address of a Ray cluster, found none; give ray_address or RAY_ADDRESS")
+        raise StartError(
+            "expected the address of a Ray cluster, found none; "
+            "set RAY_ADDRESS, or give --ray-address (in Python ray_address)"
+        )
     cluster = connect(ray_address)
     try:
         from moe_runtime.ray_backend.session import attach as attach_session

@@ -171,3 +171,9 @@ def test_a_port_that_is_taken_is_found_before_ray_is_started(monkeypatch):
 def test_leaving_a_runtime_that_is_not_detached_is_refused():
     with serve(config(), ray=False) as runtime, pytest.raises(StartError, match="lease"):
         runtime.leave()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_a_line_that_says_so():
+    with pytest.raises(StartError, match=r"^l/feed_forward-0: expected a GPU that torch can use, found none"):
+        serve(config(device="cuda"), ray=False)
