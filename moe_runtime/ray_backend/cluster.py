@@ -79,6 +79,8 @@ def connect(ray_address: str | None = None, *, total_cpus: float = 0.0) -> Clust
         # Ray reads the mode when it is imported, and without one would write a world-readable token file.
         _set_auth_mode(embedded=address is None)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's default of 15 lets any other process of the machine starve experts and routers.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     if not initialised:
