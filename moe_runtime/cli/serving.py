@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from moe_runtime.cli.consoles import stdout_console
+from moe_runtime.errors import StartError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +30,8 @@ def serve_until_stopped(config: Path, *, address: str | None, ray_address: str |
         ConfigError: If the configuration cannot work.
         StartError: If the runtime did not start; nothing of it is left behind.
     """
+    if detach and not ray:
+        raise StartError("--detach: expected Ray, found --no-ray: threads of this process cannot outlive it")
     from moe_runtime.launch.runtime import serve
 
     console = stdout_console()

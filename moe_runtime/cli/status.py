@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
 
 from moe_runtime.cli.validation import shape_text
 from moe_runtime.errors import MoERuntimeError, UnavailableError
@@ -99,17 +100,23 @@ def _layer_table(name: str, layer: Mapping[str, Any], loads: list[Mapping[str, A
         sum(load[key] for load in loads) for key in ("num_batches", "num_tokens", "queued_tokens", "batches_in_flight")
     )
     table = Table(
-        "expert", "kind", "state", "device", "node", "weights", "served", "full", "failed", "mean ms",
+        Column("expert", overflow="fold"), "state", "runs on", "weights", "served", "full", "failed", "mean ms",
         title=f"layer {name}: {shapes}, {layer['policy']}\n"
         f"tokens {tokens}, batches {batches}, queued tokens {queued}, batches in flight {in_flight}",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )  # fmt: skip
+    nodes = {replica["node"] for expert in layer["experts"] for replica in expert["replicas"]}
     for index, expert in enumerate(layer["experts"]):
-        table.add_row(*_expert_cells(expert, [load["experts"][index] for load in loads]))
+        counters = [load["experts"][index] for load in loads]
+        table.add_row(*_expert_cells(expert, counters, name_nodes=len(nodes) > 1))
     return table
 
 
-def _expert_cells(expert: Mapping[str, Any], loads: list[Mapping[str, Any]]) -> list[str]:
+def _expert_cells(expert: Mapping[str, Any], loads: list[Mapping[str, Any]], *, name_nodes: bool) -> list[str]:
     replicas = expert["replicas"]
     served, full, failed, products, compute_ms = (
         sum(load[key] for load in loads)
@@ -117,15 +124,19 @@ def _expert_cells(expert: Mapping[str, Any], loads: list[Mapping[str, Any]]) -> 
     )
     return [
         expert["name"],
-        expert["kind"],
         "\n".join(_styled(replica["state"]) for replica in replicas) or _styled("out"),
-        *("\n".join(str(replica[key]) for replica in replicas) for key in ("device", "node")),
-        "\n".join(replica["weights_version"][:12] for replica in replicas),
+        "\n".join(_place(replica, name_node=name_nodes) for replica in replicas),
+        "\n".join(replica["weights_version"][:8] for replica in replicas),
         str(served),
         str(full),
         str(failed),
         f"{compute_ms / products:.2f}" if products else "",
     ]
+
+
+def _place(replica: Mapping[str, Any], *, name_node: bool) -> str:
+    # Eight characters tell nodes apart; Ray's ids of them have 56.
+    return f"{replica['device']} pid {replica['pid']}" + (f" {replica['node'][:8]}" if name_node else "")
 
 
 def _styled(state: str) -> str:

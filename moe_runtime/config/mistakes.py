@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _MAX_FOUND_CHARS = 80
+_MAX_FOUND_BITS = 4096
 #: A validator of a whole block names the key at fault first: ``policy.k: expected ...``.
 _KEY_FIRST = re.compile(r"^([a-z_][a-z0-9_]*(?:\.[a-z0-9_]+)*): ")
 
@@ -55,6 +56,12 @@ def describe_mistakes(error: ValidationError, *, model: type[BaseModel], at: str
     )
 
 
+def describe_mistake(detail: ErrorDetails, *, model: type[BaseModel]) -> str:
+    """What was expected and found in one mistake of an input of ``model``, without the key's path."""
+    _, expected, tail = _describe(detail, _Place(model, detail["loc"]))
+    return expected + tail
+
+
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """What to say about a key that is not among the known ones; suggests the nearest."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -69,6 +76,9 @@ def found(value: object) -> str:
         return "nothing (null)"
     if isinstance(value, Mapping):
         return f"a mapping with {', '.join(map(str, value))}" if value else "an empty mapping"
+    if isinstance(value, int) and value.bit_length() > _MAX_FOUND_BITS:
+        # Python refuses to write out the largest integers.
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= _MAX_FOUND_CHARS else text[: _MAX_FOUND_CHARS - 3] + "..."
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+#: Native code behind the fields has no unbounded integers.
+MAX_COUNT = 2**31 - 1
+MAX_BYTES = 2**40
+#: Elements of one token: 1 GiB in float32.
+MAX_ITEM_ELEMENTS = 2**28
+MAX_THREADS = 1024
+_MAX_SECONDS = 30 * 24 * 3600
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -27,7 +36,10 @@ class LinearGateConfig(StrictModel):
     kind: Literal["linear"] = "linear"
     bias: bool = Field(False, description="Adds a learned bias per expert.")
     in_features: int | None = Field(
-        None, ge=1, description="Width of the gate's input; the flattened `item_shape` when not given."
+        None,
+        ge=1,
+        le=MAX_ITEM_ELEMENTS,
+        description="Width of the gate's input; the flattened `item_shape` when not given.",
     )
     jitter_eps: float = Field(
         0.0, ge=0, lt=1, description="Training only: multiplies the gate's copy of the input by U[1-eps, 1+eps]."
@@ -41,7 +53,7 @@ class MLPGateConfig(LinearGateConfig):
     """Linear, ReLU, linear (Eigen, Ranzato, Sutskever 2013)."""
 
     kind: Literal["mlp"]  # type: ignore[assignment]
-    hidden_features: int = Field(ge=1, description="Width of the hidden layer.")
+    hidden_features: int = Field(ge=1, le=MAX_ITEM_ELEMENTS, description="Width of the hidden layer.")
 
 
 class NoisyGateConfig(LinearGateConfig):
@@ -64,7 +76,7 @@ class TopKPolicyConfig(StrictModel):
     """Each token goes to its `k` experts of the highest score (Shazeer et al. 2017)."""
 
     kind: Literal["top_k"] = "top_k"
-    k: int = Field(2, ge=1, description="Experts per token.")
+    k: int = Field(2, ge=1, le=65536, description="Experts per token.")
     score: Literal["softmax", "sigmoid", "softmax_after_topk"] = Field(
         "softmax", description="How router logits become scores."
     )
@@ -73,8 +85,10 @@ class TopKPolicyConfig(StrictModel):
         description="`before_drop`: over the token's assignments, dropped ones included (a half-dropped token is "
         "attenuated); `after_drop`: over the served ones (a lone survivor gets weight 1); `none`: scores as they are.",
     )
-    norm_p: float = Field(1.0, gt=0, description="The p of the norm that weights are divided by; 1 is their sum.")
-    scaling_factor: float = Field(1.0, gt=0, description="Multiplies the weights, last.")
+    norm_p: float = Field(
+        1.0, ge=0.1, le=100, description="The p of the norm that weights are divided by; 1 is their sum."
+    )
+    scaling_factor: float = Field(1.0, gt=0, le=1e6, description="Multiplies the weights, last.")
 
 
 class SwitchPolicyConfig(StrictModel):
@@ -90,16 +104,16 @@ class CapacityConfig(StrictModel):
     """How many assignments one expert accepts in one batch, and what happens to the rest."""
 
     factor: float | None = Field(
-        None, gt=0, description="Capacity is ceil(factor x requested assignments / experts); null is dropless."
+        None, gt=0, le=1e6, description="Capacity is ceil(factor x requested assignments / experts); null is dropless."
     )
-    min: int = Field(4, ge=1, description="Capacity is at least this.")
+    min: int = Field(4, ge=1, le=MAX_COUNT, description="Capacity is at least this.")
     drop: Literal["position", "priority", "score", "random"] = Field(
         "position", description="Who is dropped when an expert is full."
     )
     overflow: Literal["drop", "reroute"] = Field(
         "drop", description="`reroute`: an overflowed assignment tries the token's next-best experts first."
     )
-    max_reroutes: int = Field(2, ge=1, description="Experts that one overflowed assignment tries.")
+    max_reroutes: int = Field(2, ge=1, le=65536, description="Experts that one overflowed assignment tries.")
 
 
 class ViewConfig(StrictModel):
@@ -121,13 +135,23 @@ class ViewConfig(StrictModel):
 class ResourcesConfig(StrictModel):
     """What an expert's actor asks of the cluster."""
 
-    num_cpus: float = Field(0.1, ge=0, description="CPUs that Ray reserves.")
+    num_cpus: float = Field(0.1, ge=0, le=65536, description="CPUs that Ray reserves.")
     num_gpus: float | None = Field(
-        None, ge=0, description="GPUs that Ray reserves; 1 where `device` resolves to cuda, else 0."
+        None,
+        ge=0,
+        le=1024,
+        description="GPUs that Ray reserves, a share of one or whole ones; 1 where `device` resolves to cuda, else 0.",
     )
-    memory_bytes: int | None = Field(None, ge=1, description="Memory that Ray reserves.")
+    memory_bytes: int | None = Field(None, ge=1, le=MAX_BYTES, description="Memory that Ray reserves.")
     custom: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources.")
     node_labels: dict[str, str] = Field(default_factory=dict, description="Labels that the node must have.")
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _share_or_whole(cls, num_gpus: float | None) -> float | None:
+        if num_gpus is not None and num_gpus > 1 and num_gpus != int(num_gpus):
+            raise ValueError(f"expected a whole number above 1, as Ray shares only a single GPU; found {num_gpus:g}")
+        return num_gpus
 
 
 class ExpertConfig(StrictModel):
@@ -176,9 +200,11 @@ class LayerConfig(StrictModel):
         "`passthrough` where shapes agree, else `none`, when not given.",
     )
     weight_on: WeightOn = Field("output", description="`input` scales what the expert sees (Llama 4).")
-    timeout_ms: float = Field(2000.0, gt=0, description="Bounds a batch, from its dispatch.")
+    timeout_ms: float = Field(2000.0, gt=0, le=_MAX_SECONDS * 1000, description="Bounds a batch, from its dispatch.")
     allow_non_finite: bool = Field(False, description="Accept NaN and infinities in the input.")
-    max_batches_in_flight: int = Field(2, ge=1, description="Batches of this layer that a router has under way.")
+    max_batches_in_flight: int = Field(
+        2, ge=1, le=65536, description="Batches of this layer that a router has under way."
+    )
     exact: bool = Field(
         False,
         description="Bit-identical to one process: a request is a batch of its own, hosts merge nothing, and experts' "
@@ -187,7 +213,7 @@ class LayerConfig(StrictModel):
     wire_dtype: WireDTypeName | None = Field(
         None, description="Of rows on their way to experts and back; `dtype` when not given. Halves their bytes."
     )
-    experts_per_actor: int = Field(1, ge=1, description="Neighbouring experts that share an actor.")
+    experts_per_actor: int = Field(1, ge=1, le=65536, description="Neighbouring experts that share an actor.")
     experts: list[ExpertConfig] = Field(min_length=1, description="The experts; gate rows follow their order.")
 
     @field_validator("item_shape")
@@ -195,6 +221,8 @@ class LayerConfig(StrictModel):
     def _positive(cls, shape: list[int]) -> list[int]:
         if any(size < 1 for size in shape):
             raise ValueError(f"expected sizes of at least 1, found {shape}")
+        if math.prod(shape) > MAX_ITEM_ELEMENTS:
+            raise ValueError(f"expected at most {MAX_ITEM_ELEMENTS} elements, found {shape}")
         return shape
 
     @property
@@ -231,12 +259,18 @@ class LayerConfig(StrictModel):
 class RouterConfig(StrictModel):
     """The router processes and their batcher."""
 
-    replicas: int = Field(1, ge=1, description="Router processes; replica i on a node takes port + i.")
+    replicas: int = Field(1, ge=1, le=1024, description="Router processes; replica i on a node takes port + i.")
     address: str = Field("127.0.0.1:50051", description="HOST:PORT of the first router; port 0 is any.")
-    max_batch_tokens: int = Field(4096, ge=1, description="Tokens that one batch holds at most.")
-    max_wait_ms: float = Field(2.0, ge=0, description="How long a request waits for batch-mates at most.")
-    max_queued_tokens: int = Field(65536, ge=1, description="Queued tokens above which requests are refused.")
-    max_queued_bytes: int = Field(1 << 30, ge=1, description="Queued bytes above which requests are refused.")
+    max_batch_tokens: int = Field(4096, ge=1, le=MAX_COUNT, description="Tokens that one batch holds at most.")
+    max_wait_ms: float = Field(
+        2.0, ge=0, le=_MAX_SECONDS * 1000, description="How long a request waits for batch-mates at most."
+    )
+    max_queued_tokens: int = Field(
+        65536, ge=1, le=MAX_COUNT, description="Queued tokens above which requests are refused."
+    )
+    max_queued_bytes: int = Field(
+        1 << 30, ge=1, le=MAX_BYTES, description="Queued bytes above which requests are refused."
+    )
 
     @field_validator("address")
     @classmethod
@@ -250,11 +284,15 @@ class RouterConfig(StrictModel):
 class LimitsConfig(StrictModel):
     """What one request may ask for."""
 
-    max_request_bytes: int = Field(256 << 20, ge=1, description="Bytes of one request, streamed ones included.")
-    max_request_tokens: int = Field(65536, ge=1, description="Tokens of one request.")
-    max_concurrent_requests: int = Field(1024, ge=1, description="Requests that a router holds; more are refused.")
-    default_timeout_s: float = Field(10.0, gt=0, description="Deadline of a request that has none.")
-    max_timeout_s: float = Field(300.0, gt=0, description="Longest deadline that a request may have.")
+    max_request_bytes: int = Field(
+        256 << 20, ge=1, le=MAX_BYTES, description="Bytes of one request, streamed ones included."
+    )
+    max_request_tokens: int = Field(65536, ge=1, le=MAX_COUNT, description="Tokens of one request.")
+    max_concurrent_requests: int = Field(
+        1024, ge=1, le=MAX_COUNT, description="Requests that a router holds; more are refused."
+    )
+    default_timeout_s: float = Field(10.0, gt=0, le=_MAX_SECONDS, description="Deadline of a request that has none.")
+    max_timeout_s: float = Field(300.0, gt=0, le=_MAX_SECONDS, description="Longest deadline that a request may have.")
 
     @model_validator(mode="after")
     def _default_within_maximum(self) -> LimitsConfig:
@@ -292,8 +330,8 @@ class RuntimeConfig(StrictModel):
     threads: Literal["auto"] | int = Field(
         "auto", description="Torch threads per expert actor; `auto` is max(1, cores // experts on the node)."
     )
-    seed: int = Field(0, ge=0, description="Initialises what has no weights.")
-    start_timeout_s: float = Field(60.0, gt=0, description="Bounds every placement and start.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Initialises what has no weights.")
+    start_timeout_s: float = Field(60.0, gt=0, le=_MAX_SECONDS, description="Bounds every placement and start.")
     plug_ins: list[str] = Field(
         default_factory=list, description="Distributions that must be installed: `name` or `name==version`."
     )
@@ -304,7 +342,7 @@ class RuntimeConfig(StrictModel):
 
     @field_validator("threads")
     @classmethod
-    def _at_least_one_thread(cls, threads: Literal["auto"] | int) -> Literal["auto"] | int:
-        if threads != "auto" and threads < 1:
-            raise ValueError(f"expected auto or at least 1, found {threads}")
+    def _bounded_threads(cls, threads: Literal["auto"] | int) -> Literal["auto"] | int:
+        if threads != "auto" and not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"expected auto or 1 to {MAX_THREADS}, found {threads}")
         return threads

@@ -32,6 +32,11 @@ def read_yaml(path: Path) -> Any:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.MarkedYAMLError as exc:
         raise ConfigError(f"{path.name}: {_in_one_line(exc)}") from exc
+    except RecursionError as exc:
+        raise ConfigError(f"{path.name}: expected a few levels of nesting, found too many to read") from exc
+    except ValueError as exc:
+        # PyYAML passes on what int() and date() say, such as of too many digits.
+        raise ConfigError(f"{path.name}: a value cannot be read: {exc}") from exc
     except yaml.YAMLError as exc:
         raise ConfigError(f"{path.name}: {' '.join(str(exc).split())}") from exc
 

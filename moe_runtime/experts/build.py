@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.errors import ConfigError, PlugInError, WeightsError
+from moe_runtime.errors import PlugInError, WeightsError
 from moe_runtime.experts.outputs import output_mistake
-from moe_runtime.experts.spec import build_module, contract_of
+from moe_runtime.experts.spec import build_module, contract_of, raised_by_kind
 from moe_runtime.experts.view import resolve_view
 from moe_runtime.experts.weights import check_fit, load_into, load_weights
 
@@ -130,11 +130,8 @@ def _try_out(expert: LoadedExpert, device: torch.device) -> None:
             mistake = output_mistake(outputs, num_rows=2, contract=contract, dtype=spec.torch_dtype)
             if mistake is None:
                 mistake = _impurity(given, rows, outputs, again)
-    except Exception as exc:
-        raise ConfigError(
-            f"{spec.where}: a trial run of kind {spec.kind!r} in {spec.dtype} on {device} raised "
-            f"{type(exc).__name__}: {exc}"
-        ) from exc
+    except (Exception, SystemExit) as exc:
+        raise raised_by_kind(f"a trial run of kind {spec.kind!r} in {spec.dtype} on {device}", spec, exc) from exc
     if mistake is not None:
         raise PlugInError(f"{spec.where}: a trial run of kind {spec.kind!r} broke its contract: {mistake}")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.errors import ExpertError
+from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.outputs import num_spoiled_rows, output_mistake
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ class ExpertHost:
                 mistake = output_mistake(outputs, num_rows=rows.shape[0], contract=expert.contract, dtype=dtype)
                 if mistake is None:
                     return inputs, outputs.to("cpu", expert.spec.row_dtype).contiguous()
-        except Exception as exc:
-            raise ExpertError(f"{replica_id}: the expert raised {type(exc).__name__}: {exc}") from exc
+        except (Exception, SystemExit) as exc:
+            raise ExpertError(f"{replica_id}: the expert raised {in_one_line(exc)}") from exc
         raise ExpertError(f"{replica_id}: {mistake}")
 
     def _elapsed_ms(self, started: float) -> float:

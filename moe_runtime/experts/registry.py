@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.config.models import StrictModel
 from moe_runtime.errors import ConfigError, PlugInError
+from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.kinds.conv import CONV
 from moe_runtime.experts.kinds.feed_forward import FEED_FORWARD, SWIGLU
 from moe_runtime.experts.kinds.recurrent import RECURRENT
@@ -77,9 +78,9 @@ def _plug_in_kind(kind: str) -> ExpertKind[Any]:
 def _load(point: EntryPoint) -> ExpertKind[Any]:
     try:
         loaded = point.load()
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise PlugInError(
-            f"kind {point.name!r}: loading {point.value!r} from {_owner(point)} raised {type(exc).__name__}: {exc}"
+            f"kind {point.name!r}: loading {point.value!r} from {_owner(point)} raised {in_one_line(exc)}"
         ) from exc
     if not isinstance(loaded, ExpertKind):
         raise PlugInError(

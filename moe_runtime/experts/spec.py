@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
 
+from moe_runtime.config.mistakes import describe_mistake
+from moe_runtime.config.models import MAX_ITEM_ELEMENTS
 from moe_runtime.errors import ConfigError, PlugInError
+from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.protocol import Expert, ExpertContract
-from moe_runtime.experts.registry import resolve_kind
+from moe_runtime.experts.registry import BUILT_IN_KINDS, resolve_kind
 from moe_runtime.experts.suggestions import did_you_mean
 from moe_runtime.experts.view import resolve_view
 
@@ -83,7 +87,13 @@ def expert_contract(spec: ExpertSpec) -> ExpertContract:
         PlugInError: If the kind's plug-in is broken.
     """
     with torch.device("meta"):
-        return contract_of(build_module(spec), spec)
+        contract = contract_of(build_module(spec), spec)
+    if math.prod(contract.out_shape) > MAX_ITEM_ELEMENTS:
+        raise ConfigError(
+            f"{spec.where}: expected output rows of at most {MAX_ITEM_ELEMENTS} elements, "
+            f"found the shape {list(contract.out_shape)}"
+        )
+    return contract
 
 
 def build_module(spec: ExpertSpec) -> nn.Module:
@@ -91,7 +101,7 @@ def build_module(spec: ExpertSpec) -> nn.Module:
 
     Raises:
         ConfigError: If the kind, its options, the view or the shape does not work.
-        PlugInError: If the kind's plug-in is broken.
+        PlugInError: If the kind's plug-in is broken, or ends the process.
     """
     try:
         kind = resolve_kind(spec.kind)
@@ -105,11 +115,17 @@ def build_module(spec: ExpertSpec) -> nn.Module:
         return kind.build(view.shape, options)
     except ConfigError as exc:
         raise ConfigError(f"{spec.where}: {exc}") from exc
-    except Exception as exc:
-        raise PlugInError(
-            f"{spec.where}: building kind {spec.kind!r} for rows of shape {list(view.shape)} raised "
-            f"{type(exc).__name__}: {exc}"
-        ) from exc
+    except (Exception, SystemExit) as exc:
+        raise raised_by_kind(f"building kind {spec.kind!r} for rows of shape {list(view.shape)}", spec, exc) from exc
+
+
+def raised_by_kind(doing: str, spec: ExpertSpec, error: BaseException) -> ConfigError:
+    """The error that stands for one that a kind's code raised: ``PlugInError`` if the kind is a plug-in's.
+
+    A built-in kind raises only where the configuration asks for what torch cannot do.
+    """
+    error_class = ConfigError if spec.kind in BUILT_IN_KINDS else PlugInError
+    return error_class(f"{spec.where}: {doing} raised {in_one_line(error)}")
 
 
 def contract_of(module: nn.Module, spec: ExpertSpec) -> ExpertContract:
@@ -137,6 +153,8 @@ def _parse_options(spec: ExpertSpec, model: type[StrictModel]) -> StrictModel:
         return model.model_validate(dict(spec.options))
     except ValidationError as exc:
         raise ConfigError("\n".join(_option_mistake(spec, model, error) for error in exc.errors())) from exc
+    except (Exception, SystemExit) as exc:
+        raise raised_by_kind(f"checking the options of kind {spec.kind!r}", spec, exc) from exc
 
 
 def _option_mistake(spec: ExpertSpec, model: type[StrictModel], error: ErrorDetails) -> str:
@@ -148,4 +166,4 @@ def _option_mistake(spec: ExpertSpec, model: type[StrictModel], error: ErrorDeta
         return f"{path}: kind {spec.kind!r} needs this option, found none"
     if error["type"] == "value_error":
         return f"{path}: {error['ctx']['error']}"
-    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    return f"{path}: {describe_mistake(error, model=model)}"

@@ -118,7 +118,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into the parameters and buffers of a module, all of them or none.
 
     Raises:
-        WeightsError: With one line per tensor that is missing, unexpected, or of another shape or dtype.
+        WeightsError: With one line per tensor that is missing, unexpected, of another shape or dtype, or not finite.
     """
     check_fit(module, tensors)
     module.load_state_dict(tensors)
@@ -128,9 +128,10 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Check that tensors are those of a module, which may be on the meta device.
 
     Raises:
-        WeightsError: With one line per tensor that is missing, unexpected, or of another shape or dtype.
+        WeightsError: With one line per tensor that is missing, unexpected, of another shape or dtype, or not finite.
     """
     wanted = module.state_dict()
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     mistakes = [f"expected the tensor {name!r}, found none" for name in wanted if name not in tensors]
     for name, tensor in tensors.items():
         if name not in wanted:
@@ -142,8 +143,17 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"{name}: expected dtype {wanted[name].dtype}, found {tensor.dtype}; convert the file, or set the "
                 f"layer's `dtype`"
             )
+        elif _is_spoiled(tensor, is_parameter=name in parameters):
+            mistakes.append(f"{name}: holds NaN or infinities")
     if mistakes:
         raise WeightsError("\n".join(mistakes))
+
+
+def _is_spoiled(tensor: Tensor, *, is_parameter: bool) -> bool:
+    if not tensor.is_floating_point():
+        return False
+    # A buffer may be a mask of minus infinity.
+    return not bool(tensor.isfinite().all()) if is_parameter else bool(tensor.isnan().any())
 
 
 def _manifest_entry(path: Path) -> dict[str, Any]:
@@ -160,7 +170,7 @@ def _listed_sha256(path: Path) -> str | None:
         return None if entry is None else str(entry["sha256"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         if isinstance(exc, WeightsError):
             raise
         raise WeightsError(f"{manifest}: expected a manifest of weight files, found something else: {exc!r}") from exc
@@ -172,7 +182,7 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as exc:
         raise WeightsError(f"{path}: expected a weight file, found none") from exc
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise WeightsError(f"{path}: expected a readable weight file, found: {exc}") from exc
 
 

@@ -12,7 +12,7 @@ from moe_runtime.experts.build import check_weights
 from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.experts.spec import expert_contract
 from moe_runtime.launch.expansion import expand_experts, name_mistakes
-from moe_runtime.launch.gates import gate_seed, load_gate
+from moe_runtime.launch.gates import check_gate_weights, gate_seed
 from moe_runtime.launch.packing import pack_experts
 from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary, RouterRecipe
 from moe_runtime.routing.policies import build_policy
@@ -209,13 +209,14 @@ class _LayerCheck:
             self._mistakes.add(exc, prefix=expert.key, instead_of=spec.where)
 
     def _check_gate(self) -> None:
+        if self._gate_weights is None:
+            return
         try:
-            load_gate(
+            check_gate_weights(
                 self._layer.gate,
                 weights=self._gate_weights,
                 in_features=self._gate_features,
                 num_experts=len(self._experts),
-                seed=0,
             )
         except WeightsError as exc:
             self._mistakes.add(exc, prefix=f"{self._key}.gate.weights: ")

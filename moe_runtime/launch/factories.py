@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.router_process import RouterProcess
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
@@ -37,6 +39,8 @@ class RouterProcessFactory:
 
     def __call__(self, location: Location) -> RouterProcess:
         """The process, not yet started."""
+        # A router's products are small: threads of its own would wait for each other, and for the experts'.
+        torch.set_num_threads(1)
         open_transport = partial(ZmqTransport, node=location.node, encryption=self.recipe.encryption)
         return RouterProcess(self.recipe, open_transport=open_transport, node=location.node)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from moe_runtime.experts.weights import load_into, load_weights
+import torch
+
+from moe_runtime.experts.weights import check_fit, load_into, load_weights
 from moe_runtime.routing.gates import build_gate
 
 if TYPE_CHECKING:
@@ -36,3 +38,14 @@ def load_gate(config: GateConfig, *, weights: str | None, in_features: int, num_
     if weights is not None:
         load_into(gate, load_weights(weights).tensors)
     return gate.eval()
+
+
+def check_gate_weights(config: GateConfig, *, weights: str, in_features: int, num_experts: int) -> None:
+    """Check a gate's file as ``load_gate`` would, without allocating the gate.
+
+    Raises:
+        WeightsError: With one line per mistake: the file is missing, corrupt, or does not fit the gate.
+    """
+    with torch.device("meta"):
+        gate = build_gate(config, in_features=in_features, num_experts=num_experts, seed=0)
+    check_fit(gate, load_weights(weights).tensors)

@@ -7,6 +7,9 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from moe_runtime.errors import StartError
 from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.router_process import RouterProcess
 from moe_runtime.ray_backend.addresses import router_addresses
@@ -54,8 +57,11 @@ class InProcessSession:
 
         Raises:
             ConfigError: If an expert or a gate cannot be built.
-            StartError: If an address cannot be bound.
+            StartError: If an address cannot be bound, or an expert is to run on a GPU and there is none.
         """
+        for spec in self._specs:
+            if spec.device == "cuda" and not torch.cuda.is_available():
+                raise StartError(f"{spec.host_id}: expected a GPU that torch can use, found none; set `device: cpu`")
         try:
             self._start(on_progress or _ignore)
         except BaseException:

@@ -86,8 +86,6 @@ class RouterProcess:
             ConfigError: If a gate cannot be built.
             StartError: If the address cannot be bound.
         """
-        # Its products are small, and several threads of its own would wait for each other and for the experts'.
-        torch.set_num_threads(1)
         layers = {layer.name: build_routed_layer(layer) for layer in self._recipe.layers}
         transport = self._open_transport()
         service = RouterService(

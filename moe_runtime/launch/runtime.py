@@ -13,7 +13,9 @@ from moe_runtime.launch.build import build_router
 from moe_runtime.launch.in_process import InProcessSession
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
+from moe_runtime.ray_backend.addresses import is_loopback, split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
+from moe_runtime.ray_backend.ports import check_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -145,7 +147,7 @@ def serve(
     loaded = _with_address(load_config(config), address)
     if not ray:
         if detach:
-            raise StartError("detach: expected ray=True: threads of this process cannot outlive it")
+            raise StartError("detach: expected ray=True, found False: threads of this process cannot outlive it")
         return _serve_in_process(loaded, on_progress)
     return _serve_on_ray(loaded, ray_address=ray_address, detach=detach, on_progress=on_progress)
 
@@ -161,7 +163,10 @@ def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
         StartError: If there is no such cluster, or no runtime of this name on it.
     """
     if not is_initialised() and existing_address(ray_address) is None:
-        raise StartError("attach: expected the address of a Ray cluster, found none; give ray_address or RAY_ADDRESS")
+        raise StartError(
+            "expected the address of a Ray cluster, found none; "
+            "set RAY_ADDRESS, or give --ray-address (in Python ray_address)"
+        )
     cluster = connect(ray_address)
     try:
         from moe_runtime.ray_backend.session import attach as attach_session
@@ -175,6 +180,7 @@ def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
 def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], None] | None) -> Runtime:
     config = loaded.config
     recipe = build_router(loaded)
+    check_ports(config.router.address, config.router.replicas)
     hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
     session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
     session.start(on_progress)
@@ -188,13 +194,18 @@ def _serve_on_ray(
     detach: bool,
     on_progress: Callable[[int, int], None] | None,
 ) -> Runtime:
-    if detach and not is_initialised() and existing_address(ray_address) is None:
+    starts_ray = not is_initialised() and existing_address(ray_address) is None
+    if detach and starts_ray:
         raise StartError(
             "detach: expected a cluster that outlives this process, found none: "
             "start one with `ray start --head`, or give its address"
         )
     # Before the cluster is touched: most mistakes are in the configuration.
     recipe = build_router(loaded)
+    router = loaded.config.router
+    if starts_ray and is_loopback(split_address(router.address)[0]):
+        # On an existing cluster later: there, a runtime of this name may hold the ports.
+        check_ports(router.address, router.replicas)
     demands = [expert.resources.num_cpus for layer in recipe.layers for expert in layer.experts]
     cluster = connect(ray_address, total_cpus=sum(demands))
     try:

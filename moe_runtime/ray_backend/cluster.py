@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from moe_runtime.errors import StartError
 _AUTH_MODE, _AUTH_TOKEN, _AUTH_TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 #: Tokens never pass through Ray's object store; what does are descriptions.
 _EMBEDDED_STORE_BYTES = 128 << 20
+_PROBE_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,13 @@ def connect(ray_address: str | None = None, *, total_cpus: float = 0.0) -> Clust
     address = existing_address(ray_address)
     initialised = is_initialised()
     if not initialised:
+        if address is not None:
+            _expect_answer(address)
         # Ray reads the mode when it is imported, and without one would write a world-readable token file.
         _set_auth_mode(embedded=address is None)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's default of 15 lets any other process of the machine starve experts and routers.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     if not initialised:
@@ -108,6 +114,20 @@ def _init(address: str | None, *, total_cpus: float) -> None:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+
+
+def _expect_answer(address: str) -> None:
+    """Fail now where nobody listens: Ray would try for a minute, and then end the process."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdecimal():
+        # ``auto`` and ``ray://``, which Ray resolves itself.
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError, UnicodeError) as exc:
+        raise StartError(
+            f"no Ray cluster answers at {address}; start one with `ray start --head` or leave the address out"
+        ) from exc
 
 
 def _set_auth_mode(*, embedded: bool) -> None:

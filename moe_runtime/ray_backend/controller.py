@@ -121,6 +121,8 @@ class Controller:
         await self._bounded((router.stop() for router in routers), _CALL_TIMEOUT_S)
         await self._bounded((host.stop() for host in _ready(self._hosts)), _CALL_TIMEOUT_S)
         await asyncio.gather(*(keeper.handle.kill() for keeper in self._keepers if keeper.handle is not None))
+        for host in self._hosts:
+            host.clean_up()
         self._ended.set()
         return drained
 

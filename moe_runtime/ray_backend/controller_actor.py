@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,6 +22,25 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_MAX_KEPT_WARNINGS = 100
+
+
+class _WarningKeeper(logging.Handler):
+    """Keeps the newest warnings of this process, whose output nobody sees, for whoever renews the lease."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._messages: deque[str] = deque(maxlen=_MAX_KEPT_WARNINGS)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        """The messages since the last time."""
+        messages = list(self._messages)
+        self._messages.clear()
+        return messages
+
 
 class ControllerActor:
     """Runs one runtime's controller; a restarted one resumes by itself, because nobody would tell it to."""
@@ -28,6 +48,8 @@ class ControllerActor:
     async def __init__(self, plan: RuntimePlan) -> None:  # type: ignore[misc]  # Ray awaits it, in the loop
         """Make the controller of a plan; the first one waits for ``start``."""
         self._name = plan.name
+        self._warnings = _WarningKeeper()
+        logging.getLogger("moe_runtime").addHandler(self._warnings)
         self._controller = Controller(plan, spawner=RaySpawner(plan.name), clock=LoopClock())
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self._resuming = asyncio.create_task(self._resume()) if restarted else None
@@ -41,9 +63,10 @@ class ControllerActor:
             return Failure(type(exc).__name__, str(exc))
         return None
 
-    async def renew(self) -> None:
-        """Extend the lease."""
+    async def renew(self) -> list[str]:
+        """Extend the lease; what the controller has warned of since the last time."""
         self._controller.renew()
+        return self._warnings.take()
 
     async def progress(self) -> list[int]:
         """Number of actors that are ready, and of all."""

@@ -177,6 +177,11 @@ class HostKeeper:
             else:
                 await self._fail(await self._watch())
 
+    def clean_up(self) -> None:
+        """Remove what the host that was ready last left behind; for when it is dead, or killed."""
+        if self._report is not None:
+            self._spawner.clean_up(self._report.endpoint)
+
     def replicas(self) -> Iterator[tuple[ReplicaPlan, Replica]]:
         """What the routing table says of this host; nothing before it was first ready."""
         if self._report is None or self.location is None:
@@ -259,6 +264,7 @@ class HostKeeper:
         handle, self._handle = self._handle, None
         if handle is not None:
             await self._remove(handle)
+        self.clean_up()
         self._spawner.sweep()
 
     async def _remove(self, handle: HostHandle) -> None:

@@ -14,7 +14,8 @@ from moe_runtime.ray_backend.names import NAMESPACE, expert_name, router_name
 from moe_runtime.ray_backend.placement import actor_options, explain_unmet
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.router_actor import RouterActor
-from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
+from moe_runtime.ray_backend.whereabouts import locate
+from moe_runtime.transport.ipc_folder import default_ipc_folder, remove_ipc, sweep_ipc
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         RoutersPlan,
         Snapshot,
     )
+    from moe_runtime.service.ports import Endpoint
 
 #: A call may be lost with its actor; whoever called decides what then.
 _DETACHED = {"lifetime": "detached", "namespace": NAMESPACE, "max_task_retries": 0}
@@ -170,6 +172,11 @@ class RaySpawner:
     def sweep(self) -> None:
         """Remove the ipc sockets that dead hosts left on this node."""
         sweep_ipc(default_ipc_folder())
+
+    def clean_up(self, endpoint: Endpoint) -> None:
+        """Remove the ipc socket of a dead or killed host, if it was on this node."""
+        if endpoint.local is not None and endpoint.node == locate().node:
+            remove_ipc(endpoint.local)
 
 
 def find_actor(name: str) -> Any:

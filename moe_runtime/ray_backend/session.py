@@ -13,6 +13,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from moe_runtime.errors import AlreadyRunningError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
 from moe_runtime.ray_backend.names import NAMESPACE, belongs_to, controller_name
+from moe_runtime.ray_backend.ports import check_ports
 from moe_runtime.ray_backend.ray_spawner import find_actor
 
 if TYPE_CHECKING:
@@ -85,12 +86,20 @@ class RaySession:
             self._renewing.join()
 
     def _renew(self) -> None:
+        is_renewed = True
         while not self._closed.wait(_RENEW_EVERY_S):
             try:
-                # Not waited for: a controller that restarts starts with a full lease.
-                self._controller.renew.remote()
+                # Bounded, and then just tried again: a controller that restarts starts with a full lease.
+                warnings = ray.get(self._controller.renew.remote(), timeout=_RENEW_EVERY_S)
             except RayError as exc:
-                _LOG.warning("runtime %s: its lease could not be renewed: %s", self.name, exc)
+                if is_renewed and not self._closed.is_set():
+                    reason = type(exc).__name__
+                    _LOG.warning("runtime %s: its lease is not renewed at the moment: %s", self.name, reason)
+                is_renewed = False
+                continue
+            is_renewed = True
+            for warning in warnings:
+                _LOG.warning("runtime %s: %s", self.name, warning)
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float = _SPARE_S) -> Any:
         """The controller's answer, also if Ray restarts it meanwhile: everything asked here may be asked twice."""
@@ -114,12 +123,16 @@ def launch(plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None 
 
     Raises:
         AlreadyRunningError: If a runtime of this name is there.
+        ConfigError: If a router's port is above 65535.
         PlacementError: If the cluster has no room for it.
         StartError: If it did not start; nothing of it is left behind.
     """
     controller = _create_controller(plan)
     try:
         end_actors(plan.name, but=controller_name(plan.name))
+        if plan.routers.node_id is not None:
+            # On this machine. Only now: a runtime of this name, or what is left of one, may hold the ports.
+            check_ports(plan.routers.address, plan.routers.count)
         failure = _await_start(controller, plan, on_progress)
         if failure is not None:
             raise (PlacementError if failure.error == PlacementError.__name__ else StartError)(failure.message)

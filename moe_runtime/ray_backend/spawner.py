@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RoutersPlan,
         Snapshot,
     )
+    from moe_runtime.service.ports import Endpoint
 
 ResultT = TypeVar("ResultT")
 
@@ -184,4 +185,8 @@ class Spawner(Protocol):
 
     def sweep(self) -> None:
         """Remove what dead hosts of this node left behind."""
+        ...
+
+    def clean_up(self, endpoint: Endpoint) -> None:
+        """Remove what one host that is dead, or was killed, left behind, if it was on this node."""
         ...

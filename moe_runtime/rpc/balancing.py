@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,8 @@ def addresses_of(target: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         InvalidRequestError: If there is none, or one is not of the form ``HOST:PORT``.
     """
+    if not isinstance(target, Iterable):
+        raise InvalidRequestError(f"target: expected HOST:PORT or a list of them, found {target!r}")
     addresses = (target,) if isinstance(target, str) else tuple(target)
     if not addresses:
         raise InvalidRequestError("target: expected at least one HOST:PORT, found none")

@@ -76,6 +76,14 @@ def near_path(path: Path) -> Path:
     return path.with_suffix(_NEAR_SUFFIX)
 
 
+def remove_ipc(address: str) -> None:
+    """Remove the sockets of a process that is dead or dying, by its ipc address, if they are still there."""
+    path = path_of(address)
+    if path is not None:
+        path.unlink(missing_ok=True)
+        near_path(path).unlink(missing_ok=True)
+
+
 def sweep_ipc(folder: Path, *, min_age_s: float = 10.0) -> int:
     """Remove the sockets that dead processes left in a folder; those of the living are not touched.
 

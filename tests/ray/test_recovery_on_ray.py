@@ -8,6 +8,7 @@ import signal
 import torch
 
 from moe_runtime.rpc.client import MoEClient
+from moe_runtime.transport.ipc_folder import default_ipc_folder
 
 
 def state_of(runtime, host):
@@ -19,7 +20,7 @@ def is_back(runtime, host, old_pid):
     return now["state"] == "ready" and now["pid"] != old_pid
 
 
-def test_a_killed_expert_costs_its_assignments_and_comes_back(runtime, eventually):
+def test_a_killed_expert_costs_its_assignments_and_comes_back(runtime, eventually, caplog):
     before = runtime.describe()
     killed = before["hosts"][0]["pid"]
     old = before["layers"]["l"]["experts"][0]["replicas"][0]["incarnation"]
@@ -36,6 +37,9 @@ def test_a_killed_expert_costs_its_assignments_and_comes_back(runtime, eventuall
         eventually(lambda: ask().num_dropped_failure == 4)
         eventually(lambda: is_back(runtime, 0, killed))
         eventually(lambda: ask().num_served == 8)
+    assert not list(default_ipc_folder().glob(f"{killed}-*"))
+    host_id = before["hosts"][0]["host_id"]
+    eventually(lambda: f"runtime shared: expert host {host_id} is out: " in caplog.text)
     for report in reports:
         assert report.num_served + report.num_dropped_failure == 8
         assert report.num_served >= 4

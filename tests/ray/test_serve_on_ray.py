@@ -51,9 +51,17 @@ def test_every_expert_has_an_actor_process_of_its_own(runtime, actor_names):
 
 def test_a_second_runtime_of_one_name_is_refused_and_harms_nobody(runtime, make_config):
     with pytest.raises(AlreadyRunningError, match="runtime shared: one of this name is running"):
-        serve(make_config("shared"))
+        serve(make_config("shared", router={"address": runtime.address}))
     with MoEClient(runtime.address) as client:
         assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 2
+
+
+def test_a_port_that_is_taken_is_told_before_any_expert_starts(runtime, make_config, actor_names):
+    seen = []
+    with pytest.raises(StartError, match=f"^router.address {runtime.address}: expected a free port, found it taken"):
+        serve(make_config("late", router={"address": runtime.address}), on_progress=lambda *ready: seen.append(ready))
+    assert seen == []
+    assert actor_names("late") == []
 
 
 def test_an_expert_that_raises_in_its_actor_fails_the_start_with_its_text(make_config, actor_names):

@@ -228,3 +228,9 @@ def test_target_is_one_address_or_several() -> None:
 def test_target_that_is_no_address_is_refused(target: Any) -> None:
     with pytest.raises(InvalidRequestError, match="target"):
         ClientCore(target, retry_policy=POLICY)
+
+
+@pytest.mark.parametrize("target", [None, 5])
+def test_a_target_that_is_neither_text_nor_a_list_is_refused(target: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=f"^target: expected HOST:PORT or a list of them, found {target}$"):
+        addresses_of(target)

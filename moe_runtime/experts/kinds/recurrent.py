@@ -20,7 +20,7 @@ class RecurrentOptions(StrictModel):
 
     cell: Literal["gru", "lstm"] = Field("gru", description="The recurrent cell.")
     hidden_features: int = Field(64, ge=1, description="Width of the hidden state.")
-    num_layers: int = Field(1, ge=1, description="Recurrent layers on top of each other.")
+    num_layers: int = Field(1, ge=1, le=1024, description="Recurrent layers on top of each other.")
     out_features: int | None = Field(
         None,
         ge=1,

@@ -22,7 +22,7 @@ class TransformerOptions(StrictModel):
 
     hidden_size: int = Field(32, ge=1, description="Width of the blocks; rows are projected to it and back.")
     num_heads: int = Field(4, ge=1, description="Attention heads; must divide `hidden_size`.")
-    num_layers: int = Field(1, ge=1, description="Encoder blocks on top of each other.")
+    num_layers: int = Field(1, ge=1, le=1024, description="Encoder blocks on top of each other.")
     feed_forward_features: int | None = Field(
         None, ge=1, description="Hidden width of each block's feed-forward; 4 x `hidden_size` when not given."
     )

@@ -100,3 +100,19 @@ def test_status_of_something_that_is_no_address_is_one_line() -> None:
 @pytest.mark.parametrize("arguments", [("serve",), ("serve", "a", "b"), ("walk",), ("status", "--timeout-s", "0")])
 def test_a_wrong_use_of_a_command_exits_2(arguments: tuple[str, ...]) -> None:
     assert moe_runtime_command(*arguments).returncode == 2
+
+
+def test_detach_without_ray_is_told_in_flags(tmp_path: Path) -> None:
+    result = moe_runtime_command("serve", write(tmp_path, CONFIG), "--no-ray", "--detach")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: --detach: expected Ray, found --no-ray: threads of this process cannot outlive it\n"
+    )
+
+
+def test_stop_without_a_cluster_names_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    result = moe_runtime_command("stop", "small")
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert "give --ray-address" in line

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -35,8 +36,8 @@ def router(address: str, *, served: int, compute_ms: float, products: int) -> Ro
     )
 
 
-def printed(*routers: RouterView, as_json: bool = False) -> str:
-    console = Console(file=io.StringIO(), width=160, highlight=False)
+def printed(*routers: RouterView, as_json: bool = False, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
     (print_json if as_json else print_tables)(routers, console=console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -45,6 +46,11 @@ def printed(*routers: RouterView, as_json: bool = False) -> str:
 def row(text: str, first_cell: str) -> list[str]:
     [line] = [line for line in text.splitlines() if line.startswith(f"│ {first_cell}")]
     return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def cells(text: str, first_cell: str) -> list[str]:
+    [line] = [line for line in text.splitlines() if line.startswith(f"{first_cell} ")]
+    return re.split(r" {2,}", line.strip())
 
 
 def test_a_router_is_a_row_with_its_load() -> None:
@@ -56,7 +62,7 @@ def test_counters_of_an_expert_are_summed_over_the_routers() -> None:
     text = printed(
         router("h:1", served=10, compute_ms=6.0, products=4), router("h:2", served=20, compute_ms=2.0, products=4)
     )
-    assert row(text, "conv-0") == ["conv-0", "conv", "ready", "cpu", "n1", "0123456789ab", "30", "2", "4", "1.00"]
+    assert cells(text, "conv-0") == ["conv-0", "ready", "cpu pid 7 n1", "01234567", "30", "2", "4", "1.00"]
     assert "tokens 80, batches 6, queued tokens 10, batches in flight 2" in text
 
 
@@ -69,7 +75,22 @@ def test_each_replica_of_an_expert_has_its_own_line() -> None:
 
 def test_an_expert_without_replicas_is_out_and_has_no_mean_time() -> None:
     text = printed(router("h:1", served=10, compute_ms=6.0, products=4))
-    assert row(text, "lost-0") == ["lost-0", "lost", "out", "", "", "", "10", "1", "2", ""]
+    assert cells(text, "lost-0") == ["lost-0", "out", "10", "1", "2"]
+
+
+def test_tables_read_well_at_80_columns() -> None:
+    view = router("127.0.0.1:50051", served=123456, compute_ms=6.0, products=4)
+    experts = view.description["layers"]["digits"]["experts"]
+    experts[0] = {
+        "name": "feed_forward-0",
+        "kind": "feed_forward",
+        "replicas": [{**replica("ready", node="a" * 56), "pid": 123456}],
+    }
+    text = printed(view, width=80)
+    assert "…" not in text
+    assert cells(text, "feed_forward-0") == [
+        "feed_forward-0", "ready", "cpu pid 123456", "01234567", "123456", "1", "2", "1.50"
+    ]  # fmt: skip
 
 
 def test_shapes_are_printed_as_the_configuration_writes_them() -> None:

@@ -1,10 +1,23 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from moe_runtime.config.load import load_config
-from moe_runtime.config.models import RuntimeConfig
+from moe_runtime.config.models import (
+    CapacityConfig,
+    ExpertConfig,
+    LayerConfig,
+    LimitsConfig,
+    LinearGateConfig,
+    MLPGateConfig,
+    ResourcesConfig,
+    RouterConfig,
+    RuntimeConfig,
+    TopKPolicyConfig,
+)
 from moe_runtime.errors import ConfigError
 
 ISSUE_EXAMPLE = """
@@ -99,7 +112,7 @@ def test_a_key_of_one_kind_of_policy_is_known_by_that_kind_alone() -> None:
         ),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda, found 'tpu'"),
         ({"threads": "many"}, "threads: expected auto or a whole number, found 'many'"),
-        ({"threads": 0}, "threads: expected auto or at least 1, found 0"),
+        ({"threads": 0}, "threads: expected auto or 1 to 1024, found 0"),
         ({"seed": -1}, "seed: expected at least 0, found -1"),
         ({"seed": 1.5}, "seed: expected a whole number, found 1.5"),
         ({"start_timeout_s": 0}, "start_timeout_s: expected more than 0.0, found 0"),
@@ -259,3 +272,67 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
 def test_a_source_of_another_type_is_refused(source: Any) -> None:
     [line] = mistakes(source)
     assert line.startswith("configuration: expected a path or a mapping, found ")
+
+
+HUGE = 10**30
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (runtime(threads=100_000_000), "threads: expected auto or 1 to 1024, found 100000000"),
+        (runtime(threads=HUGE), f"threads: expected auto or 1 to 1024, found {HUGE}"),
+        (runtime(seed=HUGE), f"seed: expected at most {2**63 - 1}, found {HUGE}"),
+        (runtime(start_timeout_s=1e300), "start_timeout_s: expected at most 2592000.0, found 1e+300"),
+        (
+            runtime(layers={"a": layer(item_shape=[2**20, 2**20])}),
+            "layers.a.item_shape: expected at most 268435456 elements, found [1048576, 1048576]",
+        ),
+        (
+            runtime(layers={"a": layer(policy={"kind": "top_k", "norm_p": 0.01})}),
+            "layers.a.policy.norm_p: expected at least 0.1, found 0.01",
+        ),
+        (
+            runtime(layers={"a": layer(policy={"kind": "top_k", "scaling_factor": 1e7})}),
+            "layers.a.policy.scaling_factor: expected at most 1000000.0, found 10000000.0",
+        ),
+        (
+            runtime(layers={"a": layer(experts=[{"kind": "x", "resources": {"num_gpus": 1.5}}])}),
+            "layers.a.experts.0.resources.num_gpus: expected a whole number above 1, as Ray shares only a single "
+            "GPU; found 1.5",
+        ),
+    ],
+)
+def test_a_value_beyond_what_can_run_is_one_line(config: Any, line: str) -> None:
+    assert mistakes(config)[0] == line
+
+
+def integer_fields(model: type[BaseModel]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if field.annotation in (int, int | None):
+            yield name
+
+
+@pytest.mark.parametrize(
+    "model", [LinearGateConfig, MLPGateConfig, TopKPolicyConfig, CapacityConfig, ResourcesConfig, ExpertConfig,
+              LayerConfig, RouterConfig, LimitsConfig, RuntimeConfig],
+)  # fmt: skip
+def test_every_integer_has_an_upper_bound(model: type[BaseModel]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(dict.fromkeys(integer_fields(model), HUGE))
+    refused = {error["loc"][0] for error in caught.value.errors() if error["type"] == "less_than_equal"}
+    assert refused == set(integer_fields(model))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 5000, "config.yaml: expected a few levels of nesting, found too many to read"),
+        ("seed: " + "9" * 5000, "config.yaml: a value cannot be read: "),
+        ("name: 2024-13-45", "config.yaml: a value cannot be read: "),
+        ("seed: 0x" + "f" * 5000, "config.yaml: seed: "),
+    ],
+)
+def test_text_that_python_cannot_turn_into_values_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    assert any(line.startswith(message) for line in mistakes(path))

@@ -12,7 +12,7 @@ from moe_runtime.config.models import ViewConfig
 from moe_runtime.errors import ConfigError, PlugInError, WeightsError
 from moe_runtime.experts.build import build_expert, check_weights
 from moe_runtime.experts.spec import ExpertSpec
-from moe_runtime.experts.weights import save_weights, write_manifest
+from moe_runtime.experts.weights import check_fit, save_weights, write_manifest
 
 if TYPE_CHECKING:
     from conftest import InstallPlugIn
@@ -153,5 +153,38 @@ def test_trial_run_refuses_a_plug_in_that_breaks_its_contract(
 def test_trial_run_tells_what_a_forward_raised(install_plug_in: InstallPlugIn) -> None:
     source = PLUG_IN.replace("BODY", "return rows @ torch.zeros(9, 9)").replace("NAME", "clashing")
     install_plug_in("clashing_plug", {"clashing": "KIND"}, source=source)
-    with pytest.raises(ConfigError, match="a trial run of kind 'clashing' in float32 on cpu raised RuntimeError: mat1"):
+    with pytest.raises(PlugInError, match="a trial run of kind 'clashing' in float32 on cpu raised RuntimeError: mat1"):
         build_expert(make_spec(kind="clashing"))
+
+
+def test_trial_run_refuses_a_plug_in_that_ends_the_process(install_plug_in: InstallPlugIn) -> None:
+    source = PLUG_IN.replace("BODY", "raise SystemExit('bye')").replace("NAME", "ending")
+    install_plug_in("ending_plug", {"ending": "KIND"}, source=source)
+    with pytest.raises(PlugInError, match="a trial run of kind 'ending' in float32 on cpu raised SystemExit: bye"):
+        build_expert(make_spec(kind="ending"))
+
+
+@pytest.mark.parametrize("build", [build_expert, check_weights])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, build: Any, value: float) -> None:
+    path = tmp_path / "toy.safetensors"
+    tensors = build_expert(make_spec()).module.state_dict()
+    tensors["up.bias"][3] = value
+    save_weights(path, tensors)
+    with pytest.raises(WeightsError) as caught:
+        build(make_spec(weights=str(path)))
+    assert str(caught.value) == f"layers.toy.experts[toy-0].weights: {path}: up.bias: holds NaN or infinities"
+
+
+def test_a_buffer_may_be_a_mask_of_minus_infinity_but_hold_no_nan() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("mask", torch.zeros(2))
+    check_fit(module, {"mask": torch.tensor([0.0, float("-inf")])})
+    with pytest.raises(WeightsError, match="mask: holds NaN or infinities"):
+        check_fit(module, {"mask": torch.tensor([0.0, float("nan")])})
+
+
+@pytest.mark.parametrize("build", [build_expert, check_weights])
+def test_a_path_that_no_file_can_have_is_told(build: Any) -> None:
+    with pytest.raises(WeightsError, match="expected a readable weight file, found: embedded null byte"):
+        build(make_spec(weights="/a\0b"))

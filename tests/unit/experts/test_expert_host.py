@@ -227,3 +227,13 @@ def test_an_output_that_overflows_the_wires_dtype_is_an_error_not_an_infinity() 
     assert outcome.rows is None
     assert outcome.error is not None
     assert "expected finite outputs" in outcome.error
+
+
+def test_an_expert_that_ends_the_process_costs_only_its_calls() -> None:
+    def leave(_: Tensor) -> Tensor:
+        raise SystemExit(1)
+
+    host = ExpertHost({"a": loaded(leave), "b": loaded(lambda given: given)})
+    bad, good = host.run([ExpertCall("a", rows(1)), ExpertCall("b", rows(2))])
+    assert (bad.rows, bad.error) == (None, "a: the expert raised SystemExit: 1")
+    assert good.rows is not None

@@ -78,11 +78,15 @@ def test_spec_survives_pickling() -> None:
         ),
         (
             make_spec(options={"hidden_features": 0}),
-            "layers.toy.experts[toy-3].options.hidden_features: input should be greater than or equal to 1, found 0",
+            "layers.toy.experts[toy-3].options.hidden_features: expected at least 1, found 0",
         ),
         (
             make_spec(options={"activation": "tanh"}),
-            "activation: input should be 'relu' or 'gelu', found 'tanh'",
+            "activation: expected relu or gelu, found 'tanh'",
+        ),
+        (
+            make_spec(options={"out_features": 2**30}),
+            "layers.toy.experts[toy-3]: expected output rows of at most 268435456 elements, found the shape",
         ),
         (make_spec("fourier"), "options.out_features: kind 'fourier' needs this option, found none"),
         (
@@ -135,3 +139,25 @@ def test_broken_plug_in_is_told_with_the_experts_place(install_plug_in: InstallP
     install_plug_in("absent_plug", {"absent_kind": "KIND"}, source="import no_such_module_anywhere")
     with pytest.raises(PlugInError, match=r"layers\.toy\.experts\[toy-3\]: kind 'absent_kind': .*ModuleNotFoundError"):
         expert_contract(make_spec("absent_kind"))
+
+
+@pytest.mark.parametrize("size", [10**18, 99999999999999999999])
+def test_options_beyond_what_torch_can_count_are_one_line(size: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expert_contract(make_spec(options={"hidden_features": size}))
+    assert not isinstance(caught.value, PlugInError)
+    [line] = str(caught.value).splitlines()
+    assert line.startswith("layers.toy.experts[toy-3]: building kind 'feed_forward' for rows of shape [64] raised ")
+
+
+def test_a_plug_in_that_ends_the_process_while_it_builds_is_named(install_plug_in: InstallPlugIn) -> None:
+    source = PLUG_IN.replace("BODY", "raise SystemExit(3)").replace("NAME", "leaving_kind")
+    install_plug_in("leaving_plug", {"leaving_kind": "KIND"}, source=source)
+    with pytest.raises(PlugInError, match=r"building kind 'leaving_kind' .* raised SystemExit: 3"):
+        expert_contract(make_spec("leaving_kind"))
+
+
+def test_a_plug_in_that_ends_the_process_while_it_loads_is_named(install_plug_in: InstallPlugIn) -> None:
+    install_plug_in("quitting_plug", {"quitting_kind": "KIND"}, source="raise SystemExit")
+    with pytest.raises(PlugInError, match=r"raised SystemExit$"):
+        expert_contract(make_spec("quitting_kind"))

@@ -182,3 +182,24 @@ def test_layers_of_equal_shape_start_with_different_gates():
         for recipe in (one, two)
     ]
     assert not torch.equal(gates[0](torch.ones(1, 6)), gates[1](torch.ones(1, 6)))
+
+
+def test_a_gate_beyond_all_memory_is_checked_without_it():
+    gate = {"kind": "mlp", "in_features": 6, "hidden_features": 2**28}
+    assert [layer.name for layer in validate(config([FEED_FORWARD, FEED_FORWARD], gate=gate)).layers] == ["l"]
+
+
+def test_a_gate_file_is_compared_with_a_gate_that_is_not_allocated(tmp_path):
+    path = tmp_path / "gate.safetensors"
+    save_weights(path, {"weight": torch.zeros(2, 3)})
+    gate = {"kind": "linear", "in_features": 2**27, "weights": str(path)}
+    assert mistakes(config([FEED_FORWARD, FEED_FORWARD], gate=gate)) == [
+        "layers.l.gate.weights: weight: expected shape [2, 134217728], found [2, 3]"
+    ]
+
+
+def test_what_torch_says_of_an_impossible_option_follows_the_key():
+    experts = [{"kind": "feed_forward", "options": {"hidden_features": 99999999999999999999}}] * 2
+    lines = mistakes(config(experts))
+    assert len(lines) == 2
+    assert all(line.startswith(f"layers.l.experts.{i}: building kind ") for i, line in enumerate(lines))

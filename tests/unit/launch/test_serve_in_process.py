@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,9 +70,13 @@ def test_an_address_that_is_none_is_refused():
 def test_an_address_that_is_taken_is_a_start_error_and_leaves_no_threads():
     with serve(config(), ray=False) as runtime:
         during = own_threads()
-        with pytest.raises(StartError, match="taken"):
-            serve(config(), ray=False, address=runtime.address)
+        seen = []
+        with pytest.raises(
+            StartError, match=f"^router.address {runtime.address}: expected a free port, found it taken"
+        ):
+            serve(config(), ray=False, address=runtime.address, on_progress=lambda *ready: seen.append(ready))
         assert own_threads() == during
+        assert seen == []
     assert not own_threads()
 
 
@@ -155,6 +160,20 @@ def test_detaching_without_a_cluster_is_refused_before_anything_starts(monkeypat
         serve(config(), detach=True)
 
 
+def test_a_port_that_is_taken_is_found_before_ray_is_started(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(StartError, match=f"127.0.0.1:{port}: expected a free port, found it taken"):
+            serve(config(), address=f"127.0.0.1:{port}")
+
+
 def test_leaving_a_runtime_that_is_not_detached_is_refused():
     with serve(config(), ray=False) as runtime, pytest.raises(StartError, match="lease"):
         runtime.leave()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_a_line_that_says_so():
+    with pytest.raises(StartError, match=r"^l/feed_forward-0: expected a GPU that torch can use, found none"):
+        serve(config(device="cuda"), ray=False)

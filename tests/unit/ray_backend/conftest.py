@@ -182,6 +182,7 @@ class FakeSpawner:
         self.log: list[str] = []
         self.introductions: list[str] = []
         self.num_sweeps = 0
+        self.cleaned_up: list[Endpoint] = []
 
     def find_host(self, host_id: str) -> Any:
         return self._living(host_id)
@@ -200,6 +201,9 @@ class FakeSpawner:
 
     def sweep(self) -> None:
         self.num_sweeps += 1
+
+    def clean_up(self, endpoint: Endpoint) -> None:
+        self.cleaned_up.append(endpoint)
 
     def last(self, name: str) -> Any:
         return self.spawned[name][-1]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
+from moe_runtime.errors import StartError
 from moe_runtime.ray_backend.cluster import Cluster, connect, existing_address
 
 
@@ -13,6 +15,13 @@ def _no_cluster_around(monkeypatch):
         # Set before it is deleted, so that what the code sets is undone too.
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)
+
+
+@pytest.fixture
+def listening():
+    """An address where something listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.mark.parametrize(
@@ -32,24 +41,40 @@ def test_the_address_given_comes_before_the_environment_and_local_means_here(mon
     assert existing_address(given) == expected
 
 
-def test_the_authentication_mode_is_set_before_ray_starts_and_follows_the_token(monkeypatch, tmp_path):
+def test_the_authentication_mode_is_set_before_ray_starts_and_follows_the_token(monkeypatch, tmp_path, listening):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(AssertionError, match=r"ray\.init"):
-        connect("10.0.0.1:6379")
+        connect(listening)
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     monkeypatch.delenv("RAY_AUTH_MODE")
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("secret")
     with pytest.raises(AssertionError, match=r"ray\.init"):
-        connect("10.0.0.1:6379")
+        connect(listening)
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
-def test_a_mode_that_is_set_already_is_left_alone(monkeypatch):
+def test_a_mode_that_is_set_already_is_left_alone(monkeypatch, listening):
     monkeypatch.setenv("RAY_AUTH_MODE", "k8s")
     with pytest.raises(AssertionError, match=r"ray\.init"):
-        connect("10.0.0.1:6379")
+        connect(listening)
     assert os.environ["RAY_AUTH_MODE"] == "k8s"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "nowhere.invalid"])
+def test_an_address_where_nobody_listens_is_refused_before_ray_tries_it(host):
+    with pytest.raises(StartError) as caught:
+        connect(f"{host}:1")
+    assert str(caught.value) == (
+        f"no Ray cluster answers at {host}:1; start one with `ray start --head` or leave the address out"
+    )
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "ray://127.0.0.1:1"])
+def test_an_address_that_ray_resolves_itself_is_left_to_it(address):
+    with pytest.raises(AssertionError, match=r"ray\.init"):
+        connect(address)
 
 
 def test_disconnecting_leaves_ray_alone_where_it_was_initialised_before():

@@ -117,6 +117,19 @@ async def test_a_host_that_never_answers_again_is_killed_and_replaced(make_contr
     await controller.close(drain_timeout_s=0)
 
 
+async def test_what_a_dead_host_left_behind_is_removed_at_once_and_the_rest_at_close(make_controller, spawner, clock):
+    controller = make_controller()
+    await controller.start()
+    first, other = spawner.last("a"), spawner.last("b")
+    first.die("SIGKILL")
+    await clock.advance(0.1)
+    assert [endpoint.incarnation for endpoint in spawner.cleaned_up] == [first.pid]
+    await clock.advance(0.2)
+    second = spawner.last("a")
+    await controller.close(drain_timeout_s=0)
+    assert [endpoint.incarnation for endpoint in spawner.cleaned_up] == [first.pid, second.pid, other.pid]
+
+
 async def test_a_restarted_controller_adopts_what_lives_and_the_highest_version(make_controller, spawner, clock):
     first = make_controller()
     await first.start()

@@ -10,6 +10,7 @@ from moe_runtime.transport.ipc_folder import (
     default_ipc_folder,
     ipc_path,
     prepare_ipc_folder,
+    remove_ipc,
     sweep_ipc,
 )
 
@@ -88,6 +89,14 @@ def test_sweep_leaves_a_socket_that_may_be_in_the_middle_of_its_bind(ipc_folder)
     assert sweep_ipc(ipc_folder, min_age_s=60.0) == 0
     os.utime(ipc_folder / "1-young.ipc", (0, 0))
     assert sweep_ipc(ipc_folder, min_age_s=60.0) == 1
+
+
+def test_the_socket_of_one_dead_process_is_removed_however_young_and_no_other(ipc_folder):
+    bind(ipc_folder / "dead.ipc").close()
+    bind(ipc_folder / "other.ipc").close()
+    remove_ipc(f"ipc://{ipc_folder / 'dead.ipc'}")
+    remove_ipc(f"ipc://{ipc_folder / 'dead.ipc'}")
+    assert [path.name for path in ipc_folder.iterdir()] == ["other.ipc"]
 
 
 def test_sweep_of_a_folder_that_is_not_there_removes_nothing(ipc_folder):
