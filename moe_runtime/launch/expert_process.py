@@ -59,7 +59,10 @@ class ExpertProcess:
         self._transport = transport = self._open_transport()
         self._loop = HostLoop(ExpertHost(experts, device=device), transport)
         self._thread = threading.Thread(
-            target=self._serve, args=(self._loop, transport), name=f"moe-host-{self._spec.host_id}", daemon=True
+            target=self._serve,
+            args=(self._loop, transport, torch.get_num_threads()),
+            name=f"moe-host-{self._spec.host_id}",
+            daemon=True,
         )
         self._thread.start()
         return HostReport(
@@ -97,7 +100,9 @@ class ExpertProcess:
             self._loop.stop()
             self._thread.join()
 
-    def _serve(self, loop: HostLoop, transport: HostTransport) -> None:
+    def _serve(self, loop: HostLoop, transport: HostTransport, num_threads: int) -> None:
+        # OpenMP keeps the number per thread; products of another thread would have other last bits.
+        torch.set_num_threads(num_threads)
         try:
             loop.run()
             self._reason = "it was stopped"

@@ -8,6 +8,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moe_runtime.errors import (
     DeadlineExceededError,
     InternalError,
@@ -88,7 +90,9 @@ class RouterService:
         self._draining = False
         self._stopping = threading.Event()
         self._started_at = self._clock.now()
-        self._thread = threading.Thread(target=self._run, name="moe-router-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(torch.get_num_threads(),), name="moe-router-engine", daemon=True
+        )
 
     def start(self) -> None:
         """Start the service's thread."""
@@ -201,7 +205,9 @@ class RouterService:
         self._inbox.append(action)
         self._transport.wake()
 
-    def _run(self) -> None:
+    def _run(self, num_threads: int) -> None:
+        # OpenMP keeps the number per thread: the gate's last bits should be those of the thread that made this.
+        torch.set_num_threads(num_threads)
         try:
             while not self._stopping.is_set():
                 self._turn()
