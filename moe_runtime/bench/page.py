@@ -26,7 +26,7 @@ Results = dict[str, Any]
 
 
 def write_page(results: Results, docs: Path) -> None:
-    """Put a run's figures into the page, and its plots into ``images`` beside it.
+    """Put a run's figures into the page, and its plots into ``img`` beside it.
 
     Args:
         results: What ``--json`` writes.
@@ -45,7 +45,7 @@ def write_page(results: Results, docs: Path) -> None:
     (docs / PAGE).write_text(page)
     for suite, x_key in _PLOTTED.items():
         if suite in rows_by_suite:
-            plot(rows_by_suite[suite], docs / "images" / f"bench-{suite}.svg", x_key=x_key)
+            plot(rows_by_suite[suite], docs / "img" / f"bench-{suite}.svg", x_key=x_key)
 
 
 def machine_table(machine: Mapping[str, Any]) -> str:
