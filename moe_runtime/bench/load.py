@@ -12,7 +12,7 @@ import torch
 
 from moe_runtime.bench.deployment import LAYER
 from moe_runtime.bench.errors import BenchError
-from moe_runtime.config.models import LimitsConfig, RouterConfig
+from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.launch.router_process import build_routed_layer
 from moe_runtime.rpc.aio_client import AsyncMoEClient
 from moe_runtime.service.requests import LayerAnswer, LayerRequest

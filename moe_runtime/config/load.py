@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_runtime.config.mistakes import describe_mistakes, found
-from moe_runtime.config.models import RuntimeConfig
+from moe_runtime.config.runtime import RuntimeConfig
 from moe_runtime.errors import ConfigError
 
 

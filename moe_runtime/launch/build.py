@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from moe_runtime.config.load import LoadedConfig
-    from moe_runtime.config.models import RuntimeConfig
+    from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.expansion import ExpandedExpert
 
 

@@ -9,7 +9,7 @@ from moe_runtime.launch.recipes import HostedExpert, HostSpec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from moe_runtime.config.models import RuntimeConfig
+    from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.recipes import Device, ExpertRecipe, LayerRecipe
 
 

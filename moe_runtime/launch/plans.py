@@ -11,7 +11,8 @@ from moe_runtime.ray_backend.addresses import is_loopback, split_address
 from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
 
 if TYPE_CHECKING:
-    from moe_runtime.config.models import ResourcesConfig, RuntimeConfig
+    from moe_runtime.config.models import ResourcesConfig
+    from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.ray_backend.cluster import Cluster
 

@@ -10,13 +10,12 @@ if TYPE_CHECKING:
         CapacityConfig,
         DTypeName,
         GateConfig,
-        LimitsConfig,
         PolicyConfig,
         ResidualRule,
         ResourcesConfig,
-        RouterConfig,
         WeightOn,
     )
+    from moe_runtime.config.runtime import LimitsConfig, RouterConfig
     from moe_runtime.experts.spec import ExpertSpec
     from moe_runtime.transport.curve import Encryption
 

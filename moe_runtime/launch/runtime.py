@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from moe_runtime.config.load import LoadedConfig
-    from moe_runtime.config.models import RuntimeConfig
+    from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.ray_backend.cluster import Cluster
 
 #: How long requests in flight may take when a runtime is closed.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from concurrent.futures import Executor
 
-    from moe_runtime.config.models import LimitsConfig
+    from moe_runtime.config.runtime import LimitsConfig
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.ports import Clock
     from moe_runtime.service.requests import LayerAnswer

@@ -11,7 +11,7 @@ from moe_runtime.errors import DeadlineExceededError, OverloadedError, ProtocolE
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterator
 
-    from moe_runtime.config.models import LimitsConfig
+    from moe_runtime.config.runtime import LimitsConfig
 
 #: Streamed bodies of the largest size that may be arriving together.
 _LARGEST_STREAMS = 4

@@ -19,7 +19,7 @@ from moe_runtime.service.ports import Clock, MonotonicClock
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from moe_runtime.config.models import LimitsConfig
+    from moe_runtime.config.runtime import LimitsConfig
     from moe_runtime.service.router_service import RouterService
 
 _NUM_WORKERS = 4

@@ -11,7 +11,7 @@ from moe_runtime.service.joining import BatchPart, build_batch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from moe_runtime.config.models import RouterConfig
+    from moe_runtime.config.runtime import RouterConfig
     from moe_runtime.service.batch import Batch
     from moe_runtime.service.budget import QueueBudget
     from moe_runtime.service.layer import RoutedLayer

@@ -31,7 +31,7 @@ from moe_runtime.service.validation import unused_options, validate_request
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from moe_runtime.config.models import LimitsConfig, RouterConfig
+    from moe_runtime.config.runtime import LimitsConfig, RouterConfig
     from moe_runtime.errors import MoERuntimeError
     from moe_runtime.service.batch import BatchResult
     from moe_runtime.service.batcher import JoinedBatch

@@ -17,7 +17,7 @@ from moe_runtime.errors import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_runtime.config.models import LimitsConfig, RouterConfig
+    from moe_runtime.config.runtime import LimitsConfig, RouterConfig
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.requests import LayerRequest
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from moe_runtime.config.models import CapacityConfig, LimitsConfig, LinearGateConfig, RouterConfig, TopKPolicyConfig
+from moe_runtime.config.models import CapacityConfig, LinearGateConfig, TopKPolicyConfig
+from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.spec import ExpertSpec

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from fakes.live_router import LiveRouter, StartRouter
-from moe_runtime.config.models import LimitsConfig, RouterConfig
+from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.rpc.client import MoEClient
 
 

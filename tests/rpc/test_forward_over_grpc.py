@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fakes.live_router import WIDE, WIDTH, LiveRouter, StartRouter
-from moe_runtime.config.models import LimitsConfig, RouterConfig
+from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.rpc.aio_client import AsyncMoEClient
 from moe_runtime.rpc.client import MoEClient
 from moe_runtime.rpc.methods import UNARY_BYTES

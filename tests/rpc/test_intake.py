@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from moe_runtime.config.models import LimitsConfig
+from moe_runtime.config.runtime import LimitsConfig
 from moe_runtime.errors import OverloadedError, RequestTooLargeError
 from moe_runtime.rpc.intake import Intake
 

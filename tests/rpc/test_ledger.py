@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 from fakes.live_router import WIDTH, LiveRouter, StartRouter
-from moe_runtime.config.models import RouterConfig
+from moe_runtime.config.runtime import RouterConfig
 from moe_runtime.errors import DeadlineExceededError, NonFiniteError, ShapeError
 from moe_runtime.rpc.aio_client import AsyncMoEClient
 from moe_runtime.wire.messages import ForwardResult

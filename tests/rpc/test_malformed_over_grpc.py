@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fakes.live_router import WIDTH, LiveRouter, StartRouter
 from fakes.malformed import GOOD, MALFORMED, fields, inputs, options, tensor_map
-from moe_runtime.config.models import LimitsConfig
+from moe_runtime.config.runtime import LimitsConfig
 from moe_runtime.errors import (
     DTypeError,
     InvalidRequestError,

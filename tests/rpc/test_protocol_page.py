@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_runtime.config.models import LimitsConfig
+from moe_runtime.config.runtime import LimitsConfig
 from moe_runtime.rpc import methods
 from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
 from moe_runtime.rpc.status import STATUS_CODES

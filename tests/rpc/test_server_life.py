@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fakes.live_router import WIDTH, LiveRouter, StartRouter
 from fakes.malformed import GOOD
-from moe_runtime.config.models import LimitsConfig, RouterConfig
+from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.errors import (
     DeadlineExceededError,
     InternalError,

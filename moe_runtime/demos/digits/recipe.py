@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from moe_runtime.config.load import LoadedConfig
-from moe_runtime.config.models import RuntimeConfig
+from moe_runtime.config.runtime import RuntimeConfig
 from moe_runtime.launch.expansion import expand_experts
 
 if TYPE_CHECKING:

@@ -124,4 +124,4 @@ def test_an_address_that_is_taken_is_one_line_and_exit_code_1(tmp_path: Path) ->
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
-    assert line.startswith(f"error: expected to bind {address}, found it taken")
+    assert line == f"error: router.address {address}: expected a free port, found it taken by another process"

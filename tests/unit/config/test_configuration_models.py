@@ -4,7 +4,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from moe_runtime.config.models import CapacityConfig, LayerConfig, RuntimeConfig
+from moe_runtime.config.models import CapacityConfig, LayerConfig
+from moe_runtime.config.runtime import RuntimeConfig
 
 
 def test_defaults_are_those_that_the_documentation_promises() -> None:
@@ -32,7 +33,7 @@ def test_a_configuration_does_not_change_after_it_was_checked() -> None:
 
 def test_the_models_load_without_yaml_torch_or_ray() -> None:
     check = (
-        "import sys; import moe_runtime.config.models, moe_runtime.config.load; "
+        "import sys; import moe_runtime.config.runtime, moe_runtime.config.load; "
         "print(sorted({'yaml', 'torch', 'ray', 'zmq', 'typer'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

@@ -10,14 +10,12 @@ from moe_runtime.config.models import (
     CapacityConfig,
     ExpertConfig,
     LayerConfig,
-    LimitsConfig,
     LinearGateConfig,
     MLPGateConfig,
     ResourcesConfig,
-    RouterConfig,
-    RuntimeConfig,
     TopKPolicyConfig,
 )
+from moe_runtime.config.runtime import LimitsConfig, RouterConfig, RuntimeConfig
 from moe_runtime.errors import ConfigError
 
 ISSUE_EXAMPLE = """

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from moe_runtime.config.models import RuntimeConfig
+from moe_runtime.config.runtime import RuntimeConfig
 from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.spec import ExpertSpec
 

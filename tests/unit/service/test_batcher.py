@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes.service import FakeClock, make_layer, tokens_of
-from moe_runtime.config.models import CapacityConfig, RouterConfig
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.runtime import RouterConfig
 from moe_runtime.errors import OverloadedError
 from moe_runtime.service.batcher import Batcher, JoinedBatch, QueuedRequest
 from moe_runtime.service.budget import QueueBudget

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fakes.service import make_layer, tokens_of
-from moe_runtime.config.models import LimitsConfig, RouterConfig
+from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.errors import (
     DTypeError,
     InvalidRequestError,

@@ -1,0 +1,101 @@
+"""The configuration of a whole runtime: its layers, its routers and what they allow."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from moe_runtime.config.models import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_THREADS, LayerConfig, Name, StrictModel
+
+
+class RouterConfig(StrictModel):
+    """The router processes and their batcher."""
+
+    replicas: int = Field(1, ge=1, le=1024, description="Router processes; replica i on a node takes port + i.")
+    address: str = Field("127.0.0.1:50051", description="HOST:PORT of the first router; port 0 is any.")
+    max_batch_tokens: int = Field(4096, ge=1, le=MAX_COUNT, description="Tokens that one batch holds at most.")
+    max_wait_ms: float = Field(
+        2.0, ge=0, le=MAX_SECONDS * 1000, description="How long a request waits for batch-mates at most."
+    )
+    max_queued_tokens: int = Field(
+        65536, ge=1, le=MAX_COUNT, description="Queued tokens above which requests are refused."
+    )
+    max_queued_bytes: int = Field(
+        1 << 30, ge=1, le=MAX_BYTES, description="Queued bytes above which requests are refused."
+    )
+
+    @field_validator("address")
+    @classmethod
+    def _host_and_port(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise ValueError(f"expected HOST:PORT with a port of 0 to 65535, found {address!r}")
+        return address
+
+
+class LimitsConfig(StrictModel):
+    """What one request may ask for."""
+
+    max_request_bytes: int = Field(
+        256 << 20, ge=1, le=MAX_BYTES, description="Bytes of one request, streamed ones included."
+    )
+    max_request_tokens: int = Field(65536, ge=1, le=MAX_COUNT, description="Tokens of one request.")
+    max_concurrent_requests: int = Field(
+        1024, ge=1, le=MAX_COUNT, description="Requests that a router holds; more are refused."
+    )
+    default_timeout_s: float = Field(10.0, gt=0, le=MAX_SECONDS, description="Deadline of a request that has none.")
+    max_timeout_s: float = Field(300.0, gt=0, le=MAX_SECONDS, description="Longest deadline that a request may have.")
+
+    @model_validator(mode="after")
+    def _default_within_maximum(self) -> LimitsConfig:
+        if self.default_timeout_s > self.max_timeout_s:
+            raise ValueError(
+                f"default_timeout_s: expected at most {self.max_timeout_s}, the max_timeout_s, "
+                f"found {self.default_timeout_s}"
+            )
+        return self
+
+
+class DataPlaneConfig(StrictModel):
+    """How tokens travel between routers and expert hosts."""
+
+    port_range: tuple[int, int] | None = Field(
+        None, description="Inclusive range of tcp ports that expert hosts bind; any port when not given."
+    )
+    encryption: Literal["curve", "none"] = Field(
+        "curve", description="Between nodes; with `curve`, hosts let only their runtime's routers in."
+    )
+
+    @field_validator("port_range")
+    @classmethod
+    def _ports(cls, port_range: tuple[int, int] | None) -> tuple[int, int] | None:
+        if port_range is not None and not 1 <= port_range[0] <= port_range[1] <= 65535:
+            raise ValueError(f"expected [first, last] with 1 <= first <= last <= 65535, found {list(port_range)}")
+        return port_range
+
+
+class RuntimeConfig(StrictModel):
+    """One runtime: layers of experts and the routers in front of them."""
+
+    name: Name = Field("default", description="Names the runtime on its cluster; one runtime per name.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is a GPU.")
+    threads: Literal["auto"] | int = Field(
+        "auto", description="Torch threads per expert actor; `auto` is max(1, cores // experts on the node)."
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Initialises what has no weights.")
+    start_timeout_s: float = Field(60.0, gt=0, le=MAX_SECONDS, description="Bounds every placement and start.")
+    plug_ins: list[str] = Field(
+        default_factory=list, description="Distributions that must be installed: `name` or `name==version`."
+    )
+    layers: dict[Name, LayerConfig] = Field(min_length=1, description="The layers, by name.")
+    router: RouterConfig = Field(default_factory=RouterConfig, description="Router processes.")
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on one request.")
+    data_plane: DataPlaneConfig = Field(default_factory=DataPlaneConfig, description="Token transport.")
+
+    @field_validator("threads")
+    @classmethod
+    def _bounded_threads(cls, threads: Literal["auto"] | int) -> Literal["auto"] | int:
+        if threads != "auto" and not 1 <= threads <= MAX_THREADS:
+            raise ValueError(f"expected auto or 1 to {MAX_THREADS}, found {threads}")
+        return threads
