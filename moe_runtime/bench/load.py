@@ -12,6 +12,7 @@ import torch
 
 from moe_runtime.bench.deployment import LAYER
 from moe_runtime.bench.errors import BenchError
+from moe_runtime.bench.sampling import Sample
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.launch.router_process import build_routed_layer
 from moe_runtime.rpc.aio_client import AsyncMoEClient
@@ -67,6 +68,11 @@ class Traffic:
         """Tokens of the batch that a request was in, on average over requests."""
         sizes = [tokens for report in self.reports for tokens in report.batch_tokens]
         return sum(sizes) / len(sizes)
+
+
+def time_per_request(runs: Sequence[Traffic]) -> Sample:
+    """Time per answered request at this concurrency, one per run: the inverse of the throughput."""
+    return Sample.of([run.wall_s / len(run.latencies_s) for run in runs])
 
 
 class LibraryService:

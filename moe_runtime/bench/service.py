@@ -10,7 +10,7 @@ import torch
 
 from moe_runtime.bench.children import Child
 from moe_runtime.bench.deployment import deploy, layer_config, ray_cluster
-from moe_runtime.bench.load import LibraryService, Traffic, serve_grpc_load
+from moe_runtime.bench.load import LibraryService, Traffic, serve_grpc_load, time_per_request
 from moe_runtime.bench.results import Row
 from moe_runtime.bench.sampling import Sample
 from moe_runtime.bench.suite import Suite
@@ -87,15 +87,10 @@ def _measure(
         "service",
         {"expert": expert, "clients": case.clients, "tokens": case.tokens or "mixed", "routers": case.routers},
         _LIBRARY,
-        _per_request(ours),
-        _per_request(theirs),
+        time_per_request(ours),
+        time_per_request(theirs),
         _figures(ours),
     )
-
-
-def _per_request(runs: Sequence[Traffic]) -> Sample:
-    """Time per answered request at this concurrency, one per run: the inverse of the throughput."""
-    return Sample.of([run.wall_s / len(run.latencies_s) for run in runs])
 
 
 def _figures(runs: Sequence[Traffic]) -> dict[str, float]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_runtime.bench.deployment import deploy, gate_weight, layer_config, ray_cluster
-from moe_runtime.bench.load import LibraryService, Traffic
+from moe_runtime.bench.load import LibraryService, Traffic, time_per_request
 from moe_runtime.bench.results import Row
-from moe_runtime.bench.sampling import Sample
 from moe_runtime.bench.shapes import SHAPES
 from moe_runtime.bench.suite import Suite
 from moe_runtime.bench.tokens import tokens_for
@@ -94,14 +93,10 @@ def _measure(
         "skew",
         {"shape": load.shape.name, "capacity": capacity or "none"},
         "W0, uniform",
-        _per_request(ours),
-        _per_request(theirs),
+        time_per_request(ours),
+        time_per_request(theirs),
         _figures(ours),
     )
-
-
-def _per_request(runs: Sequence[Traffic]) -> Sample:
-    return Sample.of([run.wall_s / len(run.latencies_s) for run in runs])
 
 
 def _figures(runs: Sequence[Traffic]) -> dict[str, float]:

@@ -23,6 +23,15 @@ def output_mistake(outputs: object, *, num_rows: int, contract: ExpertContract, 
     return None
 
 
+def non_finite_rows(rows: torch.Tensor) -> torch.Tensor | None:
+    """Which rows of a floating tensor hold NaN or an infinity, bool ``(num_rows,)``; None if none does."""
+    # A sum passes over the rows once and makes nothing; where it is finite, every element is.
+    if math.isfinite(float(rows.detach().sum())):
+        return None
+    flags = ~torch.isfinite(rows).reshape(rows.shape[0], -1).all(dim=1)
+    return flags if bool(flags.any()) else None
+
+
 def num_spoiled_rows(outputs: torch.Tensor, inputs: torch.Tensor) -> int:
     """Number of rows with NaN or an infinity in the output although there is none in the input.
 
@@ -32,12 +41,8 @@ def num_spoiled_rows(outputs: torch.Tensor, inputs: torch.Tensor) -> int:
         outputs: ``(num_rows, *out_shape)``.
         inputs: ``(num_rows, *in_shape)``.
     """
-    # A sum passes over the rows once and makes nothing; where it is finite, every element is.
-    if math.isfinite(float(outputs.detach().sum())):
+    spoiled = non_finite_rows(outputs)
+    if spoiled is None:
         return 0
-    finite = torch.isfinite(outputs)
-    return int((_rows_all(torch.isfinite(inputs)) & ~_rows_all(finite)).sum())
-
-
-def _rows_all(flags: torch.Tensor) -> torch.Tensor:
-    return flags.reshape(flags.shape[0], -1).all(dim=1)
+    given = non_finite_rows(inputs)
+    return int((spoiled if given is None else spoiled & ~given).sum())

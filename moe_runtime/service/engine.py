@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.errors import TransportError
+from moe_runtime.experts.outputs import non_finite_rows
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
@@ -266,16 +266,7 @@ class RouterEngine:
             table_version=flight.table.version,
             times=times,
             failures=flight.failures,
-            overflowed=None if flight.layer.allow_non_finite else _non_finite_rows(combined.outputs),
+            overflowed=None if flight.layer.allow_non_finite else non_finite_rows(combined.outputs),
         )
         self.stats.layers[flight.layer.name].count_batch(result)
         return result
-
-
-def _non_finite_rows(outputs: Tensor) -> Tensor | None:
-    """Which rows hold NaN or an infinity, bool ``(num_rows,)``; None if none does."""
-    # One pass that makes nothing: where the sum is finite, every element is.
-    if math.isfinite(float(outputs.sum())):
-        return None
-    rows = ~torch.isfinite(outputs.flatten(1)).all(dim=1)
-    return rows if bool(rows.any()) else None

@@ -13,6 +13,7 @@ from moe_runtime.errors import (
     RequestTooLargeError,
     ShapeError,
 )
+from moe_runtime.experts.outputs import non_finite_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,9 +148,9 @@ def _check_dtype(name: str, tensor: Tensor, expected: tuple[torch.dtype, ...], l
 
 
 def _check_finite(name: str, tensor: Tensor, layer: RoutedLayer) -> None:
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        row = int((~finite).reshape(tensor.shape[0], -1).any(dim=1).nonzero()[0])
+    rows = non_finite_rows(tensor)
+    if rows is not None:
+        row = int(rows.nonzero()[0])
         raise NonFiniteError(f"layer {layer.name}: expected finite {name}, found NaN or an infinity in row {row}")
 
 
