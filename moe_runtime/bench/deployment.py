@@ -8,34 +8,23 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import ray
-import torch
-
-from moe_runtime.bench.errors import BenchError
+from moe_runtime.bench.bare.kept_table import kept_table
+from moe_runtime.bench.library import LibraryLayer
 from moe_runtime.config.load import load_config
 from moe_runtime.launch.build import build_layers
 from moe_runtime.launch.router_process import build_routed_layer
 from moe_runtime.launch.runtime import serve
 from moe_runtime.ray_backend.cluster import connect
-from moe_runtime.ray_backend.names import NAMESPACE, expert_name
-from moe_runtime.routing.gates import LinearGate
-from moe_runtime.service.batch import Batch
-from moe_runtime.service.engine import RouterEngine
 from moe_runtime.transport.zmq_router import ZmqTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from torch import Tensor
-
     from moe_runtime.launch.recipes import LayerRecipe
     from moe_runtime.launch.runtime import Runtime
-    from moe_runtime.service.batch import BatchResult
-    from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.routing_table import RoutingTable
 
 LAYER = "layer"
-_POLL_S = 1.0
 #: Reservations, not cores: the largest suite must not wait for room.
 _TOTAL_CPUS = 64.0
 
@@ -106,72 +95,15 @@ def deploy(config: Mapping[str, Any], *, on_progress: Callable[[int, int], None]
     started = time.perf_counter()
     with serve(config, on_progress=on_progress) as runtime:
         start_s = time.perf_counter() - started
-        yield Deployment(runtime, recipe, _table_of(runtime), start_s)
-
-
-def _table_of(runtime: Runtime) -> RoutingTable:
-    """The table that the controller published; every actor keeps it."""
-    description = runtime.describe()
-    host_id = description["hosts"][0]["host_id"]
-    actor = ray.get_actor(expert_name(description["name"], host_id), namespace=NAMESPACE)
-    snapshot: Any = ray.get(actor.kept.remote())
-    if snapshot is None:
-        raise BenchError(f"expert host {host_id}: expected it to keep a routing table, found none")
-    table: RoutingTable = snapshot.table
-    return table
-
-
-def gate_weight(layer: RoutedLayer) -> Tensor:
-    """The weight of a layer's gate, ``(num_experts, features)``.
-
-    Raises:
-        BenchError: If the gate is not linear.
-    """
-    if not isinstance(layer.gate, LinearGate):
-        raise BenchError(f"layer {layer.name}: expected a linear gate, found {type(layer.gate).__name__}")
-    return layer.gate.weight
-
-
-class LibraryLayer:
-    """A layer used as a library does: the engine in this process, driven directly, on a deployment's actors."""
-
-    def __init__(self, deployment: Deployment) -> None:
-        """Connect to the deployment's expert actors."""
-        # More would wait, spinning, for cores that the experts are using.
-        torch.set_num_threads(1)
-        self.layer: RoutedLayer = build_routed_layer(deployment.recipe)
-        self._transport = ZmqTransport(node=deployment.node)
-        self.engine = RouterEngine({LAYER: self.layer}, self._transport, node=deployment.node)
-        self.engine.set_table(deployment.table)
-
-    @property
-    def gate_weight(self) -> Tensor:
-        """The linear gate's weight, ``(num_experts, features)``."""
-        return gate_weight(self.layer)
-
-    def forward(self, tokens: Tensor, *, k: int | None = None) -> BatchResult:
-        """One batch from start to end, with ``k`` experts per token where that is not the layer's own number.
-
-        Raises:
-            BenchError: If an expert did not serve its rows.
-        """
-        self.engine.submit(Batch(LAYER, tokens, k=k))
-        while True:
-            for result in self.engine.poll(_POLL_S):
-                if result.failures:
-                    raise BenchError(f"experts failed: {dict(result.failures)}")
-                return result
-
-    def close(self) -> None:
-        """Disconnect."""
-        self._transport.close()
+        description = runtime.describe()
+        table = kept_table(description["name"], description["hosts"][0]["host_id"])
+        yield Deployment(runtime, recipe, table, start_s)
 
 
 @contextlib.contextmanager
 def library_layer(deployment: Deployment) -> Iterator[LibraryLayer]:
     """The deployment's layer as a library uses it, until the end of the ``with``."""
-    library = LibraryLayer(deployment)
-    try:
+    transport = ZmqTransport(node=deployment.node)
+    layer = build_routed_layer(deployment.recipe)
+    with contextlib.closing(LibraryLayer(layer, deployment.table, transport, node=deployment.node)) as library:
         yield library
-    finally:
-        library.close()

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.bench.actor_calls import actor_fleet
+from moe_runtime.bench.bare.actor_calls import actor_fleet
+from moe_runtime.bench.bare.echo import echo_fleet
 from moe_runtime.bench.deployment import deploy, layer_config, library_layer, ray_cluster
-from moe_runtime.bench.echo import echo_fleet
 from moe_runtime.bench.errors import BenchError
 from moe_runtime.bench.results import Row
 from moe_runtime.bench.sampling import Contender, interleave, time_calls
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from moe_runtime.bench.actor_calls import ActorFleet
-    from moe_runtime.bench.deployment import LibraryLayer
-    from moe_runtime.bench.echo import EchoFleet
+    from moe_runtime.bench.bare.actor_calls import ActorFleet
+    from moe_runtime.bench.bare.echo import EchoFleet
+    from moe_runtime.bench.library import LibraryLayer
     from moe_runtime.bench.suite import BenchSettings
 
 NUM_EXPERTS = 8

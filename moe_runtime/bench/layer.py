@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe_runtime.bench.deployment import LibraryLayer
     from moe_runtime.bench.in_process import Implementation
+    from moe_runtime.bench.library import LibraryLayer
     from moe_runtime.bench.sampling import Sample
     from moe_runtime.bench.suite import BenchSettings
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe_runtime.bench.deployment import Deployment, LibraryLayer
+    from moe_runtime.bench.deployment import Deployment
+    from moe_runtime.bench.library import LibraryLayer
     from moe_runtime.bench.suite import BenchSettings
 
 Kind = Literal["gated", "direct"]

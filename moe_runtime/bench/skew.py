@@ -7,7 +7,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_runtime.bench.deployment import deploy, gate_weight, layer_config, ray_cluster
+from moe_runtime.bench.deployment import deploy, layer_config, ray_cluster
+from moe_runtime.bench.library import gate_weight
 from moe_runtime.bench.load import LibraryService, Traffic, time_per_request
 from moe_runtime.bench.results import Row
 from moe_runtime.bench.shapes import SHAPES

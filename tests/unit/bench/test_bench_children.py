@@ -6,8 +6,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import pytest
 
+from moe_runtime.bench.bare.echo import echo_fleet
 from moe_runtime.bench.children import Child
-from moe_runtime.bench.echo import echo_fleet
 from moe_runtime.bench.errors import BenchError
 
 

@@ -1,0 +1,1 @@
+"""Ray and ZeroMQ without the runtime around them: the peers below its layers, and the only part that imports both."""
