@@ -88,10 +88,16 @@ class Deployment:
         return next(iter(self.table.endpoints())).node
 
 
+def recipe_of(config: Mapping[str, Any]) -> LayerRecipe:
+    """The recipe of a configuration's only layer."""
+    (recipe,) = build_layers(load_config(config))
+    return recipe
+
+
 @contextlib.contextmanager
 def deploy(config: Mapping[str, Any], *, on_progress: Callable[[int, int], None] | None = None) -> Iterator[Deployment]:
     """A configuration of one layer, served on the connected cluster until the end of the ``with``."""
-    recipe = build_layers(load_config(config))[0]
+    recipe = recipe_of(config)
     started = time.perf_counter()
     with serve(config, on_progress=on_progress) as runtime:
         start_s = time.perf_counter() - started

@@ -39,11 +39,11 @@ def _run(settings: BenchSettings) -> Iterator[Row]:
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     starting = settings.begin("Starting 8 expert actors, 8 echo actors, 8 echo processes")
     with contextlib.ExitStack() as stack:
+        echo = stack.enter_context(echo_fleet(NUM_EXPERTS))
         stack.enter_context(ray_cluster())
         deployment = stack.enter_context(deploy(layer_config(num_experts=NUM_EXPERTS), on_progress=starting.update))
         ours = stack.enter_context(library_layer(deployment))
         actors = stack.enter_context(actor_fleet(NUM_EXPERTS))
-        echo = stack.enter_context(echo_fleet(NUM_EXPERTS))
         measuring = settings.begin("Exchanging rows")
         for num_done, num_rows in enumerate(sizes, start=1):
             yield from _case(num_rows, ours=ours, actors=actors, echo=echo, settings=settings)

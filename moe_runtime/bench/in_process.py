@@ -13,7 +13,9 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from moe_runtime.bench.children import Child
+from moe_runtime.bench.library import gate_weight
 from moe_runtime.experts.build import build_expert
+from moe_runtime.launch.router_process import build_routed_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from moe_runtime.experts.spec import ExpertSpec
+    from moe_runtime.launch.recipes import LayerRecipe
 
 Implementation = Literal["grouped_mm", "eager", "torch loop"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("grouped_mm", "eager", "torch loop")
@@ -46,9 +49,14 @@ class _Routing:
 class InProcessLayer:
     """The peer's process, seen from ours."""
 
-    def __init__(self, specs: Sequence[ExpertSpec], gate_weight: Tensor, *, k: int = 2) -> None:
+    def __init__(self, recipe: LayerRecipe, *, k: int = 2) -> None:
         """Start the process, which builds the same experts and the same gate."""
-        self.child = Child(serve_in_process, list(specs), gate_weight.detach().numpy(), k)
+        weight = gate_weight(build_routed_layer(recipe)).detach().numpy()
+        self.child = Child(serve_in_process, [expert.spec for expert in recipe.experts], weight, k)
+
+    def wait_until_ready(self) -> None:
+        """Return as soon as it computes."""
+        self.child.answer()
 
     def set_tokens(self, tokens: Tensor) -> None:
         """Use these tokens from now on."""
@@ -68,12 +76,13 @@ class InProcessLayer:
         self.child.close()
 
 
-def serve_in_process(connection: Connection, specs: list[ExpertSpec], gate_weight: NDArray[np.float32], k: int) -> None:
+def serve_in_process(connection: Connection, specs: list[ExpertSpec], weight: NDArray[np.float32], k: int) -> None:
     """Compute the layer as it is asked to, until the parent closes the connection."""
-    routing = _Routing(torch.from_numpy(gate_weight), k)
+    routing = _Routing(torch.from_numpy(weight), k)
     modules = [build_expert(spec, device="cpu").module for spec in specs]
     layers = _layers(specs[0], modules, routing)
     tokens = torch.empty(0)
+    connection.send(None)
     with torch.inference_mode():
         while True:
             command, *arguments = connection.recv()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_runtime.bench.deployment import deploy, layer_config, library_layer, ray_cluster
+from moe_runtime.bench.deployment import deploy, layer_config, library_layer, ray_cluster, recipe_of
 from moe_runtime.bench.errors import BenchError
 from moe_runtime.bench.in_process import IMPLEMENTATIONS, InProcessLayer
 from moe_runtime.bench.results import Row
@@ -68,10 +68,11 @@ def _measure(expert: _Expert, settings: BenchSettings) -> Iterator[Row]:
     starting = settings.begin(f"Starting 8 {expert.name} actors, and one process with the same experts")
     config = layer_config(num_experts=_NUM_EXPERTS, kind=expert.kind, options=expert.options)
     with contextlib.ExitStack() as stack:
+        # Before the actors: it loads the libraries of the peers meanwhile.
+        peers = stack.enter_context(contextlib.closing(InProcessLayer(recipe_of(config))))
         deployment = stack.enter_context(deploy(config, on_progress=starting.update))
         ours = stack.enter_context(library_layer(deployment))
-        specs = [recipe.spec for recipe in deployment.recipe.experts]
-        peers = stack.enter_context(contextlib.closing(InProcessLayer(specs, ours.gate_weight)))
+        peers.wait_until_ready()
         measuring = settings.begin(f"Forwards of {expert.name}")
         for num_done, num_tokens in enumerate(sizes, start=1):
             generator = torch.Generator().manual_seed(num_tokens)

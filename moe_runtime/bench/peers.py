@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from moe_runtime.bench.deployment import deploy, layer_config, library_layer, ray_cluster
+from moe_runtime.bench.deployment import deploy, layer_config, library_layer, ray_cluster, recipe_of
 from moe_runtime.bench.errors import BenchError
+from moe_runtime.bench.library import gate_weight
 from moe_runtime.bench.results import Row
 from moe_runtime.bench.sampling import Contender, interleave, time_calls
 from moe_runtime.bench.suite import Suite
 from moe_runtime.bench.tokens import spread_evenly, tokens_for
 from moe_runtime.experts.build import build_expert
+from moe_runtime.launch.router_process import build_routed_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-    from moe_runtime.bench.deployment import Deployment
     from moe_runtime.bench.library import LibraryLayer
     from moe_runtime.bench.suite import BenchSettings
+    from moe_runtime.launch.recipes import LayerRecipe
 
 Kind = Literal["gated", "direct"]
 
@@ -51,11 +53,7 @@ class HivemindPeer:
     """hivemind's server and client, as processes of their environment; used by one thread."""
 
     def __init__(self, experts: Path, *, python: Path) -> None:
-        """Start serving the experts whose weights lie in a folder.
-
-        Raises:
-            BenchError: If it does not start.
-        """
+        """Begin to serve the experts whose weights lie in a folder."""
         self._folder = experts
         self._log = (experts / "log").open("w")
         self._process = subprocess.Popen(
@@ -67,11 +65,14 @@ class HivemindPeer:
             env={**os.environ, "PYTHONPATH": ""},
             start_new_session=True,
         )
-        try:
-            self._answer()
-        except BenchError:
-            self.close()
-            raise
+
+    def wait_until_ready(self) -> None:
+        """Return as soon as it serves.
+
+        Raises:
+            BenchError: If it does not start.
+        """
+        self._answer()
 
     def time_calls(self, kind: Kind, num_calls: int) -> Sequence[float]:
         """Seconds of each of some calls with the tokens that were set."""
@@ -150,11 +151,13 @@ def _measure(expert: str, *, python: Path, settings: BenchSettings) -> Iterator[
     starting = settings.begin(f"Starting 8 {expert} actors, and hivemind with the same experts")
     config = layer_config(num_experts=_NUM_EXPERTS, kind="feed_forward", options=options)
     with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-bench-")))
+        _write_experts(recipe_of(config), folder)
+        # Before the actors: much of its start is waiting.
+        peer = stack.enter_context(contextlib.closing(HivemindPeer(folder, python=python)))
         deployment = stack.enter_context(deploy(config, on_progress=starting.update))
         ours = stack.enter_context(library_layer(deployment))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-bench-")))
-        _write_experts(deployment, ours, folder)
-        peer = stack.enter_context(contextlib.closing(HivemindPeer(folder, python=python)))
+        peer.wait_until_ready()
         cases = _cases(quick=settings.quick)
         measuring = settings.begin(f"Calling {expert}")
         for num_done, (kind, num_tokens) in enumerate(cases, start=1):
@@ -168,13 +171,13 @@ def _cases(*, quick: bool) -> list[tuple[Kind, int]]:
     return [*(("gated", size) for size in gated), *(("direct", size) for size in direct)]
 
 
-def _write_experts(deployment: Deployment, ours: LibraryLayer, folder: Path) -> None:
+def _write_experts(recipe: LayerRecipe, folder: Path) -> None:
     """The weights of experts and gate, for hivemind's server to read."""
-    for recipe in deployment.recipe.experts:
-        parameters = dict(build_expert(recipe.spec, device=torch.device("cpu")).module.named_parameters())
+    for expert in recipe.experts:
+        parameters = dict(build_expert(expert.spec, device=torch.device("cpu")).module.named_parameters())
         up, down = (parameters[f"{name}.weight"].detach().numpy() for name in ("up", "down"))
-        np.savez(folder / f"{recipe.spec.expert_id}.npz", up=up, down=down)
-    np.save(folder / "gate.npy", ours.gate_weight.detach().numpy())
+        np.savez(folder / f"{expert.spec.expert_id}.npz", up=up, down=down)
+    np.save(folder / "gate.npy", gate_weight(build_routed_layer(recipe)).detach().numpy())
 
 
 def _case(

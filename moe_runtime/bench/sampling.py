@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _MS = 1000.0
 #: A turn makes so many calls that it lasts about this long: enough for caches to be the contender's own.
@@ -58,15 +58,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured per case.
+    """How much is measured per case: until there is enough, or the time is up, but never less than a minimum.
 
     Attributes:
-        seconds: Rounds go on for about this long.
-        min_rounds: But there are at least so many.
+        seconds: No round begins later than this, but for the minimum.
+        min_rounds: So many are made however long they take.
+        max_calls: Of one contender; no round begins once every contender has made so many.
     """
 
     seconds: float
-    min_rounds: int = 5
+    min_rounds: int
+    max_calls: int = 400
 
 
 def time_calls(call: Callable[[], object], num_calls: int) -> list[float]:
@@ -79,6 +81,22 @@ def time_calls(call: Callable[[], object], num_calls: int) -> list[float]:
     return times
 
 
+def rounds(
+    effort: Effort, *, num_calls: Callable[[], int] = lambda: 0, now: Callable[[], float] = time.perf_counter
+) -> Iterator[int]:
+    """The numbers of the rounds that an effort allows, from 0.
+
+    Args:
+        effort: How much is measured.
+        num_calls: How many calls the contender with the fewest has made.
+        now: Seconds.
+    """
+    started, number = now(), 0
+    while number < effort.min_rounds or (now() - started < effort.seconds and num_calls() < effort.max_calls):
+        yield number
+        number += 1
+
+
 def interleave(
     contenders: Sequence[Contender], *, effort: Effort, now: Callable[[], float] = time.perf_counter
 ) -> dict[str, Sample]:
@@ -89,7 +107,7 @@ def interleave(
 
     Args:
         contenders: Who is timed.
-        effort: For how long.
+        effort: How much is measured.
         now: Seconds.
 
     Returns:
@@ -97,11 +115,9 @@ def interleave(
     """
     calls = {contender.name: _calls_per_turn(contender) for contender in contenders}
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    started, num_rounds = now(), 0
-    while num_rounds < effort.min_rounds or now() - started < effort.seconds:
-        for contender in contenders if num_rounds % 2 == 0 else reversed(contenders):
+    for number in rounds(effort, num_calls=lambda: min(map(len, times.values())), now=now):
+        for contender in contenders if number % 2 == 0 else reversed(contenders):
             times[contender.name] += contender.time_calls(calls[contender.name])
-        num_rounds += 1
     return {name: Sample.of(seconds) for name, seconds in times.items()}
 
 

@@ -12,7 +12,7 @@ from moe_runtime.bench.children import Child
 from moe_runtime.bench.deployment import deploy, layer_config, ray_cluster
 from moe_runtime.bench.load import LibraryService, Traffic, serve_grpc_load, time_per_request
 from moe_runtime.bench.results import Row
-from moe_runtime.bench.sampling import Sample
+from moe_runtime.bench.sampling import Sample, rounds
 from moe_runtime.bench.suite import Suite
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = "library mode"
 _FEATURES = 1024
-_MIN_REQUESTS, _REQUESTS_PER_CLIENT = 16, 8
+_MIN_REQUESTS, _REQUESTS_PER_CLIENT, _MAX_REQUESTS = 16, 8, 256
 _MIXED_SIZES = (1, 2, 4, 8, 16, 16, 32, 64)
 _KINDS = {"ffn": ("feed_forward", {"hidden_features": 4096}), "noop": ("identity", {})}
 
@@ -37,6 +37,11 @@ class _Case:
     clients: int
     tokens: int
     routers: int
+
+    @property
+    def num_requests(self) -> int:
+        """How many make a run: several per client, as far as time allows."""
+        return min(_MAX_REQUESTS, max(_MIN_REQUESTS, self.clients * _REQUESTS_PER_CLIENT))
 
     def requests(self) -> list[Tensor]:
         """What the clients send, in turns."""
@@ -76,11 +81,11 @@ def _measure(
 ) -> Row:  # fmt: skip
     requests = case.requests()
     addresses = deployment.runtime.addresses[: case.routers]
-    num_requests = max(_MIN_REQUESTS, case.clients * _REQUESTS_PER_CLIENT) // (2 if settings.quick else 1)
+    num_requests = case.num_requests // (2 if settings.quick else 1)
     arrays = [tokens.numpy() for tokens in requests]
     ours: list[Traffic] = []
     theirs: list[Traffic] = []
-    for _ in range(settings.effort.min_rounds):
+    for _ in rounds(settings.load_effort):
         ours.append(clients.ask(addresses, arrays, case.clients, num_requests))
         theirs.append(library.send(requests, num_callers=case.clients, num_requests=num_requests))
     return Row(

@@ -11,6 +11,7 @@ from moe_runtime.bench.deployment import deploy, layer_config, ray_cluster
 from moe_runtime.bench.library import gate_weight
 from moe_runtime.bench.load import LibraryService, Traffic, time_per_request
 from moe_runtime.bench.results import Row
+from moe_runtime.bench.sampling import rounds
 from moe_runtime.bench.shapes import SHAPES
 from moe_runtime.bench.suite import Suite
 from moe_runtime.bench.tokens import tokens_for
@@ -87,7 +88,7 @@ def _measure(
 ) -> Row:
     ours: list[Traffic] = []
     theirs: list[Traffic] = []
-    for _ in range(settings.effort.min_rounds):
+    for _ in rounds(settings.load_effort):
         ours.append(load.send(library, _num_requests(settings)))
         theirs.append(uniform.send(library, _num_requests(settings)))
     return Row(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_runtime.bench.sampling import Contender, Effort, Sample, interleave, time_calls
+from moe_runtime.bench.sampling import Contender, Effort, Sample, interleave, rounds, time_calls
 
 
 def recorder(name: str, log: list[str], seconds: float) -> Contender:
@@ -49,3 +49,15 @@ def test_each_call_is_timed():
     times = time_calls(lambda: calls.append(1), 3)
     assert len(calls) == len(times) == 3
     assert all(seconds >= 0 for seconds in times)
+
+
+def test_rounds_end_early_once_every_contender_has_made_enough_calls():
+    contenders = [recorder("fast", [], 0.001), recorder("slow", [], 0.1)]
+    samples = interleave(contenders, effort=Effort(seconds=1e9, min_rounds=1, max_calls=3), now=lambda: 0.0)
+    assert len(samples["slow"].times_ms) == 3
+
+
+def test_the_minimum_of_rounds_is_made_even_if_there_are_calls_enough_and_the_time_is_up():
+    ticks = iter(range(100))
+    effort = Effort(seconds=0.0, min_rounds=3, max_calls=0)
+    assert list(rounds(effort, num_calls=lambda: 10, now=lambda: float(next(ticks)))) == [0, 1, 2]
