@@ -1,1 +1,1 @@
-"""What `moe-runtime bench` runs: six suites, each figure a median beside a peer measured in the same run."""
+"""What `moe-runtime bench` runs: seven suites, each figure a median beside a peer measured in the same run."""

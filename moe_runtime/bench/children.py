@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.bench.errors import BenchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerContext
     from types import TracebackType
     from typing import Self
 
@@ -23,11 +24,12 @@ class Child:
     Args:
         main: What it runs: a module's function, which returns when its connection is closed.
         arguments: For ``main``, after the connection.
+        preload: Modules that are imported once for all children that name them, which then start at once.
     """
 
-    def __init__(self, main: Callable[..., None], *arguments: Any) -> None:
-        # Spawned, not forked: a fork would inherit Ray's and torch's threads half alive.
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, main: Callable[..., None], *arguments: Any, preload: Sequence[str] = ()) -> None:
+        # Spawned, or forked from a process that runs nothing: this one's threads, Ray's too, would be half alive.
+        context = _preloaded(preload) if preload else multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(main, theirs, arguments), daemon=True)
         self._process.start()
@@ -72,9 +74,13 @@ class Child:
             self._process.join(_END_WITHIN_S)
             raise BenchError(f"a peer's process ended early, exit code {self._process.exitcode}") from exc
 
+    def hang_up(self) -> None:
+        """Let it end, without waiting. Safe to call twice."""
+        self._connection.close()
+
     def close(self) -> None:
         """End it. Safe to call twice."""
-        self._connection.close()
+        self.hang_up()
         self._process.join(_END_WITHIN_S)
         if self._process.is_alive():
             self._process.kill()
@@ -87,6 +93,12 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _preloaded(modules: Sequence[str]) -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    return context
 
 
 def _run(main: Callable[..., None], connection: Connection, arguments: tuple[Any, ...]) -> None:

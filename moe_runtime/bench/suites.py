@@ -6,5 +6,6 @@ from moe_runtime.bench.peers import PEERS
 from moe_runtime.bench.scale import SCALE
 from moe_runtime.bench.service import SERVICE
 from moe_runtime.bench.skew import SKEW
+from moe_runtime.bench.wire import WIRE
 
-SUITES = {suite.name: suite for suite in (EXCHANGE, LAYER_SUITE, PEERS, SERVICE, SCALE, SKEW)}
+SUITES = {suite.name: suite for suite in (EXCHANGE, LAYER_SUITE, PEERS, SERVICE, SCALE, SKEW, WIRE)}
