@@ -10,6 +10,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --durations=15
 BENCH = $(BIN)/moe-runtime bench $(if $(QUICK),--quick) $(if $(JSON),--json $(JSON))
+SUITES := exchange layer peers service scale skew wire
+RESULTS ?= benchmarks/results
 BENCH_STAMP := $(VENV)/.installed-bench
 HIVEMIND_VENV := .venv-hivemind
 HIVEMIND_STAMP := $(HIVEMIND_VENV)/.installed
@@ -17,7 +19,7 @@ COVERED := routing wire service
 MIN_COVERAGE := 95
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format venv docs coverage soak bench bench-peers bench-docs clean
+.PHONY: help demo test check format venv docs coverage soak bench bench-peers bench-results bench-docs clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,9 +60,14 @@ bench: $(BENCH_STAMP)  ## Run every benchmark, or SUITE=name; also QUICK=1 and J
 bench-peers: $(BENCH_STAMP) $(HIVEMIND_STAMP)  ## Benchmark against hivemind, in an environment of its own; also QUICK=1 and JSON=PATH.
 	$(BENCH) peers
 
-bench-docs: $(BENCH_STAMP) $(HIVEMIND_STAMP)  ## Make the figures and plots of docs/benchmarks.md anew, from every suite.
-	$(BIN)/moe-runtime bench --json docs/benchmarks.json
-	$(BIN)/python -m moe_runtime.bench.page docs/benchmarks.json docs
+bench-results: $(BENCH_STAMP) $(HIVEMIND_STAMP)  ## Measure every suite, or SUITE="a b", into RESULTS (benchmarks/results).
+	@mkdir -p $(RESULTS)
+	for suite in $(or $(SUITE),$(SUITES)); do \
+	  $(BIN)/moe-runtime bench $(if $(QUICK),--quick) --json $(RESULTS)/$$suite.json $$suite || exit 1; \
+	done
+
+bench-docs: $(BENCH_STAMP)  ## Write the figures and plots of docs/ anew from RESULTS (benchmarks/results); measures nothing.
+	$(BIN)/python -m moe_runtime.bench.page $(RESULTS) docs
 
 clean:  ## Remove .venv and every cache.
 	rm -rf $(VENV) $(HIVEMIND_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* build dist

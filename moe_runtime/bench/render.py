@@ -46,6 +46,11 @@ def show_title(console: Console, suite: Suite) -> None:
     console.print(f"[bold]{suite.name}[/]: {suite.title}\n")
 
 
+def show_duration(console: Console, suite: Suite, seconds: float) -> None:
+    """How long a suite took."""
+    console.print(f"[dim]{suite.name} took {seconds:.0f} s[/]\n", highlight=False)
+
+
 def show_machine(console: Console, machine: Mapping[str, Any]) -> None:
     """The machine in one paragraph."""
     console.print("[dim]" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "[/]\n")

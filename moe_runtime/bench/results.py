@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,7 +55,30 @@ class Row:
         }
 
 
-def write_json(path: Path, *, machine: Mapping[str, Any], rows: list[Row]) -> None:
-    """Write a run to a file as one JSON object."""
-    results = {"machine": dict(machine), "rows": [row.as_json() for row in rows]}
+@dataclass(frozen=True)
+class SuiteRun:
+    """When and how a suite was measured.
+
+    Attributes:
+        date: Its end, UTC, in ISO 8601.
+        quick: Whether in the quick form.
+        seconds: How long it took, with the start of everything.
+        commit: Of this repository; None outside it.
+    """
+
+    date: str
+    quick: bool
+    seconds: float
+    commit: str | None = None
+
+
+def write_json(
+    path: Path, *, machine: Mapping[str, Any], rows: list[Row], runs: Mapping[str, SuiteRun] | None = None
+) -> None:
+    """Write what was measured to a file as one JSON object; ``runs`` by suite."""
+    results = {
+        "machine": dict(machine),
+        "runs": {suite: asdict(run) for suite, run in (runs or {}).items()},
+        "rows": [row.as_json() for row in rows],
+    }
     path.write_text(json.dumps(results, indent=1) + "\n")

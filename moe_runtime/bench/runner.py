@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from moe_runtime.bench.errors import BenchError
 from moe_runtime.bench.machine import describe_machine
-from moe_runtime.bench.render import ShownStage, make_progress, show_machine, show_rows, show_title
-from moe_runtime.bench.results import write_json
+from moe_runtime.bench.render import ShownStage, make_progress, show_duration, show_machine, show_rows, show_title
+from moe_runtime.bench.results import SuiteRun, write_json
 from moe_runtime.bench.suite import BenchSettings
 from moe_runtime.bench.suites import SUITES
 
@@ -40,10 +42,17 @@ def run(
     machine = describe_machine()
     show_machine(console, machine)
     rows: list[Row] = []
+    runs: dict[str, SuiteRun] = {}
     for suite in suites:
+        started = time.perf_counter()
         rows += _measure(suite, quick=quick, console=console)
+        seconds = round(time.perf_counter() - started, 1)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        commit = machine.get("commit")
+        runs[suite.name] = SuiteRun(date, quick, seconds, None if commit is None else str(commit))
+        show_duration(console, suite, seconds)
         if json_path is not None:
-            write_json(json_path, machine=machine, rows=rows)
+            write_json(json_path, machine=machine, rows=rows, runs=runs)
     return rows
 
 
