@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LAYER = "layer"
 #: Reservations, not cores: the largest suite must not wait for room.
 _TOTAL_CPUS = 64.0
+_START_TIMEOUT_S = 300.0
 
 
 @contextlib.contextmanager
@@ -54,6 +55,8 @@ def layer_config(*, num_experts: int = 8, kind: str = "identity", num_routers: i
     return {
         "name": f"bench-{os.getpid()}",
         "device": "cpu",
+        # Peers start beside the actors, and the machine may have other work.
+        "start_timeout_s": _START_TIMEOUT_S,
         "router": {"address": "127.0.0.1:0", "replicas": num_routers},
         "layers": {
             LAYER: {"item_shape": [1024], "residual": "none", "timeout_ms": 30000, "experts": [experts], **layer}

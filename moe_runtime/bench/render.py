@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -57,7 +58,20 @@ def show_machine(console: Console, machine: Mapping[str, Any]) -> None:
 
 
 def show_rows(console: Console, rows: Sequence[Row]) -> None:
-    """A suite's rows: medians in milliseconds with the middle half of the calls, and ratios."""
+    """A suite's rows: medians in milliseconds with the middle half of the calls, and ratios.
+
+    Each sort of case, that is each set of keys, has a table of its own.
+    """
+    sorts: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        sorts[tuple(row.case)].append(row)
+    console.print()
+    for members in sorts.values():
+        console.print(_table_of(members))
+        console.print()
+
+
+def _table_of(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     case_keys = list(dict.fromkeys(key for row in rows for key in row.case))
     figures = list(dict.fromkeys(name for row in rows for name in row.figures))
@@ -78,9 +92,7 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
             f"[bold {'green' if row.ratio <= 1 else 'yellow'}]{row.ratio:.2f}[/]",
             *(f"{row.figures[name]:,.3g}" if name in row.figures else "" for name in figures),
         )
-    console.print()
-    console.print(table)
-    console.print()
+    return table
 
 
 def _with_spread(median: float, spread: tuple[float, float]) -> str:

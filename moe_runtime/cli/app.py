@@ -134,7 +134,7 @@ def bench(
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="PATH", help="Write the machine and every figure to this file.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: a first look.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: under a minute per suite.")] = False,
 ) -> None:
     """Measure the runtime beside its peers, in turns, in one run."""
     from moe_runtime.bench.runner import run
