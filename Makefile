@@ -22,7 +22,7 @@ MIN_COVERAGE := 95
 .PHONY: help demo test check format venv docs coverage soak bench bench-peers bench-results bench-docs clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Train, serve and classify real digits with five kinds of experts on Ray.
 	$(BIN)/moe-runtime demo digits
