@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Admission
+from moe_runtime.routing.assignments import Admission, Selection
 from moe_runtime.routing.drop_order import drop_order
 from moe_runtime.routing.places import positions_in_group
 from moe_runtime.routing.reroute import reroute
@@ -57,25 +57,20 @@ def admit(assignments: Assignments, rule: CapacityConfig, *, row_seeds: Tensor |
         ConfigError: If overflow is to be rerouted and the assignments carry no scores for it.
     """
     if rule.factor is None:
-        return _all_admitted(assignments, capacity=None)
-    num_assignments = assignments.token_ids.shape[0]
+        return Admission(assignments, capacity=None)
     capacity = expert_capacity(
-        num_assignments, num_valid=_num_valid(assignments), num_experts=assignments.num_experts, rule=rule
+        assignments.num_assignments, num_valid=_num_valid(assignments), num_experts=assignments.num_experts, rule=rule
     )
-    if capacity is None or num_assignments == 0:
-        return _all_admitted(assignments, capacity=capacity)
-    load = torch.bincount(assignments.expert_ids, minlength=assignments.num_experts)
-    if int(load.max()) <= capacity:
-        return _all_admitted(assignments, capacity=capacity)
+    if capacity is None or max(assignments.load) <= capacity:
+        return Admission(assignments, capacity=capacity)
 
     order = drop_order(assignments, rule.drop, row_seeds=row_seeds)
-    positions = positions_in_group(assignments.expert_ids, order=order, sizes=load)
-    admission = Admission(
-        assignments=assignments,
-        admitted=positions < capacity,
-        rerouted=torch.zeros_like(assignments.token_ids, dtype=torch.bool),
-        capacity=capacity,
+    sizes = torch.tensor(assignments.load, device=assignments.expert_ids.device)
+    positions = positions_in_group(assignments.expert_ids, order=order, sizes=sizes)
+    selection = Selection(
+        admitted=positions < capacity, rerouted=torch.zeros_like(assignments.token_ids, dtype=torch.bool)
     )
+    admission = Admission(assignments, capacity=capacity, selection=selection)
     if rule.overflow == "drop":
         return admission
     return reroute(admission, order=order, capacity=capacity, max_reroutes=rule.max_reroutes)
@@ -87,16 +82,7 @@ def _exact(factor: float) -> Fraction:
 
 
 def _num_valid(assignments: Assignments) -> int:
-    if assignments.token_ids.shape[0] < assignments.num_tokens:
-        return int(torch.unique(assignments.token_ids).shape[0])
+    if assignments.grid is not None:
+        return assignments.num_tokens
     asked = torch.zeros(assignments.num_tokens, dtype=torch.bool, device=assignments.token_ids.device)
     return int(asked.index_fill(0, assignments.token_ids, True).sum())
-
-
-def _all_admitted(assignments: Assignments, *, capacity: int | None) -> Admission:
-    return Admission(
-        assignments=assignments,
-        admitted=torch.ones_like(assignments.token_ids, dtype=torch.bool),
-        rerouted=torch.zeros_like(assignments.token_ids, dtype=torch.bool),
-        capacity=capacity,
-    )

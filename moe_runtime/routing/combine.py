@@ -7,6 +7,7 @@ least one served assignment and exactly ``x`` for one with none; ``none`` is ``y
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +29,18 @@ class Combined:
 
     Attributes:
         outputs: ``(num_tokens, *out_shape)`` in the dtype of the expert outputs.
-        weights: Weight applied to each planned row, float32 ``(num_planned,)``; 0 where it was not served.
+        plan: The plan whose rows were summed.
+        served: Bool ``(num_planned,)``: which of them; None is all.
     """
 
     outputs: Tensor
-    weights: Tensor
+    plan: DispatchPlan
+    served: Tensor | None
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Weight applied to each planned row, float32 ``(num_planned,)``; 0 where it was not served."""
+        return _final_weights(self.plan, self.served).detach().float()
 
 
 def gather_rows(
@@ -95,22 +103,44 @@ def combine(
     _check_outputs(tokens, expert_outputs, plan, residual=residual, served=served)
     if served is not None and bool(served.all()):
         served = None
-    weights = _final_weights(plan, served)
-    by_choice = _by_token_then_choice(plan, served)
-    token_ids = plan.token_ids[by_choice]
+    answered = _answered(plan, served)
     sum_rows = _slot_sums if exact else _weighted_sums
-    sums = sum_rows(expert_outputs, weights if weight_on == "output" else None, by_choice, plan=plan)
-    outputs = _with_residual(sums, tokens, token_ids, residual=residual)
-    return Combined(outputs=outputs.to(expert_outputs.dtype), weights=weights.detach().float())
+    sums = sum_rows(expert_outputs, answered, plan=plan, weighted=weight_on == "output")
+    outputs = _with_residual(sums, tokens, answered, residual=residual, plan=plan)
+    return Combined(outputs=outputs.to(expert_outputs.dtype), plan=plan, served=served)
 
 
-def _with_residual(sums: Tensor, tokens: Tensor, token_ids: Tensor, *, residual: ResidualRule) -> Tensor:
-    """``sums``, changed in place, with what each token keeps of itself; ``token_ids`` have an answer."""
+@dataclass(frozen=True)
+class _Answered:
+    """The planned rows to sum, by token, then by choice.
+
+    Attributes:
+        row_ids: Which, int64 ``(num_rows,)``.
+        weights: Their weights, ``(num_rows,)``.
+        per_token: How many each token has, if it is the same for all; None where it is not known to be.
+    """
+
+    row_ids: Tensor
+    weights: Tensor
+    per_token: int | None
+
+
+def _answered(plan: DispatchPlan, served: Tensor | None) -> _Answered:
+    if served is None:
+        return _Answered(plan.rows_by_token, plan.weights_by_token, plan.rows_per_token)
+    row_ids = plan.rows_by_token[served[plan.rows_by_token]]
+    return _Answered(row_ids, _final_weights(plan, served)[row_ids], None)
+
+
+def _with_residual(
+    sums: Tensor, tokens: Tensor, answered: _Answered, *, residual: ResidualRule, plan: DispatchPlan
+) -> Tensor:
+    """``sums``, changed in place, with what each token keeps of itself."""
     if residual == "add":
         return sums.add_(tokens)
-    if residual == "passthrough":
+    if residual == "passthrough" and answered.per_token is None:
         unanswered = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        unanswered = unanswered.index_fill_(0, token_ids, False).nonzero().squeeze(1)
+        unanswered = unanswered.index_fill_(0, plan.token_ids[answered.row_ids], False).nonzero().squeeze(1)
         if unanswered.shape[0] > 0:
             return sums.index_copy_(0, unanswered, tokens[unanswered].to(sums.dtype))
     return sums
@@ -132,44 +162,41 @@ def _final_weights(plan: DispatchPlan, served: Tensor | None) -> Tensor:
     return torch.zeros_like(plan.weights).index_copy(0, answered, weights)
 
 
-def _by_token_then_choice(plan: DispatchPlan, served: Tensor | None) -> Tensor:
-    """Served planned rows by token, then by choice: assignments are k-major, so their ids order the choices."""
-    keys = plan.token_ids * plan.admission.admitted.shape[0] + plan.assignment_ids
-    if served is None:
-        return torch.argsort(keys, stable=True)
-    answered = served.nonzero().squeeze(1)
-    return answered[torch.argsort(keys[answered], stable=True)]
-
-
-def _slot_sums(rows: Tensor, weights: Tensor | None, row_ids: Tensor, *, plan: DispatchPlan) -> Tensor:
+def _slot_sums(rows: Tensor, answered: _Answered, *, plan: DispatchPlan, weighted: bool) -> Tensor:
     """Sum over slots ``(num_tokens, k, *out_shape)`` of ``weights * rows``; slots without a row hold 0."""
-    assignments = plan.admission.assignments
-    ranks = assignments.ranks[plan.assignment_ids[row_ids]]
-    num_slots = int(assignments.ranks.max()) + 1 if assignments.ranks.numel() else 0
+    assignments, row_ids = plan.admission.assignments, answered.row_ids
     dtype = torch.promote_types(rows.dtype, torch.float32)
     products = rows[row_ids].to(dtype)
-    if weights is not None:
-        products = products * _as_column(weights.to(dtype)[row_ids], rows.dim())
+    if weighted:
+        products = products * _as_column(answered.weights.to(dtype), rows.dim())
+    if answered.per_token is not None:
+        return products.reshape(assignments.num_tokens, answered.per_token, *rows.shape[1:]).sum(dim=1)
+    ranks = assignments.ranks[plan.assignment_ids[row_ids]]
+    num_slots = int(assignments.ranks.max()) + 1 if assignments.ranks.numel() else 0
     slots = products.new_zeros((assignments.num_tokens * num_slots, *rows.shape[1:]))
     slots = slots.index_copy(0, plan.token_ids[row_ids] * num_slots + ranks, products)
     return slots.reshape(assignments.num_tokens, num_slots, *rows.shape[1:]).sum(dim=1)
 
 
-def _weighted_sums(rows: Tensor, weights: Tensor | None, row_ids: Tensor, *, plan: DispatchPlan) -> Tensor:
-    """Sum of ``weights * rows`` over each token's ``row_ids``, ``(num_tokens, *out_shape)``."""
-    num_tokens, token_ids = plan.admission.assignments.num_tokens, plan.token_ids[row_ids]
+def _weighted_sums(rows: Tensor, answered: _Answered, *, plan: DispatchPlan, weighted: bool) -> Tensor:
+    """Sum of ``weights * rows`` over each token's rows, ``(num_tokens, *out_shape)``."""
+    num_tokens, row_ids = plan.admission.assignments.num_tokens, answered.row_ids
     # At least float32: half-precision sums would depend on the order and lose the small terms.
     dtype = torch.promote_types(rows.dtype, torch.float32)
     out_shape = rows.shape[1:]
     if row_ids.shape[0] == 0:
         return torch.zeros((num_tokens, *out_shape), dtype=dtype, device=rows.device)
-    starts = torch.searchsorted(token_ids, torch.arange(num_tokens, device=token_ids.device))
+    if answered.per_token is None:
+        token_ids = plan.token_ids[row_ids]
+        starts = torch.searchsorted(token_ids, torch.arange(num_tokens, device=token_ids.device))
+    else:
+        starts = torch.arange(0, row_ids.shape[0], answered.per_token, device=row_ids.device)
     sums = F.embedding_bag(
         row_ids,
         rows.reshape(rows.shape[0], -1).to(dtype),
         starts,
         mode="sum",
-        per_sample_weights=None if weights is None else weights.to(dtype)[row_ids],
+        per_sample_weights=answered.weights.to(dtype) if weighted else None,
     )
     return sums.reshape(num_tokens, *out_shape)
 

@@ -58,6 +58,8 @@ class Gate(nn.Module, ABC):
             raise ShapeError(
                 f"gate: expected an input of shape (num_tokens, {self.in_features}), found {tuple(gate_input.shape)}"
             )
+        if not torch.is_autocast_enabled(gate_input.device.type):
+            return self.score(self._jittered(gate_input.float(), generator), generator)
         with torch.autocast(gate_input.device.type, enabled=False):
             return self.score(self._jittered(gate_input.float(), generator), generator)
 

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import DispatchPlan
-from moe_runtime.routing.weights import apply_weight_rule
+from moe_runtime.routing.assignments import DispatchPlan, count_per_expert
+from moe_runtime.routing.weights import apply_weight_rule, weigh_grid
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moe_runtime.routing.assignments import Admission
+    from moe_runtime.routing.assignments import Admission, Grid
 
 
 def plan_dispatch(admission: Admission) -> DispatchPlan:
@@ -21,33 +19,42 @@ def plan_dispatch(admission: Admission) -> DispatchPlan:
     With ``normalize: before_drop`` a token's weights are normalised over all its assignments, those without a
     place included; with ``after_drop`` over those that have one.
     """
-    assignments = admission.assignments
-    assignment_ids = _by_expert_then_token(admission)
-    token_ids = assignments.token_ids[assignment_ids]
-    expert_ids = assignments.expert_ids[assignment_ids]
-    scores = assignments.scores[assignment_ids]
-    rule, num_tokens = assignments.weight_rule, assignments.num_tokens
-    if rule.normalize == "before_drop":
-        every_weight = apply_weight_rule(assignments.scores, assignments.token_ids, rule, num_tokens=num_tokens)
-        weights = every_weight[assignment_ids]
-    else:
-        weights = apply_weight_rule(scores, token_ids, rule, num_tokens=num_tokens)
-    bounds = torch.arange(assignments.num_experts + 1, device=expert_ids.device)
+    grid = admission.assignments.grid
+    if grid is not None and admission.selection is None:
+        return _plan_of_grid(admission, grid)
+    return _plan_of_pairs(admission)
+
+
+def _plan_of_grid(admission: Admission, grid: Grid) -> DispatchPlan:
+    # Row by row, a grid is by token, then by choice: a stable sort by expert leaves each expert's rows by token.
+    order = torch.argsort(grid.expert_ids.reshape(-1), stable=True)
     return DispatchPlan(
-        token_ids=token_ids,
-        expert_ids=expert_ids,
-        scores=scores,
-        weights=weights,
-        assignment_ids=assignment_ids,
-        expert_offsets=torch.searchsorted(expert_ids, bounds),
+        order=order,
+        token_ids=order // grid.k,
+        weights_by_token=weigh_grid(grid.scores, admission.assignments.weight_rule).reshape(-1),
+        ids_by_token=grid,
+        rows_per_expert=admission.assignments.load,
         admission=admission,
     )
 
 
-def _by_expert_then_token(admission: Admission) -> Tensor:
+def _plan_of_pairs(admission: Admission) -> DispatchPlan:
     assignments = admission.assignments
-    keys = assignments.expert_ids * assignments.num_tokens + assignments.token_ids
-    if admission.capacity is None:
-        return torch.argsort(keys, stable=True)
-    admitted = admission.admitted.nonzero().squeeze(1)
-    return admitted[torch.argsort(keys[admitted], stable=True)]
+    ids = torch.argsort(assignments.token_ids, stable=True)
+    if admission.selection is not None:
+        ids = ids[admission.admitted[ids]]
+    token_ids, expert_ids = assignments.token_ids[ids], assignments.expert_ids[ids]
+    rule, num_tokens = assignments.weight_rule, assignments.num_tokens
+    if rule.normalize == "before_drop":
+        weights = apply_weight_rule(assignments.scores, assignments.token_ids, rule, num_tokens=num_tokens)[ids]
+    else:
+        weights = apply_weight_rule(assignments.scores[ids], token_ids, rule, num_tokens=num_tokens)
+    order = torch.argsort(expert_ids, stable=True)
+    return DispatchPlan(
+        order=order,
+        token_ids=token_ids[order],
+        weights_by_token=weights,
+        ids_by_token=ids,
+        rows_per_expert=count_per_expert(expert_ids, num_experts=assignments.num_experts),
+        admission=admission,
+    )

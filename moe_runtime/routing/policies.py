@@ -9,7 +9,7 @@ import torch
 
 from moe_runtime.config.models import DensePolicyConfig, SwitchPolicyConfig
 from moe_runtime.errors import ConfigError, InvalidRequestError, ShapeError
-from moe_runtime.routing.assignments import Assignments, WeightRule
+from moe_runtime.routing.assignments import Assignments, Grid, Pairs, WeightRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,24 +97,11 @@ class TopKPolicy:
         requested = _requested(width, k=k, mask=mask)
         if self.score == "softmax_after_topk":
             scores = _softmax_over(scores, requested)
-        num_tokens = router_logits.shape[0]
-        ranks = torch.arange(width, device=scores.device)
-        columns = [
-            torch.arange(num_tokens, device=scores.device).repeat(width),
-            expert_ids.t().reshape(-1),
-            scores.t().reshape(-1),
-            ranks.repeat_interleave(num_tokens),
-        ]
-        if requested is not None:
-            kept = requested.t().reshape(-1).nonzero().squeeze(1)
-            columns = [column[kept] for column in columns]
+        grid = Grid(expert_ids, scores)
         return Assignments(
-            token_ids=columns[0],
-            expert_ids=columns[1],
-            scores=columns[2],
-            ranks=columns[3],
+            choices=grid if requested is None else _requested_pairs(grid, requested),
             all_scores=all_scores if self.can_reroute else None,
-            num_tokens=num_tokens,
+            num_tokens=router_logits.shape[0],
             num_experts=self.num_experts,
             weight_rule=self.weight_rule,
         )
@@ -171,6 +158,17 @@ def _requested(width: int, *, k: Tensor | int | None, mask: Tensor | None) -> Te
         return None if mask is None else mask.bool()[:, None].expand(-1, width)
     requested = torch.arange(width, device=per_row.device) < per_row[:, None]
     return requested if mask is None else requested & mask.bool()[:, None]
+
+
+def _requested_pairs(grid: Grid, requested: Tensor) -> Pairs:
+    kept = requested.t().reshape(-1).nonzero().squeeze(1)
+    every = grid.pairs
+    return Pairs(
+        token_ids=every.token_ids[kept],
+        expert_ids=every.expert_ids[kept],
+        scores=every.scores[kept],
+        ranks=every.ranks[kept],
+    )
 
 
 def _softmax_over(logits: Tensor, requested: Tensor | None) -> Tensor:

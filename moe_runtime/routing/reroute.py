@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.errors import ConfigError
+from moe_runtime.routing.assignments import Selection
 from moe_runtime.routing.places import positions_in_group
 from moe_runtime.routing.weights import largest_per_token, sum_per_token
 
@@ -131,9 +132,8 @@ def _moved(admission: Admission, assignment_ids: Tensor, expert_ids: Tensor) -> 
         scores = torch.where(rerouted, own_scores, assignments.scores)
     return replace(
         admission,
-        assignments=replace(assignments, expert_ids=all_experts, scores=scores),
-        admitted=admission.admitted | rerouted,
-        rerouted=rerouted,
+        assignments=replace(assignments, choices=replace(assignments.pairs, expert_ids=all_experts, scores=scores)),
+        selection=Selection(admitted=admission.admitted | rerouted, rerouted=rerouted),
     )
 
 

@@ -42,6 +42,25 @@ def apply_weight_rule(scores: Tensor, token_ids: Tensor, rule: WeightRule, *, nu
     return scores if rule.scaling_factor == 1.0 else scores * rule.scaling_factor
 
 
+def weigh_grid(scores: Tensor, rule: WeightRule) -> Tensor:
+    """Weights of a grid of choices, each row normalised over itself; see ``apply_weight_rule``.
+
+    Args:
+        scores: Non-negative scores, ``(num_tokens, k)``.
+        rule: The norm and the scaling factor.
+
+    Returns:
+        ``(num_tokens, k)`` in the dtype of ``scores``.
+    """
+    if rule.normalize != "none" and rule.norm_p == 1.0:
+        scores = scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    elif rule.normalize != "none":
+        largest = scores.detach().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+        sums = ((scores / largest) ** rule.norm_p).sum(dim=-1, keepdim=True)
+        scores = scores / (largest * sums.clamp_min(1.0) ** (1.0 / rule.norm_p))
+    return scores if rule.scaling_factor == 1.0 else scores * rule.scaling_factor
+
+
 def requested_weights(assignments: Assignments) -> Tensor:
     """Weights of all assignments as if every one of them were served, ``(num_assignments,)``."""
     return apply_weight_rule(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.routing.assignments import DispatchPlan
+    from moe_runtime.routing.combine import Combined
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,7 @@ class Batch:
     row_seeds: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class StageTimes:
+class StageTimes(NamedTuple):
     """Seconds that a batch spent in each stage.
 
     Attributes:
@@ -55,10 +57,7 @@ class BatchResult:
 
     Attributes:
         batch_id: What ``submit`` returned.
-        outputs: ``(num_tokens, *out_shape)`` in the layer's dtype.
-        plan: The plan that was dispatched.
-        served: Bool ``(num_planned,)``: the expert answered.
-        weights: Float32 ``(num_planned,)``: the weight applied; 0 where not served.
+        combined: What its tokens became.
         table_version: Version of the routing table that the batch used.
         times: Seconds per stage.
         failures: Why an expert's rows were not served, by expert id.
@@ -67,11 +66,29 @@ class BatchResult:
     """
 
     batch_id: int
-    outputs: Tensor
-    plan: DispatchPlan
-    served: Tensor
-    weights: Tensor
+    combined: Combined
     table_version: int
     times: StageTimes
-    failures: Mapping[int, str] = field(default_factory=dict)
+    failures: Mapping[int, str]
     overflowed: Tensor | None = None
+
+    @property
+    def outputs(self) -> Tensor:
+        """``(num_tokens, *out_shape)`` in the layer's dtype."""
+        return self.combined.outputs
+
+    @property
+    def plan(self) -> DispatchPlan:
+        """The plan that was dispatched."""
+        return self.combined.plan
+
+    @property
+    def weights(self) -> Tensor:
+        """Float32 ``(num_planned,)``: the weight applied; 0 where not served."""
+        return self.combined.weights
+
+    @property
+    def served(self) -> Tensor:
+        """Bool ``(num_planned,)``: the expert answered."""
+        served = self.combined.served
+        return torch.ones(self.plan.num_planned, dtype=torch.bool) if served is None else served

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,8 +17,7 @@ if TYPE_CHECKING:
     from moe_runtime.service.routing_table import Replica, RoutingTable
 
 
-@dataclass(frozen=True)
-class PlannedSegment:
+class PlannedSegment(NamedTuple):
     """The planned rows ``[start, stop)`` of one expert, and the replica that is to serve them, if there is one."""
 
     expert_id: int
@@ -34,33 +31,41 @@ class PlannedSegment:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
-class HostMessage:
-    """All planned segments of a batch that go to one expert host."""
+class HostMessage(NamedTuple):
+    """All planned segments of a batch that go to one expert host.
+
+    Attributes:
+        endpoint: The host's.
+        segments: At least one, in the order of the plan.
+        num_rows: Rows of all segments.
+    """
 
     endpoint: Endpoint
     segments: tuple[PlannedSegment, ...]
+    num_rows: int
 
     @property
-    def num_rows(self) -> int:
-        """Rows of all segments."""
-        return sum(segment.num_rows for segment in self.segments)
+    def start(self) -> int:
+        """The first of its planned rows."""
+        return self.segments[0].start
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether its planned rows are neighbours."""
+        return self.segments[-1].stop - self.start == self.num_rows
 
     def planned_ids(self) -> Tensor | slice:
         """Which planned rows the message carries, in its order; a slice where they are neighbours."""
-        first, last = self.segments[0], self.segments[-1]
-        if last.stop - first.start == self.num_rows:
-            return slice(first.start, last.stop)
+        if self.is_one_run:
+            return slice(self.start, self.start + self.num_rows)
         return torch.cat([torch.arange(segment.start, segment.stop) for segment in self.segments])
 
-    @property
     def wire_segments(self) -> tuple[Segment, ...]:
         """The segments as the host is told of them."""
-        return tuple(Segment(segment.replica_id, segment.num_rows) for segment in self.segments)
+        return tuple([Segment(replica_id, stop - start) for _, start, stop, replica_id in self.segments])
 
 
-@dataclass(frozen=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """Where a plan's rows go.
 
     Attributes:
@@ -73,7 +78,7 @@ class Dispatch:
 
 
 def split_by_host(
-    expert_offsets: Sequence[int],
+    rows_per_expert: Sequence[int],
     table: RoutingTable,
     *,
     layer: str,
@@ -83,7 +88,7 @@ def split_by_host(
     """Choose a replica for each expert of a plan and group the experts by host.
 
     Args:
-        expert_offsets: The plan's, ``num_experts + 1`` numbers.
+        rows_per_expert: The plan's.
         table: Version of the routing table that the batch uses.
         layer: Name of the layer.
         node: The router's own node; its replicas win ties.
@@ -92,20 +97,31 @@ def split_by_host(
     Returns:
         One message per host touched, and the segments that nobody serves.
     """
-    by_host: dict[Endpoint, list[PlannedSegment]] = defaultdict(list)
+    by_host: dict[int, list[PlannedSegment]] = {}
+    endpoints: dict[int, Endpoint] = {}
     unreachable = []
-    for expert_id in range(len(expert_offsets) - 1):
-        start, stop = expert_offsets[expert_id], expert_offsets[expert_id + 1]
-        if start == stop:
+    stop = 0
+    for expert_id, num_rows in enumerate(rows_per_expert):
+        start, stop = stop, stop + num_rows
+        if not num_rows:
             continue
         replicas = table.usable(layer, expert_id)
         if not replicas:
             unreachable.append(PlannedSegment(expert_id, start, stop))
             continue
         replica = _least_loaded(replicas, node=node, outstanding_rows=outstanding_rows)
-        by_host[replica.endpoint].append(PlannedSegment(expert_id, start, stop, replica.replica_id))
-    messages = tuple(HostMessage(endpoint, tuple(segments)) for endpoint, segments in by_host.items())
-    return Dispatch(messages, tuple(unreachable))
+        segment = PlannedSegment(expert_id, start, stop, replica.replica_id)
+        incarnation = replica.endpoint.incarnation
+        if incarnation in by_host:
+            by_host[incarnation].append(segment)
+        else:
+            by_host[incarnation] = [segment]
+            endpoints[incarnation] = replica.endpoint
+    messages = [
+        HostMessage(endpoints[host], tuple(segments), sum([stop - start for _, start, stop, _ in segments]))
+        for host, segments in by_host.items()
+    ]
+    return Dispatch(tuple(messages), tuple(unreachable))
 
 
 def _least_loaded(replicas: Sequence[Replica], *, node: str, outstanding_rows: Mapping[str, int]) -> Replica:
@@ -121,16 +137,21 @@ def fault_in(
     reply: HostReply, segments: Sequence[PlannedSegment], *, out_shape: tuple[int, ...], dtype: torch.dtype
 ) -> str | None:
     """What is wrong with a host's reply as a whole, in words; None where its rows can be used."""
-    asked = [(segment.replica_id, segment.num_rows) for segment in segments]
-    if [(result.replica_id, result.num_rows) for result in reply.results] != asked:
-        return "its host answered for other rows than it was sent"
-    num_rows = sum(result.num_rows for result in reply.results if result.error is None)
-    if reply.rows is None:
+    results, rows = reply.results, reply.rows
+    if len(results) != len(segments):
+        return _OTHER_ROWS
+    num_rows = 0
+    for (_, start, stop, replica_id), result in zip(segments, results, strict=True):
+        if result.num_rows != stop - start or result.replica_id != replica_id:
+            return _OTHER_ROWS
+        if result.error is None:
+            num_rows += stop - start
+    if rows is None:
         return None if num_rows == 0 else f"its host sent no rows, expected {num_rows}"
     shape = (num_rows, *out_shape)
-    if tuple(reply.rows.shape) != shape or reply.rows.dtype != dtype:
-        return (
-            f"its host sent rows of shape {tuple(reply.rows.shape)} and dtype {reply.rows.dtype}, "
-            f"expected {shape} and {dtype}"
-        )
+    if rows.shape != shape or rows.dtype != dtype:
+        return f"its host sent rows of shape {tuple(rows.shape)} and dtype {rows.dtype}, expected {shape} and {dtype}"
     return None
+
+
+_OTHER_ROWS = "its host answered for other rows than it was sent"

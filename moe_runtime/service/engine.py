@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from moe_runtime.service.dispatch import fault_in, split_by_host
 from moe_runtime.service.flight import Flight, SentMessage
 from moe_runtime.service.ports import HostLost, HostReply, HostRequest, MonotonicClock
 from moe_runtime.service.routing_table import RoutingTable
-from moe_runtime.service.row_buffers import RowBuffers
+from moe_runtime.service.row_buffers import ExpertRows, RowBuffers
 from moe_runtime.service.stats import LayerStats, RouterStats
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class RouterEngine:
         self._flights: dict[int, Flight] = {}
         self._answered: list[Flight] = []
         self._row_buffers = RowBuffers()
-        self._outstanding_rows: Counter[str] = Counter()
+        self._outstanding_rows: dict[str, int] = {}
 
     @property
     def num_in_flight(self) -> int:
@@ -131,7 +131,7 @@ class RouterEngine:
             layer=layer,
             plan=plan,
             table=self.table,
-            expert_rows=self._row_buffers.lend((plan.num_planned, *layer.out_shape), layer.dtype),
+            expert_rows=ExpertRows((plan.num_planned, *layer.out_shape), layer.dtype, buffers=self._row_buffers),
             gate_s=now - started_at,
             dispatched_at=now,
             deadline=now + layer.timeout_s,
@@ -141,7 +141,7 @@ class RouterEngine:
 
     def _dispatch(self, flight: Flight) -> None:
         dispatch = split_by_host(
-            flight.plan.expert_offsets.tolist(),
+            flight.plan.rows_per_expert,
             flight.table,
             layer=flight.layer.name,
             node=self._node,
@@ -150,7 +150,7 @@ class RouterEngine:
         flight.fail(dispatch.unreachable, "no replica is ready")
         for message, rows in self._gather(flight, dispatch.messages):
             self._send(flight, message, rows)
-        if not flight.tickets:
+        if not flight.num_unanswered:
             self._answered.append(flight)
 
     def _gather(self, flight: Flight, messages: Iterable[HostMessage]) -> Iterator[tuple[HostMessage, Tensor]]:
@@ -169,7 +169,7 @@ class RouterEngine:
 
     def _send(self, flight: Flight, message: HostMessage, rows: Tensor) -> None:
         ticket = next(self._tickets)
-        request = HostRequest(ticket, message.wire_segments, rows, timeout_s=flight.deadline - self._clock.now())
+        request = HostRequest(ticket, message.wire_segments(), rows, timeout_s=flight.deadline - self._clock.now())
         try:
             self._transport.send(message.endpoint, request)
         except TransportError as exc:
@@ -177,10 +177,11 @@ class RouterEngine:
             flight.fail(message.segments, str(exc))
             return
         self.stats.num_messages += 1
-        flight.tickets.add(ticket)
+        flight.num_unanswered += 1
         self._sent[ticket] = SentMessage(flight, message)
-        for segment in message.segments:
-            self._outstanding_rows[segment.replica_id] += segment.num_rows
+        outstanding = self._outstanding_rows
+        for _, start, stop, replica_id in message.segments:
+            outstanding[replica_id] = outstanding.get(replica_id, 0) + stop - start
 
     def _receive(self, reply: HostReply) -> None:
         sent = self._land(reply.ticket)
@@ -192,28 +193,31 @@ class RouterEngine:
         if fault is not None:
             flight.fail(segments, fault)
             return
+        stats = self.stats.layers[flight.layer.name]
+        if len(segments) == 1 and reply.rows is not None:
+            flight.expert_rows.place(segments[0].start, reply.rows)
+            stats.count_product(segments[0].expert_id, reply.results[0].compute_ms)
+            return
         start = 0
         for segment, result in zip(segments, reply.results, strict=True):
             if result.error is not None or reply.rows is None:
                 flight.fail((segment,), result.error or "no rows")
                 continue
-            stop = start + segment.num_rows
-            flight.expert_rows[segment.start : segment.stop] = reply.rows[start:stop]
-            self.stats.layers[flight.layer.name].count_product(segment.expert_id, result.compute_ms)
-            start = stop
+            flight.expert_rows.place(segment.start, reply.rows.narrow(0, start, segment.num_rows))
+            stats.count_product(segment.expert_id, result.compute_ms)
+            start += segment.num_rows
 
     def _land(self, ticket: int) -> SentMessage | None:
         """Take a message off the list of those that are waited for; the last one lands its batch."""
         sent = self._sent.pop(ticket, None)
         if sent is None:
             return None
-        for segment in sent.message.segments:
-            self._outstanding_rows[segment.replica_id] -= segment.num_rows
-            if not self._outstanding_rows[segment.replica_id]:
-                del self._outstanding_rows[segment.replica_id]
-        sent.flight.tickets.discard(ticket)
-        if not sent.flight.tickets:
-            self._answered.append(sent.flight)
+        flight, message = sent
+        for _, start, stop, replica_id in message.segments:
+            self._outstanding_rows[replica_id] -= stop - start
+        flight.num_unanswered -= 1
+        if not flight.num_unanswered:
+            self._answered.append(flight)
         return sent
 
     def _give_up(self, endpoint: Endpoint, reason: str) -> None:
@@ -222,8 +226,9 @@ class RouterEngine:
 
     def _expire(self) -> None:
         now = self._clock.now()
-        late = [ticket for ticket, sent in self._sent.items() if sent.flight.deadline <= now]
-        self._abandon(late, "no answer within the layer's timeout_ms")
+        if any(flight.deadline <= now for flight in self._flights.values()):
+            late = [ticket for ticket, sent in self._sent.items() if sent.flight.deadline <= now]
+            self._abandon(late, "no answer within the layer's timeout_ms")
 
     def _abandon(self, tickets: Iterable[int], reason: str) -> None:
         for ticket in tickets:
@@ -234,21 +239,19 @@ class RouterEngine:
     def _patience(self, timeout_s: float) -> float:
         if self._answered:
             return 0.0
-        now = self._clock.now()
-        deadlines = (sent.flight.deadline for sent in self._sent.values())
-        return max(0.0, min(timeout_s, min(deadlines, default=now + timeout_s) - now))
+        nearest = min([flight.deadline for flight in self._flights.values()], default=math.inf)
+        return max(0.0, min(timeout_s, nearest - self._clock.now()))
 
     def _finish(self, flight: Flight) -> BatchResult:
-        answered_at = self._clock.now()
-        served = flight.served()
+        layer, answered_at = flight.layer, self._clock.now()
         combined = combine(
             flight.batch.tokens,
-            flight.expert_rows,
+            flight.expert_rows.collect(),
             flight.plan,
-            residual=flight.layer.residual,
-            weight_on=flight.layer.weight_on,
-            served=served if flight.unserved else None,
-            exact=flight.layer.exact,
+            residual=layer.residual,
+            weight_on=layer.weight_on,
+            served=flight.served(),
+            exact=layer.exact,
         )
         times = StageTimes(
             gate_s=flight.gate_s,
@@ -256,17 +259,14 @@ class RouterEngine:
             combine_s=self._clock.now() - answered_at,
         )
         del self._flights[flight.batch_id]
-        self._row_buffers.give_back(flight.expert_rows)
+        flight.expert_rows.release()
         result = BatchResult(
             batch_id=flight.batch_id,
-            outputs=combined.outputs,
-            plan=flight.plan,
-            served=served,
-            weights=combined.weights,
+            combined=combined,
             table_version=flight.table.version,
             times=times,
             failures=flight.failures,
-            overflowed=None if flight.layer.allow_non_finite else non_finite_rows(combined.outputs),
+            overflowed=None if layer.allow_non_finite else non_finite_rows(combined.outputs),
         )
-        self.stats.layers[flight.layer.name].count_batch(result)
+        self.stats.layers[layer.name].count_batch(result)
         return result

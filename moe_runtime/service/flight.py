@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from moe_runtime.service.dispatch import HostMessage, PlannedSegment
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.routing_table import RoutingTable
+    from moe_runtime.service.row_buffers import ExpertRows
 
 
-@dataclass
+@dataclass(slots=True)
 class Flight:
     """A batch whose experts are at work."""
 
@@ -28,11 +29,11 @@ class Flight:
     layer: RoutedLayer
     plan: DispatchPlan
     table: RoutingTable
-    expert_rows: Tensor
+    expert_rows: ExpertRows
     gate_s: float
     dispatched_at: float
     deadline: float
-    tickets: set[int] = field(default_factory=set)
+    num_unanswered: int = 0
     unserved: list[PlannedSegment] = field(default_factory=list)
     failures: dict[int, str] = field(default_factory=dict)
 
@@ -42,16 +43,17 @@ class Flight:
             self.unserved.append(segment)
             self.failures[segment.expert_id] = reason
 
-    def served(self) -> Tensor:
-        """Which planned rows came back, bool ``(num_planned,)``."""
+    def served(self) -> Tensor | None:
+        """Which planned rows came back, bool ``(num_planned,)``; None is all."""
+        if not self.unserved:
+            return None
         served = torch.ones(self.plan.num_planned, dtype=torch.bool)
         for segment in self.unserved:
             served[segment.start : segment.stop] = False
         return served
 
 
-@dataclass(frozen=True)
-class SentMessage:
+class SentMessage(NamedTuple):
     """A message that a host has not answered yet."""
 
     flight: Flight

@@ -1,4 +1,4 @@
-"""Memory for the rows that come back from experts, used again and again."""
+"""The rows that come back from experts: in memory that is used again and again where they are many."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 #: Below this a fresh allocation is as quick; above it the kernel would map and clear new pages every time.
 _WORTH_KEEPING_BYTES = 128 << 10
+
+#: Up to this many bytes of a batch, collecting its rows at the end is quicker than copying them as they arrive.
+_COLLECTED_AT_ONCE_BYTES = 256 << 10
 
 
 class RowBuffers:
@@ -42,3 +45,53 @@ class RowBuffers:
         self._kept.append(torch.empty(0, dtype=torch.uint8).set_(rows.untyped_storage()))
         self._kept.sort(key=lambda buffer: buffer.nbytes, reverse=True)
         del self._kept[self._max_kept :]
+
+
+class ExpertRows:
+    """Collects one batch's expert rows in plan order, as they arrive.
+
+    A few rows stay where they arrived until all have, for one call is quicker than one for each message; many
+    are copied at once, while other hosts are at work.
+
+    Args:
+        shape: ``(num_planned, *out_shape)``.
+        dtype: Of the rows when they are collected, whatever they arrive in.
+        buffers: Lends memory for them.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, buffers: RowBuffers) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._buffers = buffers
+        self._arrived: list[tuple[int, Tensor]] = []
+        self._memory: Tensor | None = None
+        if math.prod(shape) * dtype.itemsize > _COLLECTED_AT_ONCE_BYTES:
+            self._memory = buffers.lend(shape, dtype)
+
+    def place(self, start: int, rows: Tensor) -> None:
+        """Take rows that belong from ``start`` on; they may be kept until ``collect``."""
+        if self._memory is None:
+            self._arrived.append((start, rows))
+        else:
+            self._memory.narrow(0, start, rows.shape[0]).copy_(rows)
+
+    def collect(self) -> Tensor:
+        """All rows, ``(num_planned, *out_shape)``, to be read until ``release``; what never arrived holds anything."""
+        if self._memory is not None:
+            return self._memory
+        parts = [rows for _, rows in sorted(self._arrived, key=_start)]
+        if parts and sum([rows.shape[0] for rows in parts]) == self._shape[0]:
+            return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._dtype)
+        memory = torch.empty(self._shape, dtype=self._dtype)
+        for start, rows in self._arrived:
+            memory.narrow(0, start, rows.shape[0]).copy_(rows)
+        return memory
+
+    def release(self) -> None:
+        """Give the memory back; nobody may hold a view of it."""
+        if self._memory is not None:
+            self._buffers.give_back(self._memory)
+
+
+def _start(arrived: tuple[int, Tensor]) -> int:
+    return arrived[0]

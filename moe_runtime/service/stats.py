@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
+from moe_runtime.routing.assignments import count_per_expert
 
 if TYPE_CHECKING:
     from moe_runtime.service.batch import BatchResult
@@ -43,28 +43,24 @@ class LayerStats:
         assignments = admission.assignments
         self.num_batches += 1
         self.num_tokens += assignments.num_tokens
-        offsets = plan.expert_offsets.tolist()
-        for expert, start, stop in zip(self.experts, offsets, offsets[1:], strict=False):
-            expert.num_served += stop - start
+        for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):
+            expert.num_served += num_rows
         if result.failures:
-            for expert, num_failed in zip(self.experts, self._per_expert(plan.expert_ids[~result.served]), strict=True):
+            failed = count_per_expert(plan.expert_ids[~result.served], num_experts=len(self.experts))
+            for expert, num_failed in zip(self.experts, failed, strict=True):
                 expert.num_served -= num_failed
                 expert.num_dropped_failure += num_failed
-        if plan.num_planned < admission.admitted.shape[0]:
-            full = self._per_expert(assignments.expert_ids[~admission.admitted])
+        if admission.selection is not None:
+            full = count_per_expert(assignments.expert_ids[~admission.admitted], num_experts=len(self.experts))
             for expert, num_full in zip(self.experts, full, strict=True):
                 expert.num_dropped_capacity += num_full
-        if admission.capacity is not None:
             self.num_rerouted += int(admission.rerouted.sum())
 
     def count_product(self, expert_id: int, compute_ms: float) -> None:
         """Add one matrix product of an expert."""
-        self.experts[expert_id].num_products += 1
-        self.experts[expert_id].compute_ms += compute_ms
-
-    def _per_expert(self, expert_ids: torch.Tensor) -> list[int]:
-        counts: list[int] = torch.bincount(expert_ids, minlength=len(self.experts)).tolist()
-        return counts
+        expert = self.experts[expert_id]
+        expert.num_products += 1
+        expert.compute_ms += compute_ms
 
 
 @dataclass

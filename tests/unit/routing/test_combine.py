@@ -163,11 +163,11 @@ def test_wrong_shapes_are_refused():
         combine(TOKENS, torch.ones(4, 3), plan, residual="add", weight_on="output")
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
 def test_exact_gives_the_bits_of_a_layer_that_multiplies_and_then_sums_its_slots(k):
     tokens = torch.randn(9, 33, generator=torch.Generator().manual_seed(k))
-    logits = torch.randn(9, 4, generator=torch.Generator().manual_seed(k + 10))
-    policy = build_policy(TopKPolicyConfig(k=k), num_experts=4)
+    logits = torch.randn(9, 8, generator=torch.Generator().manual_seed(k + 10))
+    policy = build_policy(TopKPolicyConfig(k=k), num_experts=8)
     plan = plan_dispatch(admit(policy.assign(logits), CapacityConfig()))
     outputs = gather_rows(tokens, plan, weight_on="output") * (plan.expert_ids[:, None] + 1.7)
     combined = combine(tokens, outputs, plan, residual="none", weight_on="output", exact=True)

@@ -9,7 +9,7 @@ from moe_runtime.config.models import DensePolicyConfig, SwitchPolicyConfig, Top
 from moe_runtime.errors import ConfigError, InvalidRequestError, ShapeError
 from moe_runtime.routing.assignments import WeightRule
 from moe_runtime.routing.policies import build_policy
-from moe_runtime.routing.weights import requested_weights
+from moe_runtime.routing.weights import requested_weights, weigh_grid
 
 # Softmax over [log 5, log 3, log 2] is [0.5, 0.3, 0.2].
 LOGITS = torch.tensor([[5.0, 3.0, 2.0], [2.0, 3.0, 5.0]]).log()
@@ -149,8 +149,12 @@ def test_logits_for_another_number_of_experts_are_refused():
 @pytest.mark.parametrize("norm_p", [1.0, 2.0, 0.5])
 def test_tiny_and_zero_scores_are_normalised_without_nan(norm_p):
     assignments = assign(TopKPolicyConfig(k=2, norm_p=norm_p))
-    tiny = replace(assignments, scores=torch.tensor([3e-30, 0.0, 4e-30, 0.0]))
+    scores = torch.tensor([3e-30, 0.0, 4e-30, 0.0])
+    tiny = replace(assignments, choices=replace(assignments.pairs, scores=scores))
     expected = {1.0: [3 / 7, 4 / 7], 2.0: [0.6, 0.8], 0.5: [3 / (3**0.5 + 2) ** 2, 4 / (3**0.5 + 2) ** 2]}
     weights = requested_weights(tiny).tolist()
     assert weights[::2] == pytest.approx(expected[norm_p], rel=1e-5)
     assert weights[1::2] == [0.0, 0.0]
+    grid_weights = weigh_grid(scores.reshape(2, 2).t(), assignments.weight_rule)
+    assert grid_weights[0].tolist() == pytest.approx(expected[norm_p], rel=1e-5)
+    assert grid_weights[1].tolist() == [0.0, 0.0]

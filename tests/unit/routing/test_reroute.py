@@ -84,7 +84,7 @@ def test_assignments_without_scores_for_other_experts_cannot_be_rerouted():
 def test_the_assignments_given_stay_as_they_were():
     policy = build_policy(TopKPolicyConfig(k=1), num_experts=2)
     assignments = policy.assign(torch.tensor([[2.0, 0.0]] * 4))
-    before = replace(assignments, expert_ids=assignments.expert_ids.clone(), scores=assignments.scores.clone())
+    before = replace(assignments.pairs, expert_ids=assignments.expert_ids.clone(), scores=assignments.scores.clone())
     admission = admit(assignments, CapacityConfig(factor=1.0, min=1, overflow="reroute"))
     assert int(admission.rerouted.sum()) == 2
     assert torch.equal(assignments.expert_ids, before.expert_ids)
