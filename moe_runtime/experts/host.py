@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_runtime.errors import ExpertError
+from moe_runtime.experts.cuda_stage import CudaStage
 from moe_runtime.experts.device_stage import CpuStage
 from moe_runtime.experts.outputs import non_finite_rows, num_spoiled_rows
 from moe_runtime.experts.served_expert import ServedExpert
@@ -55,8 +55,7 @@ class ExpertOutcome(NamedTuple):
     compute_ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertRun:
+class ExpertRun(NamedTuple):
     """Calls that have begun: what ``ExpertHost.begin`` gives to ``finish``.
 
     Attributes:
@@ -75,6 +74,9 @@ class ExpertHost:
     for one replica are merged into one forward of at most ``MAX_MERGED_ROWS`` rows, unless the expert is exact;
     a call is never split, so that a call alone is the same product as in any other process. An error costs the
     calls that caused it: when a merged forward raises, its calls run again one by one.
+
+    Attributes:
+        overlaps: Whether forwards may be under way when ``begin`` returns, so that it pays to begin another run.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ExpertHost:
         *,
         device: str | torch.device = "cpu",
         now: Callable[[], float] = time.perf_counter,
+        stage: DeviceStage | None = None,
     ) -> None:
         """Take over the experts.
 
@@ -90,15 +93,13 @@ class ExpertHost:
             experts: By replica id; their modules are on ``device``.
             device: Where rows are moved for the forward.
             now: Seconds, for ``compute_ms``.
+            stage: How forwards run on that device; made for it when None.
         """
         self._experts = {replica_id: ServedExpert(replica_id, expert) for replica_id, expert in experts.items()}
-        self._stage: DeviceStage = CpuStage(now)
+        device = torch.device(device)
+        self._stage: DeviceStage = stage or (CpuStage(now) if device.type == "cpu" else CudaStage(device))
         self._now = now
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether forwards may be under way when ``begin`` returns, so that it pays to begin the next run."""
-        return self._stage.overlaps
+        self.overlaps = self._stage.overlaps
 
     def run(self, calls: Sequence[ExpertCall]) -> list[ExpertOutcome]:
         """Run calls for any replicas of this host, and give their outcomes in the same order."""

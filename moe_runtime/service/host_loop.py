@@ -97,7 +97,7 @@ class HostLoop:
         with torch.inference_mode():
             while not self._stopping.is_set():
                 self.serve_once(IDLE_WAIT_S)
-            self._finish()
+            self._finish_run_under_way()
 
     def stop(self) -> None:
         """Make ``run`` return after the run that is under way, or at once if it has not begun. Thread-safe."""
@@ -116,13 +116,13 @@ class HostLoop:
         now = self._receive(0.0 if self._waiting else timeout_s)
         batch = self._take_batch(now)
         run = self._host.begin([call for delivery in batch for call in _calls(delivery.request)])
-        self._finish()
-        self._under_way = _UnderWay(batch, run)
+        self._finish_run_under_way()
         if self._host.overlaps:
             self._receive(0.0)
             if self._waiting:
+                self._under_way = _UnderWay(batch, run)
                 return
-        self._finish()
+        self._finish(batch, run)
 
     def _receive(self, timeout_s: float) -> float:
         """Let requests in, unless too many wait; the time at which they came."""
@@ -152,12 +152,13 @@ class HostLoop:
         self.num_rows += num_rows
         return batch
 
-    def _finish(self) -> None:
-        """Answer the requests that are under way, if any are."""
-        if self._under_way is None:
-            return
-        batch, run = self._under_way
-        self._under_way = None
+    def _finish_run_under_way(self) -> None:
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            self._finish(under_way.batch, under_way.run)
+
+    def _finish(self, batch: list[Delivery], run: ExpertRun) -> None:
+        """Wait for the experts, and answer."""
         outcomes = iter(self._host.finish(run))
         for delivery in batch:
             self._answer(delivery, outcomes)
