@@ -16,7 +16,7 @@ def output_mistake(outputs: object, *, num_rows: int, contract: ExpertContract, 
     if not isinstance(outputs, torch.Tensor):
         return f"expected a tensor as output, found {type(outputs).__name__}"
     expected = (num_rows, *contract.out_shape)
-    if tuple(outputs.shape) != expected:
+    if outputs.shape != expected:
         return f"expected output of shape {list(expected)}, found {list(outputs.shape)}"
     if outputs.dtype != dtype:
         return f"expected output of dtype {dtype}, found {outputs.dtype}"
@@ -26,7 +26,7 @@ def output_mistake(outputs: object, *, num_rows: int, contract: ExpertContract, 
 def non_finite_rows(rows: torch.Tensor) -> torch.Tensor | None:
     """Which rows of a floating tensor hold NaN or an infinity, bool ``(num_rows,)``; None if none does."""
     # A sum passes over the rows once and makes nothing; where it is finite, every element is.
-    if math.isfinite(float(rows.detach().sum())):
+    if math.isfinite(rows.sum().item()):
         return None
     flags = ~torch.isfinite(rows).reshape(rows.shape[0], -1).all(dim=1)
     return flags if bool(flags.any()) else None

@@ -28,6 +28,11 @@ class View:
     columns: tuple[int, int] | None
     shape: tuple[int, ...]
 
+    @property
+    def is_whole_item(self) -> bool:
+        """Whether the expert sees full rows as they are."""
+        return self.columns is None and self.shape == self.item_shape
+
     def apply(self, rows: Tensor) -> Tensor:
         """``(num_rows, *item_shape)`` to ``(num_rows, *shape)``."""
         if self.columns is not None:

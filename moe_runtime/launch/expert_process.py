@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from typing import TYPE_CHECKING
@@ -27,14 +28,24 @@ _LOG = logging.getLogger(__name__)
 class ExpertProcess:
     """Serves the experts of one host. ``start`` is called once; the others from any thread."""
 
-    def __init__(self, spec: HostSpec, *, open_transport: Callable[[], HostTransport], num_threads: int | None) -> None:
+    def __init__(
+        self,
+        spec: HostSpec,
+        *,
+        open_transport: Callable[[], HostTransport],
+        num_threads: int | None,
+        owns_process: bool = False,
+    ) -> None:
         """Keep what to serve.
 
         Args:
             spec: The experts and their device.
             open_transport: Makes the host's end of the data plane.
             num_threads: Torch threads of the whole process; None leaves them as they are.
+            owns_process: Whether nothing but this host lives in the process, so that what is there once it has
+                started is there to stay.
         """
+        self._owns_process = owns_process
         self._spec = spec
         self._open_transport = open_transport
         self._num_threads = num_threads
@@ -65,6 +76,10 @@ class ExpertProcess:
             daemon=True,
         )
         self._thread.start()
+        if self._owns_process:
+            # A collection that looks at all of torch would hold up the answers for a tenth of a second or more.
+            gc.collect()
+            gc.freeze()
         return HostReport(
             endpoint=transport.endpoint,
             device=str(device),

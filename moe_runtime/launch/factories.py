@@ -28,7 +28,7 @@ class ExpertProcessFactory:
     def __call__(self, location: Location, *, num_threads: int) -> ExpertProcess:
         """The process, not yet started."""
         open_transport = partial(_open_host_transport, location, self.spec)
-        return ExpertProcess(self.spec, open_transport=open_transport, num_threads=num_threads)
+        return ExpertProcess(self.spec, open_transport=open_transport, num_threads=num_threads, owns_process=True)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RouterProcessFactory:
         # A router's products are small: threads of its own would wait for each other, and for the experts'.
         torch.set_num_threads(1)
         open_transport = partial(ZmqTransport, node=location.node, encryption=self.recipe.encryption)
-        return RouterProcess(self.recipe, open_transport=open_transport, node=location.node)
+        return RouterProcess(self.recipe, open_transport=open_transport, node=location.node, owns_process=True)
 
 
 def _open_host_transport(location: Location, spec: HostSpec) -> ZmqHostTransport:

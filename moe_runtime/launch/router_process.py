@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,14 +66,24 @@ def build_routed_layer(recipe: LayerRecipe) -> RoutedLayer:
 class RouterProcess:
     """Serves the layers of a runtime over gRPC. Used by one thread at a time; nothing runs before ``start``."""
 
-    def __init__(self, recipe: RouterRecipe, *, open_transport: Callable[[], Transport], node: str) -> None:
+    def __init__(
+        self,
+        recipe: RouterRecipe,
+        *,
+        open_transport: Callable[[], Transport],
+        node: str,
+        owns_process: bool = False,
+    ) -> None:
         """Keep what to serve.
 
         Args:
             recipe: The layers and limits.
             open_transport: Makes the router's end of the data plane.
             node: Name of the node that it runs on.
+            owns_process: Whether nothing but this router lives in the process, so that what is there once it has
+                started is there to stay.
         """
+        self._owns_process = owns_process
         self._recipe = recipe
         self._open_transport = open_transport
         self._node = node
@@ -104,6 +115,10 @@ class RouterProcess:
             service.close()
             raise
         self._service, self._server = service, server
+        if self._owns_process:
+            # A collection that looks at all of torch would hold up the answers for a tenth of a second or more.
+            gc.collect()
+            gc.freeze()
         return RouterReport(bound, transport.public_key)
 
     def set_table(self, table: RoutingTable) -> None:

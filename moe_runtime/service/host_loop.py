@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe_runtime.experts.host import ExpertHost, ExpertOutcome
+    from moe_runtime.experts.host import ExpertHost, ExpertOutcome, ExpertRun
     from moe_runtime.service.ports import Clock, Delivery, HostRequest, HostTransport
 
 _LOG = logging.getLogger(__name__)
@@ -30,12 +29,18 @@ MAX_WAITING = 4096
 IDLE_WAIT_S = 60.0
 
 
-@dataclass(frozen=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     """A request that was received, and when."""
 
     delivery: Delivery
     received_at: float
+
+
+class _UnderWay(NamedTuple):
+    """Requests whose rows are with the experts."""
+
+    batch: list[Delivery]
+    run: ExpertRun
 
 
 class HostLoop:
@@ -79,6 +84,7 @@ class HostLoop:
         self._max_rows_per_run = max_rows_per_run
         self._max_waiting = max_waiting
         self._waiting: deque[_Waiting] = deque()
+        self._under_way: _UnderWay | None = None
         self._stopping = threading.Event()
         self.num_requests = 0
         self.num_rows = 0
@@ -87,8 +93,11 @@ class HostLoop:
 
     def run(self) -> None:
         """Serve until ``stop``. Requests that wait then are not answered."""
-        while not self._stopping.is_set():
-            self.serve_once(IDLE_WAIT_S)
+        # Once for the thread: to enter it for every forward takes as long as a small expert does.
+        with torch.inference_mode():
+            while not self._stopping.is_set():
+                self.serve_once(IDLE_WAIT_S)
+            self._finish_run_under_way()
 
     def stop(self) -> None:
         """Make ``run`` return after the run that is under way, or at once if it has not begun. Thread-safe."""
@@ -98,52 +107,75 @@ class HostLoop:
     def serve_once(self, timeout_s: float) -> None:
         """Receive what has arrived, and run and answer one run's worth of what waits.
 
+        A device that computes by itself is given the next run before the answers of this one are awaited, if
+        there is one: then they leave with the next call.
+
         Args:
             timeout_s: How long to wait for a request when none is here.
         """
-        if len(self._waiting) < self._max_waiting:
-            deliveries = self._transport.receive(0.0 if self._waiting else timeout_s)
-            self.num_requests += len(deliveries)
-            now = self._clock.now()
-            self._waiting.extend(_Waiting(delivery, now) for delivery in deliveries)
-        batch = self._take_batch()
-        outcomes = iter(self._host.run([call for delivery in batch for call in _calls(delivery.request)]))
-        for delivery in batch:
-            self._answer(delivery, outcomes)
+        now = self._receive(0.0 if self._waiting else timeout_s)
+        batch = self._take_batch(now)
+        run = self._host.begin([call for delivery in batch for call in _calls(delivery.request)])
+        self._finish_run_under_way()
+        if self._host.overlaps:
+            self._receive(0.0)
+            if self._waiting:
+                self._under_way = _UnderWay(batch, run)
+                return
+        self._finish(batch, run)
 
-    def _take_batch(self) -> list[Delivery]:
-        """Requests for one run, at least one if any waits; those that are too late are skipped."""
+    def _receive(self, timeout_s: float) -> float:
+        """Let requests in, unless too many wait; the time at which they came."""
+        deliveries = self._transport.receive(timeout_s) if len(self._waiting) < self._max_waiting else []
         now = self._clock.now()
+        for delivery in deliveries:
+            self.num_requests += 1
+            self._waiting.append(_Waiting(delivery, now))
+        return now
+
+    def _take_batch(self, now: float) -> list[Delivery]:
+        """Requests for one run, at least one if any waits; those that are too late are skipped."""
         batch: list[Delivery] = []
         num_rows = 0
         while self._waiting:
-            waiting = self._waiting[0]
-            request = waiting.delivery.request
-            if now - waiting.received_at > request.timeout_s:
+            delivery, received_at = self._waiting[0]
+            request = delivery.request
+            if now - received_at > request.timeout_s:
                 self.num_skipped_late += 1
-                self._reply(waiting.delivery, _too_late(request))
+                self._reply(delivery, _too_late(request))
             elif batch and num_rows + request.rows.shape[0] > self._max_rows_per_run:
                 break
             else:
-                batch.append(waiting.delivery)
+                batch.append(delivery)
                 num_rows += request.rows.shape[0]
             self._waiting.popleft()
         self.num_rows += num_rows
         return batch
 
+    def _finish_run_under_way(self) -> None:
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            self._finish(under_way.batch, under_way.run)
+
+    def _finish(self, batch: list[Delivery], run: ExpertRun) -> None:
+        """Wait for the experts, and answer."""
+        outcomes = iter(self._host.finish(run))
+        for delivery in batch:
+            self._answer(delivery, outcomes)
+
     def _answer(self, delivery: Delivery, outcomes: Iterator[ExpertOutcome]) -> None:
         """Reply with the outcomes of the request's segments, which come next in ``outcomes``."""
+        request = delivery.request
         results: list[SegmentResult] = []
         good_rows: list[Tensor] = []
-        for segment, outcome in zip(delivery.request.segments, outcomes, strict=False):
-            error = outcome.error
-            if outcome.rows is not None:
-                error = _mismatch(outcome.rows, good_rows)
-                if error is None:
-                    good_rows.append(outcome.rows)
-            results.append(SegmentResult(segment.replica_id, segment.num_rows, error, outcome.compute_ms))
-        rows = torch.cat(good_rows) if len(good_rows) > 1 else good_rows[0] if good_rows else None
-        self._reply(delivery, HostReply(delivery.request.ticket, tuple(results), rows))
+        for segment, (rows, error, compute_ms) in zip(request.segments, outcomes, strict=False):
+            if rows is not None and good_rows:
+                error = _mismatch(rows, good_rows[0])
+            if rows is not None and error is None:
+                good_rows.append(rows)
+            results.append(SegmentResult(segment.replica_id, segment.num_rows, error, compute_ms))
+        joined = torch.cat(good_rows) if len(good_rows) > 1 else good_rows[0] if good_rows else None
+        self._reply(delivery, HostReply(request.ticket, tuple(results), joined))
 
     def _reply(self, delivery: Delivery, reply: HostReply) -> None:
         try:
@@ -151,10 +183,11 @@ class HostLoop:
         except TransportError as exc:
             # Rows that cannot travel are this request's misfortune, not that of the next one.
             _LOG.warning("%s", exc)
-            results = tuple(replace(result, error=result.error or str(exc)) for result in reply.results)
-            reply = HostReply(reply.ticket, results, rows=None)
+            reply = HostReply(reply.ticket, _all_failed(reply.results, str(exc)), rows=None)
             self._transport.reply(delivery, reply)
-        self.num_failed_segments += sum(result.error is not None for result in reply.results)
+        for result in reply.results:
+            if result.error is not None:
+                self.num_failed_segments += 1
 
 
 def _too_late(request: HostRequest) -> HostReply:
@@ -163,16 +196,26 @@ def _too_late(request: HostRequest) -> HostReply:
     return HostReply(request.ticket, results, rows=None)
 
 
+def _all_failed(results: Iterable[SegmentResult], error: str) -> tuple[SegmentResult, ...]:
+    return tuple(
+        SegmentResult(result.replica_id, result.num_rows, result.error or error, result.compute_ms)
+        for result in results
+    )
+
+
 def _calls(request: HostRequest) -> Iterable[ExpertCall]:
-    parts = torch.split(request.rows, [segment.num_rows for segment in request.segments])
-    return (ExpertCall(segment.replica_id, rows) for segment, rows in zip(request.segments, parts, strict=True))
+    segments, rows = request.segments, request.rows
+    if len(segments) == 1:
+        return (ExpertCall(segments[0].replica_id, rows),)
+    parts = torch.split(rows, [segment.num_rows for segment in segments])
+    return [ExpertCall(segment.replica_id, part) for segment, part in zip(segments, parts, strict=True)]
 
 
-def _mismatch(rows: Tensor, good_rows: list[Tensor]) -> str | None:
-    """Why rows cannot travel in one message with those before them, or None if they can."""
-    if not good_rows or (rows.shape[1:] == good_rows[0].shape[1:] and rows.dtype == good_rows[0].dtype):
+def _mismatch(rows: Tensor, first: Tensor) -> str | None:
+    """Why rows cannot travel in one message with the first of it, or None if they can."""
+    if rows.shape[1:] == first.shape[1:] and rows.dtype == first.dtype:
         return None
     return (
-        f"expected rows like the message's first, {list(good_rows[0].shape[1:])} {good_rows[0].dtype}, "
+        f"expected rows like the message's first, {list(first.shape[1:])} {first.dtype}, "
         f"found {list(rows.shape[1:])} {rows.dtype}"
     )

@@ -237,3 +237,31 @@ def test_an_expert_that_ends_the_process_costs_only_its_calls() -> None:
     bad, good = host.run([ExpertCall("a", rows(1)), ExpertCall("b", rows(2))])
     assert (bad.rows, bad.error) == (None, "a: the expert raised SystemExit: 1")
     assert good.rows is not None
+
+
+def test_experts_run_in_inference_mode_whether_or_not_their_thread_is_in_it() -> None:
+    modes: list[bool] = []
+
+    def note(given: Tensor) -> Tensor:
+        modes.append(torch.is_inference_mode_enabled())
+        return given
+
+    host = ExpertHost({"a": loaded(note)})
+    host.run([ExpertCall("a", rows(1))])
+    with torch.inference_mode():
+        host.run([ExpertCall("a", rows(1))])
+    assert modes == [True, True]
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_call_alone_that_needs_no_conversion_reaches_the_expert_as_it_is() -> None:
+    seen: list[int] = []
+
+    def note(given: Tensor) -> Tensor:
+        seen.append(given.data_ptr())
+        return given
+
+    given = rows(1, 2)
+    (outcome,) = ExpertHost({"a": loaded(note)}).run([ExpertCall("a", given)])
+    assert outcome.rows is not None
+    assert seen == [given.data_ptr()] == [outcome.rows.data_ptr()]

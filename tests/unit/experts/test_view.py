@@ -50,6 +50,19 @@ def test_whole_view_copies_nothing() -> None:
     assert resolve_view((4,), ViewConfig(shape=[2, 2])).apply(rows).data_ptr() == rows.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("view", "is_whole"),
+    [
+        (None, True),
+        (ViewConfig(shape=[4]), True),
+        (ViewConfig(shape=[2, 2]), False),
+        (ViewConfig(columns=(0, 4)), False),
+    ],
+)
+def test_only_a_view_that_changes_nothing_is_the_whole_item(view: ViewConfig | None, is_whole: bool) -> None:
+    assert resolve_view((4,), view).is_whole_item is is_whole
+
+
 @pytest.mark.parametrize("columns", [(0, 7), (6, 8)])
 def test_columns_outside_the_item_are_refused(columns: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match=r"view\.columns: expected \[start, stop\].* <= 6 .*found \[") as caught:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import pickle
 from dataclasses import replace
 
@@ -73,6 +74,24 @@ def test_a_loop_that_fails_ends_the_host_with_the_reason(spec):
     process = ExpertProcess(spec, open_transport=lambda: Broken(network.host_transport()), num_threads=None)
     process.start()
     assert process.join() == "its loop failed: OSError: the socket is gone"
+
+
+def test_a_host_alone_in_its_process_spares_the_collector_what_it_started_with(spec):
+    open_transport = InProcessNetwork().host_transport
+    process = ExpertProcess(spec, open_transport=open_transport, num_threads=None, owns_process=True)
+    process.start()
+    num_frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    process.stop()
+    assert num_frozen > 0
+
+
+def test_a_host_in_somebody_s_process_leaves_the_collector_alone(spec):
+    gc.unfreeze()
+    process = process_of(spec)
+    process.start()
+    process.stop()
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_factory_survives_pickling_and_makes_a_host_on_zeromq(spec):

@@ -7,6 +7,7 @@ import torch
 
 from moe_runtime.errors import TransportError
 from moe_runtime.experts.build import build_expert
+from moe_runtime.experts.device_stage import Forwarded
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.spec import ExpertSpec
 from moe_runtime.service.host_loop import HostLoop
@@ -39,6 +40,32 @@ class CountingModule(torch.nn.Module):
         return rows * 2
 
 
+class LateStage:
+    """A device that computes by itself: what began is run only when it is waited for."""
+
+    overlaps = True
+
+    def __init__(self):
+        self.events = []
+
+    def begin(self, forward, parts, *, dtype, row_dtype):
+        self.events.append(f"begin {int(parts[0][0, 0])}")
+        return LateForwarding(self, forward, parts)
+
+
+class LateForwarding:
+    """A forward of a ``LateStage``."""
+
+    def __init__(self, stage, forward, parts):
+        self._stage, self._forward, self._parts = stage, forward, parts
+
+    def wait(self):
+        self._stage.events.append(f"wait {int(self._parts[0][0, 0])}")
+        if self._parts[0][0, 0] == 13:
+            raise RuntimeError("the device failed")
+        return Forwarded(self._forward(torch.cat(self._parts)), 0.0)
+
+
 def load(name, kind="identity", options=None):
     spec = ExpertSpec("layer", 0, name, kind, item_shape=(2,), options=options or {})
     return build_expert(spec, device="cpu")
@@ -47,7 +74,7 @@ def load(name, kind="identity", options=None):
 class System:
     """A loop over a host with three experts, and a router, on an in-process network."""
 
-    def __init__(self, **options):
+    def __init__(self, stage=None, **options):
         network = InProcessNetwork()
         self.clock = FakeClock()
         self.router = network.router_transport()
@@ -60,7 +87,7 @@ class System:
             "wide": wide,
         }
         self.loop = HostLoop(
-            ExpertHost(experts, device="cpu"),
+            ExpertHost(experts, device="cpu", stage=stage),
             self.transport,
             clock=self.clock,
             **options,
@@ -274,3 +301,48 @@ def test_loop_waits_with_the_machine_s_clock_when_given_none(system):
     system.send(1, ("identity", [1.0]))
     loop.serve_once(0.0)
     assert first_column(system.answers()[1]) == [1.0]
+
+
+def test_a_device_that_computes_by_itself_gets_the_next_run_before_this_one_is_awaited():
+    stage = LateStage()
+    with contextlib.closing(System(stage, max_rows_per_run=1)) as system:
+        for ticket in (1, 2, 3):
+            system.send(ticket, ("identity", [float(ticket)]))
+        answered = []
+        for _ in range(3):
+            system.loop.serve_once(0.0)
+            answered.append({ticket: first_column(reply) for ticket, reply in system.answers().items()})
+        assert answered == [{}, {1: [1.0]}, {2: [2.0], 3: [3.0]}]
+        assert stage.events == ["begin 1", "begin 2", "wait 1", "begin 3", "wait 2", "wait 3"]
+
+
+def test_a_run_that_nothing_follows_is_answered_at_once():
+    with contextlib.closing(System(LateStage())) as system:
+        system.send(1, ("identity", [1.0]))
+        system.loop.serve_once(0.0)
+        assert first_column(system.answers()[1]) == [1.0]
+
+
+def test_a_run_under_way_is_answered_before_the_loop_stops():
+    class StoppingStage(LateStage):
+        def begin(self, *args, **options):
+            system.loop.stop()
+            return super().begin(*args, **options)
+
+    with contextlib.closing(System(StoppingStage(), max_rows_per_run=1)) as system:
+        for ticket in (1, 2):
+            system.send(ticket, ("identity", [float(ticket)]))
+        system.loop.run()
+        assert system.answers().keys() == {1}
+
+
+def test_calls_that_make_their_device_fail_cost_only_themselves():
+    stage = LateStage()
+    with contextlib.closing(System(stage)) as system:
+        system.send(1, ("identity", [13.0]), ("doubles", [2.0]))
+        system.send(2, ("identity", [5.0]))
+        system.loop.serve_once(0.0)
+        answers = system.answers()
+        assert answers[1].results[0].error == "identity: the expert raised RuntimeError: the device failed"
+        assert first_column(answers[1]) == [4.0]
+        assert first_column(answers[2]) == [5.0]
