@@ -29,7 +29,7 @@ test: $(STAMP)  ## Run every test but the soak tests and the lab's; gate the cov
 	$(PYTEST) -m "not soak and not cluster" --cov --cov-report=
 	$(coverage_gates)
 
-test-cluster: $(STAMP)  ## Run `ray up` and all that follows for real, on hosts in network namespaces; needs root.
+test-cluster: $(STAMP)  ## Run `ray up` and what follows for real, on hosts made of namespaces; needs root.
 	@PYTHONPATH=tests $(BIN)/python -m cluster.lab
 	$(PYTEST) tests/cluster
 

@@ -10,9 +10,9 @@ export RAY_AUTH_MODE=token
 # Nothing about the cluster is sent to anyone.
 export RAY_USAGE_STATS_ENABLED=0
 
-# A node that falls silent (cut off, or powered off) is declared dead after 5 questions without an answer: 5 to 8 s. Ray's
-# own timings take 65 s, during which the node's experts are not started elsewhere. Only the head asks, but the settings
-# of all nodes should be equal.
+# A node that falls silent (cut off, or powered off) is declared dead after 5 questions without an answer: 5 to 8 s.
+# Ray's own timings take 65 s, during which the node's experts are not started elsewhere. Only the head asks, but the
+# settings of all nodes should be equal.
 export RAY_health_check_initial_delay_ms=2000
 export RAY_health_check_period_ms=500
 export RAY_health_check_timeout_ms=1000
@@ -22,8 +22,8 @@ export RAY_health_check_failure_threshold=5
 export RAY_timeout_ms_task_wait_for_death_info=50
 export RAY_core_worker_internal_heartbeat_ms=100
 
-# Results up to 4 MiB travel with the answer instead of through the object store (Ray's default is 100 KiB): 1 MiB across
-# hosts takes 8 ms instead of 25. Caller and actor both need it, so every process has it.
+# Results up to 4 MiB travel with the answer instead of through the object store (Ray's default is 100 KiB): 1 MiB
+# across hosts takes 8 ms instead of 25. Caller and actor both need it, so every process has it.
 export RAY_max_direct_call_object_size=4194304
 
 # Ray lowers its workers' priority by 15, which lets any other process of the machine starve experts and routers.

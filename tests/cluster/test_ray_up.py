@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from cluster.ray_cluster import RayCluster
 
-CONNECT = "import ray; ray.init(address='auto', log_to_driver=False); print(len(ray.nodes()))"
 ASK_HEAD = "import sys; from ray._raylet import GcsClient; print(GcsClient(address=sys.argv[1]).cluster_id)"
 RUN_ON_WORKER = """
 import ray, os
@@ -41,26 +41,25 @@ def test_a_label_selects_the_host_and_its_workers_have_the_settings(ray_cluster:
 
 @pytest.mark.parametrize(
     "credentials",
-    [
-        {"RAY_AUTH_MODE": "disabled"},
-        {"RAY_AUTH_TOKEN": "0" * 64},
-    ],
+    [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}],
     ids=["no-token", "wrong-token"],
 )
-def test_a_program_on_a_node_without_the_token_is_refused(ray_cluster: RayCluster, credentials: dict[str, str]) -> None:
-    refused = ray_cluster.on(ray_cluster.head, CONNECT, env=credentials, check=False)
+def test_a_client_without_the_token_is_refused_by_the_head(
+    ray_cluster: RayCluster, credentials: dict[str, str]
+) -> None:
+    refused = ask_head(ray_cluster, credentials)
     assert refused.returncode != 0
-    assert "unauthenticated" in (refused.stdout + refused.stderr).lower()
+    assert "InvalidAuthToken" in refused.stderr
 
 
-def test_a_stranger_on_the_network_is_refused_by_the_head(ray_cluster: RayCluster) -> None:
+def test_a_client_with_the_token_is_answered(ray_cluster: RayCluster) -> None:
+    assert ask_head(ray_cluster, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ray_cluster.token}).returncode == 0
+
+
+def ask_head(ray_cluster: RayCluster, credentials: dict[str, str]) -> CompletedProcess[str]:
+    """What came of asking the head from a machine that is no node, without the patience of ``ray.init``."""
     head = f"{ray_cluster.head.address}:{GCS_PORT}"
-    stranger = ray_cluster.operator
-    refused = stranger.run(["python", "-c", ASK_HEAD, head], env={"RAY_AUTH_MODE": "disabled"}, check=False)
-    assert refused.returncode != 0
-    assert "unauthenticated" in (refused.stdout + refused.stderr).lower()
-    known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ray_cluster.token}
-    assert stranger.run(["python", "-c", ASK_HEAD, head], env=known).returncode == 0
+    return ray_cluster.operator.run(["python", "-c", ASK_HEAD, head], env=credentials, check=False)
 
 
 def test_the_token_is_readable_by_its_owner_only(ray_cluster: RayCluster) -> None:
@@ -70,10 +69,13 @@ def test_the_token_is_readable_by_its_owner_only(ray_cluster: RayCluster) -> Non
         assert token.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_dashboard_answers_on_the_head_only(ray_cluster: RayCluster) -> None:
+def test_the_dashboard_is_for_the_head_itself_only(ray_cluster: RayCluster) -> None:
+    (dashboard,) = (words for words in ray_cluster.head.pids().values() if "dashboard/dashboard.py" in words)
+    assert "--host=127.0.0.1" in dashboard
+    # Ray without its [default] extra has a dashboard process, but one that does not listen.
     listening = ray_cluster.head.run(["ss", "--listening", "--tcp", "--numeric", "--no-header"]).stdout.splitlines()
-    addresses = [line.split()[3] for line in listening]
-    assert [address for address in addresses if address.endswith(f":{DASHBOARD_PORT}")] == ["127.0.0.1:8265"]
+    addresses = {line.split()[3] for line in listening if line.split()[3].endswith(f":{DASHBOARD_PORT}")}
+    assert addresses <= {f"127.0.0.1:{DASHBOARD_PORT}"}
 
 
 def test_ray_exec_runs_on_the_head_with_its_environment(ray_cluster: RayCluster) -> None:
