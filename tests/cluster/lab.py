@@ -69,12 +69,12 @@ def missing() -> str:
     if packages := missing_packages():
         return f"needs Debian packages: apt-get install --no-install-recommends {' '.join(packages)}"
     attempt = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc", "ip", "link", "add",
-         "br0", "type", "bridge"],
+        ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc", "sh", "-c",
+         "ip link add br0 type bridge && iptables --list-rules"],
         env={"PATH": SYSTEM_PATH}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if attempt.returncode:
-        return f"needs root and the right to make namespaces (CAP_SYS_ADMIN): {attempt.stderr.strip()}"
+        return f"needs root, network bridges and the right to make namespaces (CAP_SYS_ADMIN): {attempt.stderr.strip()}"
     return ""
 
 

@@ -14,18 +14,23 @@ from typing import Any
 
 import yaml
 
-from cluster.host import Host
+from cluster.host import Host, LabError
 from cluster.lab import REPOSITORY, Lab
 
 TEMPLATE = REPOSITORY / "cluster" / "local.yaml"
 UP_TIMEOUT_S = 180.0
 DOWN_TIMEOUT_S = 60.0
-#: Prints one JSON list when the cluster has as many living nodes as its first argument says.
+JOIN_TIMEOUT_S = 150.0
+PROGRAM_TIMEOUT_S = 90.0
+#: Prints the living nodes as JSON when there are as many as the first argument says, or after the second one's seconds.
 LIST_NODES = """
 import json, sys, time
 import ray
 ray.init(address="auto", log_to_driver=False)
+give_up_at = time.monotonic() + float(sys.argv[2])
 while len(nodes := [node for node in ray.nodes() if node["Alive"]]) != int(sys.argv[1]):
+    if time.monotonic() > give_up_at:
+        break
     time.sleep(0.2)
 print(json.dumps(nodes))
 """
@@ -66,8 +71,7 @@ class RayCluster:
         """Run ``ray up`` and wait for the workers, which its head starts.
 
         Raises:
-            LabError: If it fails; with what it printed.
-            subprocess.TimeoutExpired: If a worker does not join.
+            LabError: If it fails, or a worker does not join; with what was printed.
         """
         began = time.monotonic()
         self.ray("up", "--yes", "--no-config-cache", timeout_s=UP_TIMEOUT_S)
@@ -92,19 +96,38 @@ class RayCluster:
         return self.operator.run(argv, timeout_s=timeout_s)
 
     def on(
-        self, host: Host, script: str, *arguments: str, env: Mapping[str, str] | None = None, check: bool = True
+        self,
+        host: Host,
+        script: str,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = PROGRAM_TIMEOUT_S,
     ) -> CompletedProcess[str]:
-        """What a Python program gave that runs on a node as a user of it would run it: with the node's environment."""
+        """What a Python program gave that runs on a node as a user of it would run it: with the node's environment.
+
+        Raises:
+            LabError: If it fails; with what it printed.
+        """
         command = '. ~/moe_runtime/env.sh; exec env "$@"'
         variables = [f"{key}={value}" for key, value in (env or {}).items()]
-        return host.run(
-            ["bash", "-c", command, "bash", *variables, "python", "-c", script, *arguments], check=check, timeout_s=90.0
-        )
+        argv = ["bash", "-c", command, "bash", *variables, "python", "-c", script, *arguments]
+        return host.run(argv, timeout_s=timeout_s)
 
-    def nodes(self, num_nodes: int | None = None) -> list[dict[str, Any]]:
-        """Ray's own records of its living nodes, as soon as there are as many: all of them, if no number is given."""
+    def nodes(self, num_nodes: int | None = None, *, within_s: float = JOIN_TIMEOUT_S) -> list[dict[str, Any]]:
+        """Ray's own records of its living nodes, as soon as there are as many: all of them, if no number is given.
+
+        Raises:
+            LabError: If there are not as many in time; with the end of what the head's autoscaler wrote.
+        """
         expected = num_nodes if num_nodes is not None else 1 + len(self.workers)
-        listed: list[dict[str, Any]] = json.loads(self.on(self.head, LIST_NODES, str(expected)).stdout)
+        arguments = (str(expected), str(within_s))
+        done = self.on(self.head, LIST_NODES, *arguments, timeout_s=within_s + PROGRAM_TIMEOUT_S)
+        listed: list[dict[str, Any]] = json.loads(done.stdout)
+        if len(listed) != expected:
+            log = self.head.run(
+                ["bash", "-c", "tail -n 100 /tmp/ray/session_latest/logs/monitor.*"], check=False
+            ).stdout
+            raise LabError(f"expected {expected} nodes within {within_s:g} s, found {len(listed)}\n{log}")
         return listed
 
 
