@@ -106,6 +106,11 @@ def test_every_node_starts_ray_with_what_it_needs(name: str) -> None:
     assert config["head_start_ray_commands"][0] == config["worker_start_ray_commands"][0] == "ray stop"
 
 
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_a_new_head_knows_nothing_of_the_cluster_before(name: str) -> None:
+    assert "unset RAY_gcs_storage RAY_gcs_storage_path;" in read(name)["head_start_ray_commands"][-1]
+
+
 def test_autoscaler_version_2_is_off_where_it_starts_one_worker_only() -> None:
     assert "export RAY_enable_autoscaler_v2=0" in read("local.yaml")["head_start_ray_commands"][-1]
 
