@@ -19,7 +19,7 @@ COVERED := routing wire service
 MIN_COVERAGE := 95
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format venv docs coverage soak bench bench-peers bench-results bench-docs clean
+.PHONY: help demo test test-cluster check format venv docs coverage soak bench bench-peers bench-results bench-docs clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,9 +27,13 @@ help:  ## List the targets.
 demo: $(STAMP)  ## Train, serve and classify real digits with five kinds of experts on Ray.
 	$(BIN)/moe-runtime demo digits
 
-test: $(STAMP)  ## Run every test but the soak tests; gate the coverage of the core.
-	$(PYTEST) -m "not soak" --cov --cov-report=
+test: $(STAMP)  ## Run every test but the soak tests and the lab's; gate the coverage of the core.
+	$(PYTEST) -m "not soak and not cluster" --cov --cov-report=
 	$(coverage_gates)
+
+test-cluster: $(STAMP)  ## Run `ray up` and what follows for real, on hosts made of namespaces; needs root.
+	@PYTHONPATH=tests $(BIN)/python -m cluster.lab
+	$(PYTEST) tests/cluster
 
 check: $(STAMP)  ## Formatting, lint, types, layering and spelling: what CI runs before the tests.
 	$(BIN)/ruff format --check .

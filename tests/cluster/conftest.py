@@ -1,0 +1,60 @@
+"""One lab and one Ray cluster on it, which all tests of this folder share."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before ray is imported, which reads it once: tests/ray may follow in this process.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+
+from cluster.lab import Lab, missing
+from cluster.ray_cluster import RayCluster, prepare, set_labels
+
+#: A head, two workers, and the machine of the operator and the clients.
+NUM_HOSTS = 4
+#: The first test waits for the cluster.
+TIMEOUT_S = 300
+_SECONDS = pytest.StashKey[dict[str, float]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        needs_lab = {"lab", "ray_cluster"} & set(getattr(item, "fixturenames", ()))
+        if needs_lab and Path(__file__).parent in item.path.parents:
+            item.add_marker("cluster")
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if seconds := config.stash.get(_SECONDS, {}):
+        steps = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
+        terminalreporter.write_line(f"cluster: {steps}")
+
+
+@pytest.fixture(scope="session")
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """Four hosts that are on."""
+    if reason := missing():
+        pytest.skip(reason)
+    began = time.monotonic()
+    with Lab(num_hosts=NUM_HOSTS) as lab:
+        request.config.stash[_SECONDS] = {"hosts": time.monotonic() - began}
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RayCluster]:
+    """``ray up cluster/local.yaml`` on these hosts; tests leave it with all its nodes alive."""
+    cluster = prepare(lab)
+    cluster.seconds = request.config.stash[_SECONDS]
+    set_labels(cluster.workers[0], {"ray.io/accelerator-type": "A100"})
+    set_labels(cluster.workers[1], {"ray.io/accelerator-type": "L4"})
+    cluster.up()
+    yield cluster
+    cluster.down()
