@@ -40,17 +40,23 @@ def explain_unmet(
         free: What of them is not reserved.
         nodes: Labels of each living node.
     """
-    wanted = demanded_resources(demand)
-    asked = [f"{name} {_amount(name, amount)}" for name, amount in wanted.items()]
-    asked += [f"label {key}={value}" for key, value in demand.node_labels.items()]
     has = [
-        f"{name} {_amount(name, free.get(name, 0.0))} free of {_amount(name, total.get(name, 0.0))}" for name in wanted
+        f"{name} {resource_text(name, free.get(name, 0.0))} free of {resource_text(name, total.get(name, 0.0))}"
+        for name in demanded_resources(demand)
     ]
     for key, value in demand.node_labels.items():
         num_nodes = sum(labels.get(key) == value for labels in nodes)
         has.append(f"{num_nodes} of {len(nodes)} nodes with label {key}={value}")
-    return f"asks for {', '.join(asked) or 'nothing'}; the cluster has {', '.join(has) or f'{len(nodes)} nodes'}"
+    return f"asks for {demand_text(demand)}; the cluster has {', '.join(has) or f'{len(nodes)} nodes'}"
 
 
-def _amount(name: str, amount: float) -> str:
+def demand_text(demand: Demand) -> str:
+    """What a demand asks for, in words."""
+    asked = [f"{name} {resource_text(name, amount)}" for name, amount in demanded_resources(demand).items()]
+    asked += [f"label {key}={value}" for key, value in demand.node_labels.items()]
+    return ", ".join(asked) or "nothing"
+
+
+def resource_text(name: str, amount: float) -> str:
+    """An amount of a resource, in words; memory in GiB."""
     return f"{amount / (1 << 30):.2f} GiB" if name == "memory" else f"{amount:g}"

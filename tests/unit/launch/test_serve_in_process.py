@@ -186,5 +186,5 @@ def test_leaving_a_runtime_that_is_not_detached_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_a_line_that_says_so():
-    with pytest.raises(StartError, match=r"^l/feed_forward-0: expected a GPU that torch can use, found none"):
+    with pytest.raises(StartError, match=r"^l/feed_forward-0/0: expected a GPU that torch can use, found none"):
         serve(config(device="cuda"), ray=False)
