@@ -11,12 +11,29 @@ if TYPE_CHECKING:
 
 
 def actor_options(demand: Demand) -> dict[str, Any]:
-    """The demand as keyword arguments of Ray's ``options``."""
+    """What is demanded of a node, but for its labels, as keyword arguments of Ray's ``options``."""
     options: dict[str, Any] = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus}
     if demand.memory_bytes is not None:
         options["memory"] = demand.memory_bytes
     if demand.custom:
         options["resources"] = dict(demand.custom)
+    return options
+
+
+def place_options(demand: Demand, *, node_id: str | None, spread: bool) -> dict[str, Any]:
+    """Where an actor may go, as keyword arguments of Ray's ``options``.
+
+    Args:
+        demand: Its labels count where no node was chosen.
+        node_id: The node that was chosen for it: there or nowhere, and an error, not a wait, where that has no room.
+        spread: What Ray is to do where none was.
+    """
+    if node_id is not None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # Failing at once: what the cluster reports as free may be taken already, and others have room.
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False, _fail_on_unavailable=True)}
+    options: dict[str, Any] = {"scheduling_strategy": "SPREAD" if spread else "DEFAULT"}
     if demand.node_labels:
         options["label_selector"] = dict(demand.node_labels)
     return options
