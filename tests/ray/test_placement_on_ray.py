@@ -66,6 +66,7 @@ def outcome():
         "name": "placed",
         "device": "cpu",
         "threads": 1,
+        "start_timeout_s": 150,
         "layers": {
             "spread": layer(experts=[{"kind": "identity", "replicas": 2, "resources": {"num_cpus": 1}}]),
             "pack": layer(strategy="pack", experts=[{"kind": "identity", "count": 2, "resources": on_workers}]),
