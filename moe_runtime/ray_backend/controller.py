@@ -53,7 +53,7 @@ class Controller:
         self._clock = clock
         pace = replace(pace or Pace(), start_timeout_s=plan.start_timeout_s)
         self._dirty = asyncio.Event()
-        self._chooser = NodeChooser(spawner.nodes)
+        self._chooser = NodeChooser(spawner.nodes, clock=clock)
         tools = Tools(spawner, self._chooser, clock, pace)
         self._hosts = [
             HostKeeper(host, tools=tools, threads_on=self._threads_on, on_change=self._dirty.set) for host in plan.hosts

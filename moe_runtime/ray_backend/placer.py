@@ -61,17 +61,19 @@ class ActorDemand:
 
 @dataclass(frozen=True)
 class Standing:
-    """An actor that has its node.
+    """An actor that has its node, or had it until just now: what nodes report lags behind.
 
     Attributes:
         actor: The actor.
         node: Name of its node.
-        is_counted: Whether the node's free resources are known to be without what it takes.
+        is_reported: Whether the node's free resources may be without what it takes.
+        is_gone: Whether it is there no more.
     """
 
     actor: ActorDemand
     node: str
-    is_counted: bool = True
+    is_reported: bool = True
+    is_gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,12 @@ def place_actors(
     Args:
         nodes: The nodes; the first of equal ones is taken.
         actors: The actors that need one.
-        standing: Actors that have one; those on nodes that are not given count for nothing.
+        standing: Actors that have one, or had; those on nodes that are not given count for nothing.
     """
     rooms = {node.name: _room(node, [each for each in standing if each.node == node.name]) for node in nodes}
     residents = {node.name: Counter[str]() for node in nodes}
     for each in standing:
-        if each.node in residents:
+        if each.node in residents and not each.is_gone:
             residents[each.node].update(_groups(each.actor))
     places: dict[str, Place] = {}
     unplaceable = []
@@ -151,10 +153,10 @@ def place_actors(
 def _room(node: NodeShape, standing: Sequence[Standing]) -> NodeRoom:
     room = NodeRoom(node.total, labels=node.labels)
     free = node.total if node.free is None else node.free
-    counted = [each.actor.demand for each in standing if each.is_counted]
-    room.take_foreign(free, known=counted)
+    room.take_foreign(free, known=[each.actor.demand for each in standing if each.is_reported])
     for each in standing:
-        room.take(each.actor.demand, whatever_is_left=True)
+        if not each.is_gone:
+            room.take(each.actor.demand, whatever_is_left=True)
     return room
 
 

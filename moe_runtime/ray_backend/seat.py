@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.spawner import AsyncClock, Spawner
 
 _LOG = logging.getLogger(__name__)
+
+#: After a refusal; a node that has just lost an actor needs a moment until it takes another.
+_PAUSE_S = 0.5
+_MAX_REFUSALS = 2
 
 HandleT = TypeVar("HandleT", bound=ActorHandle)
 
@@ -70,11 +75,11 @@ class Seat(Generic[HandleT]):
             StartError: If it died.
         """
         deadline = self._clock.now() + timeout_s
-        refused: set[str] = set()
+        refusals: Counter[str] = Counter()
         while True:
             was_found, node = self.handle is not None, None
             if self.handle is None:
-                node = self._chooser.choose(self._actor, avoiding=refused)
+                node = self._chooser.choose(self._actor, avoiding=_avoided(refusals))
                 self.handle = self._spawn(None if node is None else node.node_id)
             try:
                 location = await within(self._clock, deadline - self._clock.now(), self.handle.locate())
@@ -82,8 +87,9 @@ class Seat(Generic[HandleT]):
                 if not self._may_try_elsewhere(exc, node, was_found=was_found):
                     raise
                 _LOG.info("%s: chooses another node: %s", self._actor.actor_id, exc)
-                refused |= {node.name} if node is not None else set()
+                refusals.update(() if node is None else (node.name,))
                 await self.leave()
+                await self._clock.sleep(min(_PAUSE_S, deadline - self._clock.now()))
             else:
                 self._chooser.settle(self._actor, location.node)
                 return location
@@ -105,3 +111,7 @@ class Seat(Generic[HandleT]):
         if isinstance(error, NodeRefusedError):
             return was_found or node is not None
         return node is not None and not self._chooser.is_there(node.name)
+
+
+def _avoided(refusals: Counter[str]) -> set[str]:
+    return {node for node, number in refusals.items() if number >= _MAX_REFUSALS}

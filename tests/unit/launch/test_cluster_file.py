@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +77,12 @@ worker_start_ray_commands:
     assert found[0].shape.ip == "10.0.0.1"
     assert found[2].shape.total == {"CPU": 16.0, "GPU": 2.0, "memory": math.inf, "slot": 2.0}
     assert found[2].shape.labels == {"role": "expert", "zone": "a", "ray.io/node-id": "10.0.0.3"}
+
+
+def test_the_example_in_the_documentation_is_such_a_list(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "clusters.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL) if "gpu_memory" in block]
+    assert [node.shape.name for node in nodes(tmp_path, example)] == ["head", *(f"gpu-{i}" for i in range(4))]
 
 
 def test_what_ray_start_is_not_told_of_cpus_is_not_limited(tmp_path):

@@ -42,12 +42,14 @@ async def test_a_host_whose_node_is_gone_comes_back_on_one_that_has_room(make_co
     await controller.close(drain_timeout_s=0)
 
 
-async def test_a_node_that_refuses_a_host_leads_to_another_choice(make_controller, spawner, behave):
+async def test_a_node_that_refuses_a_host_twice_leads_to_another_choice(make_controller, spawner, behave, clock):
     spawner.cluster = [node("n1"), node("n2"), node("n3")]
-    spawner.behaviours["a"].append(behave(is_refused=True))
+    spawner.behaviours["a"] += [behave(is_refused=True), behave(is_refused=True)]
     controller = make_controller()
-    await controller.start()
-    assert [actor.behaviour.node for actor in spawner.spawned["a"]] == ["n1", "n3"]
+    starting = asyncio.ensure_future(controller.start())
+    await clock.advance(2.0)
+    await starting
+    assert [actor.behaviour.node for actor in spawner.spawned["a"]] == ["n1", "n1", "n3"]
     await controller.close(drain_timeout_s=0)
 
 
@@ -93,8 +95,30 @@ async def test_each_router_binds_the_address_of_its_own_node_and_a_free_port_whe
     await controller.close(drain_timeout_s=0)
 
 
-def test_a_choice_that_is_not_yet_reported_is_remembered():
-    chooser = NodeChooser(lambda: [node("n1"), node("n2")])
+def test_a_host_that_died_may_have_its_room_again_although_the_node_does_not_report_it_yet(clock):
+    nodes = [node("n1")]
+    chooser = NodeChooser(lambda: nodes, clock=clock)
+    host = ActorDemand("a", Demand(num_cpus=0, num_gpus=1), "l", "a")
+    chooser.settle(host, "n1")
+    nodes[0] = NodeShape("n1", node_id="n1", total={"CPU": 1.0, "GPU": 1.0}, free={"CPU": 1.0})
+    chooser.leave(host)
+    choice = chooser.choose(host)
+    assert choice is not None
+    assert choice.name == "n1"
+
+
+async def test_room_that_is_not_reported_for_long_belongs_to_somebody_else(clock):
+    shape = NodeShape("n1", node_id="n1", total={"CPU": 1.0, "GPU": 1.0}, free={"CPU": 1.0})
+    chooser = NodeChooser(lambda: [shape], clock=clock)
+    host = ActorDemand("a", Demand(num_cpus=0, num_gpus=1), "l", "a")
+    chooser.settle(host, "n1")
+    chooser.leave(host)
+    await clock.advance(6.0)
+    assert chooser.choose(host) is None
+
+
+def test_a_choice_that_is_not_yet_reported_is_remembered(clock):
+    chooser = NodeChooser(lambda: [node("n1"), node("n2")], clock=clock)
     actors = [ActorDemand(name, Demand(num_cpus=0, num_gpus=1), "l", name, "pack") for name in "abc"]
     assert [choice and choice.name for choice in map(chooser.choose, actors)] == ["n1", "n2", None]
     chooser.leave(actors[0])

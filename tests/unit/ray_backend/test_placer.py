@@ -118,7 +118,7 @@ def test_what_is_not_known_of_a_node_is_not_limited():
 
 
 def test_an_actor_whose_take_is_not_yet_reported_is_not_overlooked():
-    pending = Standing(actor("a", num_cpus=3), "n1", is_counted=False)
+    pending = Standing(actor("a", num_cpus=3), "n1", is_reported=False)
     assert place_actors([node("n1", free={"CPU": 4.0})], [actor("b", num_cpus=2)], standing=[pending]).places == {}
 
 
@@ -128,6 +128,14 @@ def test_an_actor_that_stands_is_counted_once_whether_the_report_lags_or_not():
         shape = node("n1", free={"CPU": reported})
         assert nodes_of(place_actors([shape], [actor("b")], standing=standing)) == {"b": "n1"}
         assert place_actors([shape], [actor("c", num_cpus=2)], standing=standing).places == {}
+
+
+def test_what_an_actor_that_is_gone_held_counts_as_free_whether_the_report_lags_or_not():
+    gone = Standing(actor("a", twins="t", num_cpus=3), "n1", is_gone=True)
+    for reported in (4.0, 1.0):
+        shape = node("n1", free={"CPU": reported})
+        placement = place_actors([shape, node("n2")], [actor("b", twins="t", num_cpus=4)], standing=[gone])
+        assert nodes_of(placement) == {"b": "n1"}
 
 
 def test_nodes_that_lack_the_same_are_told_once():
