@@ -66,7 +66,7 @@ class HostKeeper:
 
         Args:
             plan: What to keep alive.
-            tools: Create, find, choose and time.
+            tools: What all keepers of the runtime work with.
             threads_on: Torch threads of a host at a location.
             on_change: Called whenever the routing table has to change.
         """

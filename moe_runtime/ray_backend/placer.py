@@ -121,7 +121,7 @@ class Placement:
 
 
 def place_actors(
-    nodes: Sequence[NodeShape], actors: Iterable[ActorDemand], *, standing: Iterable[Standing] = ()
+    nodes: Sequence[NodeShape], actors: Iterable[ActorDemand], *, standing: Sequence[Standing] = ()
 ) -> Placement:
     """A node for each actor, chosen one after the other: those that ask for most go first.
 

@@ -47,7 +47,7 @@ class RouterKeeper:
         Args:
             plan: The routers to keep alive.
             index: Which of them.
-            tools: Create, find, choose and time.
+            tools: What all keepers of the runtime work with.
             new_address: The address of a router that comes to a place where others may be.
             on_change: Called when the router needs the table.
         """
