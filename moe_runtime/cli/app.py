@@ -108,6 +108,30 @@ def validate(config: ConfigPath) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    *,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NODES.yaml", help="A list of nodes or a file for ray up, instead of nodes that are there."
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The Ray cluster to look at; else RAY_ADDRESS; else this machine."),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write the whole plan to this file.")
+    ] = None,
+) -> None:
+    """Show where each expert would go, the memory, load and traffic, and refuse what cannot fit."""
+    from moe_runtime.cli.plan import show_plan
+
+    show_plan(config, cluster=cluster, ray_address=ray_address, json_path=json_path, console=stdout_console())
+
+
+@app.command()
 def status(
     address: Annotated[
         list[str] | None,

@@ -22,6 +22,7 @@ WireDTypeName = Literal["float32", "float16", "bfloat16"]
 ResidualRule = Literal["add", "passthrough", "none"]
 Normalize = Literal["before_drop", "after_drop", "none"]
 WeightOn = Literal["output", "input"]
+Strategy = Literal["spread", "pack"]
 
 
 class StrictModel(BaseModel):
@@ -162,6 +163,12 @@ class ExpertConfig(StrictModel):
         None, description="Unique in the layer; `<kind>-<n>` when not given; `<name>-<n>` where `count` is above 1."
     )
     count: int = Field(1, ge=1, le=65536, description="How many experts this block stands for.")
+    replicas: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Actors that serve each of these experts, on nodes of their own where there is room.",
+    )
     weights: str | None = Field(
         None,
         description="A safetensors file, relative to the config file; `{i}` is the index within `count`. "
@@ -214,6 +221,9 @@ class LayerConfig(StrictModel):
         None, description="Of rows on their way to experts and back; `dtype` when not given. Halves their bytes."
     )
     experts_per_actor: int = Field(1, ge=1, le=65536, description="Neighbouring experts that share an actor.")
+    strategy: Strategy = Field(
+        "spread", description="`spread`: its actors over as many nodes as there are; `pack`: on as few as will do."
+    )
     experts: list[ExpertConfig] = Field(min_length=1, description="The experts; gate rows follow their order.")
 
     @field_validator("item_shape")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -13,7 +14,14 @@ class RouterConfig(StrictModel):
     """The router processes and their batcher."""
 
     replicas: int = Field(1, ge=1, le=1024, description="Router processes; replica i on a node takes port + i.")
-    address: str = Field("127.0.0.1:50051", description="HOST:PORT of the first router; port 0 is any.")
+    address: str = Field(
+        "127.0.0.1:50051",
+        description="HOST:PORT of the first router; port 0 is any; the host `node` is the address that the cluster "
+        "knows each router's node by.",
+    )
+    node_labels: dict[str, str] = Field(
+        default_factory=dict, description="Labels that the routers' nodes must have; routers spread over those nodes."
+    )
     max_batch_tokens: int = Field(4096, ge=1, le=MAX_COUNT, description="Tokens that one batch holds at most.")
     max_wait_ms: float = Field(
         2.0, ge=0, le=MAX_SECONDS * 1000, description="How long a request waits for batch-mates at most."
@@ -66,6 +74,22 @@ class DataPlaneConfig(StrictModel):
     encryption: Literal["curve", "none"] = Field(
         "curve", description="Between nodes; with `curve`, hosts let only their runtime's routers in."
     )
+
+    network: str | None = Field(
+        None,
+        description="In CIDR notation: expert hosts bind their node's address in this network; the one that the "
+        "cluster knows the node by when not given.",
+    )
+
+    @field_validator("network")
+    @classmethod
+    def _cidr(cls, network: str | None) -> str | None:
+        if network is None:
+            return None
+        try:
+            return str(ipaddress.ip_network(network))
+        except ValueError as exc:
+            raise ValueError(f"expected a network such as 10.0.0.0/16, found {network!r}: {exc}") from exc
 
     @field_validator("port_range")
     @classmethod

@@ -150,6 +150,7 @@ class _LayerCheck:
             exact=layer.exact,
             wire_dtype=layer.wire_dtype or layer.dtype,
             experts_per_actor=layer.experts_per_actor,
+            strategy=layer.strategy,
             experts=tuple(expert.recipe for expert in self._experts),
         )
 
@@ -246,5 +247,7 @@ def _summary(layer: LayerRecipe) -> LayerSummary:
         dtype=layer.dtype,
         policy=layer.policy.kind,
         experts={expert.spec.name: expert.spec.kind for expert in layer.experts},
-        num_actors=len(pack_experts(layer.experts, experts_per_actor=layer.experts_per_actor)),
+        num_actors=sum(
+            group[0].replicas for group in pack_experts(layer.experts, experts_per_actor=layer.experts_per_actor)
+        ),
     )

@@ -54,7 +54,7 @@ def expand_experts(loaded: LoadedConfig, layer_name: str) -> list[ExpandedExpert
                 wire_dtype=layer.wire_dtype,
             )
             key = f"layers.{layer_name}.experts.{index}"
-            experts.append(ExpandedExpert(key, i == 0, ExpertRecipe(spec, block.resources)))
+            experts.append(ExpandedExpert(key, i == 0, ExpertRecipe(spec, block.resources, block.replicas)))
     return experts
 
 

@@ -10,6 +10,7 @@ import torch
 
 from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.router_process import RouterProcess
+from moe_runtime.ray_backend.interfaces import address_in
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 from moe_runtime.transport.zmq_host import ZmqHostTransport
 from moe_runtime.transport.zmq_router import ZmqTransport
@@ -48,4 +49,7 @@ class RouterProcessFactory:
 def _open_host_transport(location: Location, spec: HostSpec) -> ZmqHostTransport:
     # Every node is swept by the hosts that start there: the controller reaches its own node only.
     sweep_ipc(default_ipc_folder())
-    return ZmqHostTransport(node=location.node, ip=location.ip, port_range=spec.port_range, encryption=spec.encryption)
+    ip = location.ip
+    if spec.network is not None:
+        ip = address_in(spec.network, known=ip, node=location.node)
+    return ZmqHostTransport(node=location.node, ip=ip, port_range=spec.port_range, encryption=spec.encryption)

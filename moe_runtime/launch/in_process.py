@@ -101,7 +101,7 @@ class InProcessSession:
             report = host.start()
             for hosted in spec.experts:
                 key = (hosted.spec.layer, hosted.spec.expert_id)
-                replicas[key] = (_replica(hosted.replica_id, report),)
+                replicas[key] = (*replicas.get(key, ()), _replica(hosted.replica_id, report))
             on_progress(num_ready, num_actors)
         addresses = router_addresses(self._recipe.router.address, [self._node] * len(self._routers))
         for router, address in zip(self._routers, addresses, strict=True):

@@ -12,7 +12,7 @@ from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersP
 
 if TYPE_CHECKING:
     from moe_runtime.config.models import ResourcesConfig
-    from moe_runtime.config.runtime import RuntimeConfig
+    from moe_runtime.config.runtime import RouterConfig, RuntimeConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.ray_backend.cluster import Cluster
 
@@ -30,20 +30,26 @@ def plan_runtime(config: RuntimeConfig, recipe: RouterRecipe, *, cluster: Cluste
         detach: Whether it lives without a lease.
     """
     hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
-    host, _ = split_address(config.router.address)
     return RuntimePlan(
         name=config.name,
         hosts=tuple(_host_plan(spec) for spec in hosts),
-        routers=RoutersPlan(
-            count=config.router.replicas,
-            address=config.router.address,
-            factory=pickle.dumps(RouterProcessFactory(recipe)),
-            # Only this machine reaches a loopback address, and the one who serves is on it.
-            node_id=cluster.node_id if is_loopback(host) else None,
-        ),
+        routers=_routers_plan(config.router, recipe, node_id=cluster.node_id),
         num_threads=None if config.threads == "auto" else config.threads,
         start_timeout_s=config.start_timeout_s,
         lease_s=None if detach else LEASE_S,
+    )
+
+
+def _routers_plan(router: RouterConfig, recipe: RouterRecipe, *, node_id: str) -> RoutersPlan:
+    host, _ = split_address(router.address)
+    # Only this machine reaches a loopback address, and the one who serves is on it, unless labels say otherwise.
+    is_pinned = is_loopback(host) and not router.node_labels
+    return RoutersPlan(
+        count=router.replicas,
+        address=router.address,
+        factory=pickle.dumps(RouterProcessFactory(recipe)),
+        node_id=node_id if is_pinned else None,
+        node_labels=router.node_labels,
     )
 
 
@@ -55,6 +61,8 @@ def _host_plan(spec: HostSpec) -> HostPlan:
         ),
         demand=_demand(spec.resources),
         factory=pickle.dumps(ExpertProcessFactory(spec)),
+        strategy=spec.strategy,
+        twins=spec.twins,
     )
 
 

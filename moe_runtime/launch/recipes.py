@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         PolicyConfig,
         ResidualRule,
         ResourcesConfig,
+        Strategy,
         WeightOn,
     )
     from moe_runtime.config.runtime import LimitsConfig, RouterConfig
@@ -24,10 +25,11 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class ExpertRecipe:
-    """One expert, after ``count`` was expanded: what to build, and what its actor asks for."""
+    """One expert, after ``count`` was expanded: what to build, what its actor asks for, and how many there are."""
 
     spec: ExpertSpec
     resources: ResourcesConfig
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class LayerRecipe:
         exact: Whether answers are bit-identical to one process.
         wire_dtype: Of rows on their way to experts and back.
         experts_per_actor: Neighbouring experts that share an actor.
+        strategy: Whether its actors spread over nodes or fill them one by one.
         experts: In the order of the gate's rows.
     """
 
@@ -74,6 +77,7 @@ class LayerRecipe:
     exact: bool
     wire_dtype: DTypeName
     experts_per_actor: int
+    strategy: Strategy
     experts: tuple[ExpertRecipe, ...]
 
 
@@ -90,12 +94,14 @@ class HostSpec:
     """What one expert host builds and serves.
 
     Attributes:
-        host_id: Unique in the runtime, ``<layer>/<name of its first expert>``.
+        host_id: Unique in the runtime, ``<layer>/<name of its first expert>/<n>``, n as in its replica ids.
         experts: Its experts.
         device: Where they compute.
         resources: What its actor asks for; ``num_gpus`` is resolved.
+        strategy: The layer's.
         encryption: What routers on other nodes must speak.
         port_range: Inclusive range of tcp ports to bind; any port when None.
+        network: Binds the node's address in this network; the one that Ray knows when None.
         plug_ins: Distributions that its node must have, ``name`` or ``name==version``.
     """
 
@@ -103,9 +109,16 @@ class HostSpec:
     experts: tuple[HostedExpert, ...]
     device: Device
     resources: ResourcesConfig
+    strategy: Strategy = "spread"
     encryption: Encryption = "curve"
     port_range: tuple[int, int] | None = None
+    network: str | None = None
     plug_ins: tuple[str, ...] = ()
+
+    @property
+    def twins(self) -> str:
+        """Common to the hosts that serve replicas of the same experts."""
+        return self.host_id.rpartition("/")[0]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import ConfigError, PlacementError, StartError
-from moe_runtime.ray_backend.addresses import router_addresses
+from moe_runtime.ray_backend.addresses import next_address, router_addresses
 from moe_runtime.ray_backend.host_keeper import HostKeeper, Pace
+from moe_runtime.ray_backend.node_choice import NodeChooser
 from moe_runtime.ray_backend.plan import Snapshot
 from moe_runtime.ray_backend.router_keeper import RouterKeeper
+from moe_runtime.ray_backend.seat import Tools
 from moe_runtime.ray_backend.spawner import within
 from moe_runtime.service.routing_table import ReplicaState, RoutingTable
 
@@ -51,14 +53,13 @@ class Controller:
         self._clock = clock
         pace = replace(pace or Pace(), start_timeout_s=plan.start_timeout_s)
         self._dirty = asyncio.Event()
+        self._chooser = NodeChooser(spawner.nodes, clock=clock)
+        tools = Tools(spawner, self._chooser, clock, pace)
         self._hosts = [
-            HostKeeper(
-                host, spawner=spawner, clock=clock, pace=pace, threads_on=self._threads_on, on_change=self._dirty.set
-            )
-            for host in plan.hosts
+            HostKeeper(host, tools=tools, threads_on=self._threads_on, on_change=self._dirty.set) for host in plan.hosts
         ]
         self._routers = [
-            RouterKeeper(plan.routers, index, spawner=spawner, clock=clock, pace=pace, on_change=self._dirty.set)
+            RouterKeeper(plan.routers, index, tools=tools, new_address=self._new_address, on_change=self._dirty.set)
             for index in range(plan.routers.count)
         ]
         self._keepers: list[HostKeeper | RouterKeeper] = [*self._hosts, *self._routers]
@@ -74,6 +75,7 @@ class Controller:
             PlacementError: If the cluster has no room for an actor in time.
             StartError: If an actor did not start; the message holds every actor's error. Nothing is left behind.
         """
+        self._chooser.plan(self._plan.actors)
         try:
             await self._all_or_nothing([keeper.place() for keeper in self._keepers])
             addresses = self._addresses()
@@ -166,9 +168,19 @@ class Controller:
         return max(1, location.num_cores // max(1, num_experts))
 
     def _addresses(self) -> list[str]:
-        nodes = [keeper.location.node if keeper.location is not None else "" for keeper in self._routers]
+        places = [keeper.location for keeper in self._routers if keeper.location is not None]
+        nodes, ips = [place.node for place in places], [place.ip for place in places]
         try:
-            return router_addresses(self._plan.routers.address, nodes)
+            return router_addresses(self._plan.routers.address, nodes, ips=ips)
+        except ConfigError as exc:
+            raise StartError(str(exc)) from exc
+
+    def _new_address(self, location: Location) -> str:
+        """For a router that comes to a place where others may be."""
+        here = [k for k in self._routers if k.location is not None and k.location.node == location.node]
+        taken = [k.bound for k in here if k.bound is not None and k.life.state is ReplicaState.READY]
+        try:
+            return next_address(self._plan.routers.address, ip=location.ip, taken=taken)
         except ConfigError as exc:
             raise StartError(str(exc)) from exc
 

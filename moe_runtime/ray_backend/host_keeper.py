@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import MoERuntimeError, PlacementError, StartError
 from moe_runtime.ray_backend.replica_state import Backoff, ReplicaLife
+from moe_runtime.ray_backend.seat import Seat
 from moe_runtime.ray_backend.spawner import within
 from moe_runtime.service.routing_table import Replica, ReplicaState
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from moe_runtime.ray_backend.plan import HostPlan, HostReport, Location, ReplicaPlan
-    from moe_runtime.ray_backend.spawner import AsyncClock, HostHandle, Spawner
+    from moe_runtime.ray_backend.seat import Tools
+    from moe_runtime.ray_backend.spawner import HostHandle
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,9 +58,7 @@ class HostKeeper:
         self,
         plan: HostPlan,
         *,
-        spawner: Spawner,
-        clock: AsyncClock,
-        pace: Pace,
+        tools: Tools,
         threads_on: Callable[[Location], int],
         on_change: Callable[[], None],
     ) -> None:
@@ -66,22 +66,24 @@ class HostKeeper:
 
         Args:
             plan: What to keep alive.
-            spawner: Creates and finds actors.
-            clock: Tells the time and waits.
-            pace: Timeouts and backoff.
+            tools: What all keepers of the runtime work with.
             threads_on: Torch threads of a host at a location.
             on_change: Called whenever the routing table has to change.
         """
         self.plan = plan
-        self.life = ReplicaLife.begin(clock.now())
+        self.life = ReplicaLife.begin(tools.clock.now())
         self.location: Location | None = None
         self.num_restarts = 0
-        self._spawner = spawner
-        self._clock = clock
-        self._pace = pace
+        self._spawner = tools.spawner
+        self._clock = tools.clock
+        self._pace = tools.pace
         self._threads_on = threads_on
         self._on_change = on_change
-        self._handle: HostHandle | None = None
+        self._seat: Seat[HostHandle] = Seat(
+            plan.actor,
+            spawn=lambda node_id: tools.spawner.spawn_host(plan, node_id=node_id),
+            tools=tools,
+        )
         self._report: HostReport | None = None
         self._admitted: frozenset[str] = frozenset()
 
@@ -91,13 +93,17 @@ class HostKeeper:
         return self._handle
 
     @property
+    def _handle(self) -> HostHandle | None:
+        return self._seat.handle
+
+    @property
     def _who(self) -> str:
         """How messages name this host."""
         return f"expert host {self.plan.host_id}"
 
     def find(self) -> bool:
         """Take over the living actor of this host, if there is one; whether there is."""
-        self._handle = self._spawner.find_host(self.plan.host_id)
+        self._seat.handle = self._spawner.find_host(self.plan.host_id)
         return self._handle is not None
 
     async def place(self) -> None:
@@ -107,11 +113,9 @@ class HostKeeper:
             PlacementError: If the cluster has no room for it in time.
             StartError: If it died.
         """
-        if self._handle is None:
-            self._handle = self._spawner.spawn_host(self.plan)
         timeout_s = self._pace.start_timeout_s
         try:
-            self.location = await within(self._clock, timeout_s, self._handle.locate())
+            self.location = await self._seat.take(timeout_s)
         except TimeoutError as exc:
             unmet = self._spawner.explain(self.plan.demand)
             raise PlacementError(f"{self._who}: found no place within {timeout_s:g} s: it {unmet}") from exc
@@ -261,19 +265,9 @@ class HostKeeper:
     async def _fail(self, reason: str) -> None:
         _LOG.warning("%s is out: %s", self._who, reason)
         self._change(self.life.go_out(self._clock.now(), reason, self._pace.backoff))
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            await self._remove(handle)
+        await self._seat.leave()
         self.clean_up()
         self._spawner.sweep()
-
-    async def _remove(self, handle: HostHandle) -> None:
-        """End an actor, and wait until its name is free."""
-        await handle.kill()
-        try:
-            await within(self._clock, self._pace.kill_timeout_s, handle.wait())
-        except TimeoutError:
-            _LOG.warning("%s: its old actor is not gone yet", self._who)
 
     def _change(self, life: ReplicaLife) -> None:
         self.life = life

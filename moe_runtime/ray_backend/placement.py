@@ -11,12 +11,29 @@ if TYPE_CHECKING:
 
 
 def actor_options(demand: Demand) -> dict[str, Any]:
-    """The demand as keyword arguments of Ray's ``options``."""
+    """What is demanded of a node, but for its labels, as keyword arguments of Ray's ``options``."""
     options: dict[str, Any] = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus}
     if demand.memory_bytes is not None:
         options["memory"] = demand.memory_bytes
     if demand.custom:
         options["resources"] = dict(demand.custom)
+    return options
+
+
+def place_options(demand: Demand, *, node_id: str | None, spread: bool) -> dict[str, Any]:
+    """Where an actor may go, as keyword arguments of Ray's ``options``.
+
+    Args:
+        demand: Its labels count where no node was chosen.
+        node_id: The node that was chosen for it: there or nowhere, and an error, not a wait, where that has no room.
+        spread: What Ray is to do where none was.
+    """
+    if node_id is not None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # Failing at once: what the cluster reports as free may be taken already, and others have room.
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False, _fail_on_unavailable=True)}
+    options: dict[str, Any] = {"scheduling_strategy": "SPREAD" if spread else "DEFAULT"}
     if demand.node_labels:
         options["label_selector"] = dict(demand.node_labels)
     return options
@@ -40,17 +57,23 @@ def explain_unmet(
         free: What of them is not reserved.
         nodes: Labels of each living node.
     """
-    wanted = demanded_resources(demand)
-    asked = [f"{name} {_amount(name, amount)}" for name, amount in wanted.items()]
-    asked += [f"label {key}={value}" for key, value in demand.node_labels.items()]
     has = [
-        f"{name} {_amount(name, free.get(name, 0.0))} free of {_amount(name, total.get(name, 0.0))}" for name in wanted
+        f"{name} {resource_text(name, free.get(name, 0.0))} free of {resource_text(name, total.get(name, 0.0))}"
+        for name in demanded_resources(demand)
     ]
     for key, value in demand.node_labels.items():
         num_nodes = sum(labels.get(key) == value for labels in nodes)
         has.append(f"{num_nodes} of {len(nodes)} nodes with label {key}={value}")
-    return f"asks for {', '.join(asked) or 'nothing'}; the cluster has {', '.join(has) or f'{len(nodes)} nodes'}"
+    return f"asks for {demand_text(demand)}; the cluster has {', '.join(has) or f'{len(nodes)} nodes'}"
 
 
-def _amount(name: str, amount: float) -> str:
+def demand_text(demand: Demand) -> str:
+    """What a demand asks for, in words."""
+    asked = [f"{name} {resource_text(name, amount)}" for name, amount in demanded_resources(demand).items()]
+    asked += [f"label {key}={value}" for key, value in demand.node_labels.items()]
+    return ", ".join(asked) or "nothing"
+
+
+def resource_text(name: str, amount: float) -> str:
+    """An amount of a resource, in words; memory in GiB."""
     return f"{amount / (1 << 30):.2f} GiB" if name == "memory" else f"{amount:g}"

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moe_runtime.ray_backend.placer import ActorDemand
 from moe_runtime.service.routing_table import RoutingTable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from moe_runtime.ray_backend.placer import Strategy
     from moe_runtime.service.ports import Endpoint
+
+#: Ray's own label of every node.
+NODE_ID_LABEL = "ray.io/node-id"
 
 
 @dataclass(frozen=True)
@@ -187,12 +192,22 @@ class HostPlan:
         demand: What it asks of the cluster.
         factory: A pickled ``HostFactory``: the controller hands it on unread, so it needs no torch, and an actor
             whose node lacks a module says so.
+        strategy: Whether the actors of its layer are spread or packed.
+        twins: Common to the hosts that serve replicas of the same experts; empty for one without.
     """
 
     host_id: str
     replicas: tuple[ReplicaPlan, ...]
     demand: Demand
     factory: bytes
+    strategy: Strategy = "spread"
+    twins: str = ""
+
+    @property
+    def actor(self) -> ActorDemand:
+        """The host as the placer sees it."""
+        layer = self.replicas[0].layer
+        return ActorDemand(self.host_id, self.demand, layer, self.twins or self.host_id, self.strategy)
 
 
 @dataclass(frozen=True)
@@ -203,13 +218,26 @@ class RoutersPlan:
         count: How many.
         address: ``HOST:PORT`` of the first on its node; the i-th on a node takes port + i; port 0 is any.
         factory: A pickled ``RouterFactory``.
-        node_id: Ray's id of the node that all of them must run on; None lets Ray choose.
+        node_id: Ray's id of the node that all of them must run on; None spreads them over those that match.
+        node_labels: Labels that their nodes must have.
     """
 
     count: int
     address: str
     factory: bytes
     node_id: str | None = None
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def demand(self) -> Demand:
+        """What each of them asks of the cluster."""
+        pin = {} if self.node_id is None else {NODE_ID_LABEL: self.node_id}
+        return Demand(num_cpus=0.0, node_labels={**self.node_labels, **pin})
+
+    def actor(self, index: int) -> ActorDemand:
+        """One of them as the placer sees it."""
+        # No layer is called so.
+        return ActorDemand(f"router {index}", self.demand, layer="/routers", twins="/routers")
 
 
 @dataclass(frozen=True)
@@ -231,6 +259,14 @@ class RuntimePlan:
     num_threads: int | None = None
     start_timeout_s: float = 60.0
     lease_s: float | None = 10.0
+
+    @property
+    def actors(self) -> tuple[ActorDemand, ...]:
+        """Its routers and hosts as the placer sees them."""
+        return (
+            *(self.routers.actor(index) for index in range(self.routers.count)),
+            *(host.actor for host in self.hosts),
+        )
 
 
 @dataclass(frozen=True)

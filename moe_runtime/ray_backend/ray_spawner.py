@@ -5,21 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import ActorUnschedulableError, RayError
 
 from moe_runtime.errors import StartError
 from moe_runtime.ray_backend.expert_actor import ExpertActor
 from moe_runtime.ray_backend.names import NAMESPACE, expert_name, router_name
-from moe_runtime.ray_backend.placement import actor_options, explain_unmet
+from moe_runtime.ray_backend.nodes import living_nodes
+from moe_runtime.ray_backend.placement import actor_options, explain_unmet, place_options
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.router_actor import RouterActor
+from moe_runtime.ray_backend.spawner import NodeRefusedError
 from moe_runtime.ray_backend.whereabouts import locate
 from moe_runtime.transport.ipc_folder import default_ipc_folder, remove_ipc, sweep_ipc
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from moe_runtime.ray_backend.placer import NodeShape
     from moe_runtime.ray_backend.plan import (
         Demand,
         HostPlan,
@@ -82,6 +84,8 @@ class RayActor:
     async def _call(self, answer: Any) -> Any:
         try:
             value = await answer
+        except ActorUnschedulableError as exc:
+            raise NodeRefusedError(_in_words(exc)) from exc
         except RayError as exc:
             raise StartError(_in_words(exc)) from exc
         if isinstance(value, Failure):
@@ -143,9 +147,14 @@ class RaySpawner:
         actor = find_actor(expert_name(self._name, host_id))
         return None if actor is None else RayHost(actor)
 
-    def spawn_host(self, plan: HostPlan) -> RayHost:
+    def nodes(self) -> tuple[NodeShape, ...]:
+        """The nodes that are alive, and what is free on them."""
+        return living_nodes()
+
+    def spawn_host(self, plan: HostPlan, *, node_id: str | None) -> RayHost:
         """A new expert actor, which dies once: the controller replaces it."""
-        options = {**_DETACHED, **actor_options(plan.demand), "max_restarts": 0}
+        place = place_options(plan.demand, node_id=node_id, spread=plan.strategy == "spread")
+        options = {**_DETACHED, **actor_options(plan.demand), **place, "max_restarts": 0}
         return RayHost(_create(ExpertActor, plan.factory, name=expert_name(self._name, plan.host_id), options=options))
 
     def find_router(self, index: int) -> RayRouter | None:
@@ -153,11 +162,10 @@ class RaySpawner:
         actor = find_actor(router_name(self._name, index))
         return None if actor is None else RayRouter(actor)
 
-    def spawn_router(self, plan: RoutersPlan, index: int) -> RayRouter:
-        """A new router actor, which Ray restarts for ever."""
-        options = {**_DETACHED, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": "SPREAD"}
-        if plan.node_id is not None:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(plan.node_id, soft=False)
+    def spawn_router(self, plan: RoutersPlan, index: int, *, node_id: str | None) -> RayRouter:
+        """A new router actor, which Ray restarts for ever, as long as its node lives."""
+        place = place_options(plan.demand, node_id=node_id, spread=True)
+        options = {**_DETACHED, **actor_options(plan.demand), **place, "max_restarts": -1}
         return RayRouter(_create(RouterActor, plan.factory, name=router_name(self._name, index), options=options))
 
     def explain(self, demand: Demand) -> str:

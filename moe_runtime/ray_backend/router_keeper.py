@@ -6,18 +6,18 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import MoERuntimeError, PlacementError, StartError
-from moe_runtime.ray_backend.addresses import public_address
-from moe_runtime.ray_backend.plan import Demand
+from moe_runtime.ray_backend.addresses import is_bindable_on, public_address
 from moe_runtime.ray_backend.replica_state import ReplicaLife
+from moe_runtime.ray_backend.seat import Seat
 from moe_runtime.ray_backend.spawner import within
 from moe_runtime.service.routing_table import ReplicaState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_runtime.ray_backend.host_keeper import Pace
     from moe_runtime.ray_backend.plan import Location, RoutersPlan
-    from moe_runtime.ray_backend.spawner import AsyncClock, RouterHandle, Spawner
+    from moe_runtime.ray_backend.seat import Tools
+    from moe_runtime.ray_backend.spawner import RouterHandle
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,9 +38,8 @@ class RouterKeeper:
         plan: RoutersPlan,
         index: int,
         *,
-        spawner: Spawner,
-        clock: AsyncClock,
-        pace: Pace,
+        tools: Tools,
+        new_address: Callable[[Location], str],
         on_change: Callable[[], None],
     ) -> None:
         """Start nothing yet.
@@ -48,28 +47,37 @@ class RouterKeeper:
         Args:
             plan: The routers to keep alive.
             index: Which of them.
-            spawner: Creates and finds actors.
-            clock: Tells the time and waits.
-            pace: Timeouts and backoff.
+            tools: What all keepers of the runtime work with.
+            new_address: The address of a router that comes to a place where others may be.
             on_change: Called when the router needs the table.
         """
         self.index = index
-        self.life = ReplicaLife.begin(clock.now())
+        self.life = ReplicaLife.begin(tools.clock.now())
         self.location: Location | None = None
         self.bound: str | None = None
         self.public_key: str | None = None
         self.num_restarts = 0
         self._plan = plan
-        self._spawner = spawner
-        self._clock = clock
-        self._pace = pace
+        self._spawner = tools.spawner
+        self._clock = tools.clock
+        self._pace = tools.pace
+        self._new_address = new_address
         self._on_change = on_change
-        self._handle: RouterHandle | None = None
+        self._bound_on: str | None = None
+        self._seat: Seat[RouterHandle] = Seat(
+            plan.actor(index),
+            spawn=lambda node_id: tools.spawner.spawn_router(plan, index, node_id=node_id),
+            tools=tools,
+        )
 
     @property
     def handle(self) -> RouterHandle | None:
         """The actor that was found or created last."""
         return self._handle
+
+    @property
+    def _handle(self) -> RouterHandle | None:
+        return self._seat.handle
 
     @property
     def address(self) -> str | None:
@@ -86,11 +94,11 @@ class RouterKeeper:
             StartError: If it died.
         """
         timeout_s = self._pace.start_timeout_s
-        self._handle = self._spawner.find_router(self.index) or self._spawner.spawn_router(self._plan, self.index)
+        self._seat.handle = self._spawner.find_router(self.index)
         try:
-            self.location = await within(self._clock, timeout_s, self._handle.locate())
+            self.location = await self._seat.take(timeout_s)
         except TimeoutError as exc:
-            unmet = self._spawner.explain(Demand(num_cpus=0.0))
+            unmet = self._spawner.explain(self._plan.demand)
             raise PlacementError(f"router {self.index}: found no place within {timeout_s:g} s: it {unmet}") from exc
         except MoERuntimeError as exc:
             raise StartError(f"router {self.index}: {exc}") from exc
@@ -101,7 +109,7 @@ class RouterKeeper:
         Raises:
             StartError: If it could not in time, with its error's text.
         """
-        if self._handle is None:
+        if self._handle is None or self.location is None:
             raise StartError(f"router {self.index}: expected to be placed before it is started")
         timeout_s = self._pace.start_timeout_s
         try:
@@ -111,6 +119,7 @@ class RouterKeeper:
         except MoERuntimeError as exc:
             raise StartError(f"router {self.index}: {exc}") from exc
         self.bound, self.public_key = report.address, report.public_key
+        self._bound_on = self.location.node
         self.life = self.life.become_ready(self._clock.now())
         self._on_change()
 
@@ -140,10 +149,19 @@ class RouterKeeper:
             self.life = self.life.start_again(self._clock.now())
         try:
             await self.place()
-            await self.start(self.bound or self._plan.address)
+            await self.start(self._next_address())
             self.num_restarts += 1
         except MoERuntimeError as exc:
             self._fail(str(exc).removeprefix(f"router {self.index}: "))
+
+    def _next_address(self) -> str:
+        """The old address where it can be bound, since clients know it; on another node a new one."""
+        if self.location is None:
+            raise StartError(f"router {self.index}: expected to be placed before it is started")
+        is_at_home = self._bound_on in (None, self.location.node)
+        if self.bound is not None and is_at_home and is_bindable_on(self.bound, self._plan.address, self.location.ip):
+            return self.bound
+        return self._new_address(self.location)
 
     def _fail(self, reason: str) -> None:
         _LOG.warning("router %d is out: %s", self.index, reason)

@@ -6,9 +6,12 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Coroutine
+from moe_runtime.errors import StartError
 
+if TYPE_CHECKING:
+    from collections.abc import Collection, Coroutine, Sequence
+
+    from moe_runtime.ray_backend.placer import NodeShape
     from moe_runtime.ray_backend.plan import (
         Demand,
         HostPlan,
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from moe_runtime.service.ports import Endpoint
 
 ResultT = TypeVar("ResultT")
+
+
+class NodeRefusedError(StartError):
+    """The node that an actor was meant for is gone, or has no room any more."""
 
 
 class AsyncClock(Protocol):
@@ -72,6 +79,7 @@ class ActorHandle(Protocol):
         """Where it runs; answers as soon as it is placed.
 
         Raises:
+            NodeRefusedError: If the node that it was created for does not take it.
             StartError: If it died.
         """
         ...
@@ -155,12 +163,16 @@ class Spawner(Protocol):
     Guarantees: nothing here waits for a placement; at most one living actor per host id and router index.
     """
 
+    def nodes(self) -> Sequence[NodeShape]:
+        """The nodes that are alive, and what is free on them."""
+        ...
+
     def find_host(self, host_id: str) -> HostHandle | None:
         """The living actor of a host, if there is one."""
         ...
 
-    def spawn_host(self, plan: HostPlan) -> HostHandle:
-        """A new actor, perhaps not placed yet.
+    def spawn_host(self, plan: HostPlan, *, node_id: str | None) -> HostHandle:
+        """A new actor, perhaps not placed yet: on that node or nowhere; wherever Ray finds room when None.
 
         Raises:
             StartError: If one of that name lives, or the demand is malformed.
@@ -171,8 +183,8 @@ class Spawner(Protocol):
         """The living actor of a router, restarting ones included, if there is one."""
         ...
 
-    def spawn_router(self, plan: RoutersPlan, index: int) -> RouterHandle:
-        """A new actor, perhaps not placed yet.
+    def spawn_router(self, plan: RoutersPlan, index: int, *, node_id: str | None) -> RouterHandle:
+        """A new actor, perhaps not placed yet: on that node or nowhere; wherever Ray finds room when None.
 
         Raises:
             StartError: If one of that name lives.

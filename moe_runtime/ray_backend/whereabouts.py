@@ -15,7 +15,10 @@ _NODE_ID_CHARS = 8
 def locate() -> Location:
     """The node, address, cores and pid of this process."""
     ip = get_node_ip_address()
-    node_id = ray.get_runtime_context().get_node_id()
-    return Location(
-        node=f"{ip}/{node_id[:_NODE_ID_CHARS]}", ip=ip, num_cores=len(os.sched_getaffinity(0)), pid=os.getpid()
-    )
+    node = node_name(ip, ray.get_runtime_context().get_node_id())
+    return Location(node=node, ip=ip, num_cores=len(os.sched_getaffinity(0)), pid=os.getpid())
+
+
+def node_name(ip: str, node_id: str) -> str:
+    """What a node is called: unique in the cluster, and readable."""
+    return f"{ip}/{node_id[:_NODE_ID_CHARS]}"

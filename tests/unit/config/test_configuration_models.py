@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from moe_runtime.config.models import CapacityConfig, LayerConfig
-from moe_runtime.config.runtime import RuntimeConfig
+from moe_runtime.config.runtime import DataPlaneConfig, RuntimeConfig
 
 
 def test_defaults_are_those_that_the_documentation_promises() -> None:
@@ -51,6 +51,12 @@ def test_the_models_load_without_yaml_torch_or_ray() -> None:
 def test_a_wire_dtype_that_cannot_work_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LayerConfig.model_validate({"item_shape": [4], "experts": [{"kind": "x", "count": 3}], **changes})
+
+
+def test_a_network_is_written_in_cidr_notation() -> None:
+    assert DataPlaneConfig.model_validate({"network": "10.0.0.0/16"}).network == "10.0.0.0/16"
+    with pytest.raises(ValidationError, match=r"expected a network such as 10\.0\.0\.0/16, found '10\.0\.0\.7/16'"):
+        DataPlaneConfig.model_validate({"network": "10.0.0.7/16"})
 
 
 def test_a_wire_dtype_may_name_the_layers_own_dtype_or_a_narrower_one() -> None:

@@ -18,8 +18,10 @@ def hosts(experts, *, device="auto", gpus_available=False, **layer):
     return plan_hosts(loaded.config, build_layers(loaded), gpus_available=gpus_available)
 
 
-def expert(count=1, **resources):
-    return {"kind": "feed_forward", "count": count, "options": OPTIONS, "resources": resources}
+def expert(count=1, replicas=1, **resources):
+    return {
+        "kind": "feed_forward", "count": count, "replicas": replicas, "options": OPTIONS, "resources": resources
+    }  # fmt: skip
 
 
 def replicas(specs):
@@ -28,7 +30,7 @@ def replicas(specs):
 
 def test_by_default_every_expert_has_an_actor_of_its_own():
     specs = hosts([expert(2)])
-    assert [spec.host_id for spec in specs] == ["l/feed_forward-0", "l/feed_forward-1"]
+    assert [spec.host_id for spec in specs] == ["l/feed_forward-0/0", "l/feed_forward-1/0"]
     assert replicas(specs) == [["l/feed_forward-0/0"], ["l/feed_forward-1/0"]]
 
 
@@ -40,6 +42,23 @@ def test_experts_with_other_resources_never_share_an_actor():
     specs = hosts([expert(2), expert(2, num_cpus=1.0)], experts_per_actor=3)
     assert [len(group) for group in replicas(specs)] == [2, 2]
     assert [spec.resources.num_cpus for spec in specs] == [0.1, 1.0]
+
+
+def test_every_replica_of_a_group_has_a_host_of_its_own_that_knows_its_twins():
+    specs = hosts([expert(2, replicas=2)], experts_per_actor=2, strategy="pack")
+    assert [(spec.host_id, spec.twins, spec.strategy) for spec in specs] == [
+        ("l/feed_forward-0/0", "l/feed_forward-0", "pack"),
+        ("l/feed_forward-0/1", "l/feed_forward-0", "pack"),
+    ]
+    assert replicas(specs) == [
+        ["l/feed_forward-0/0", "l/feed_forward-1/0"],
+        ["l/feed_forward-0/1", "l/feed_forward-1/1"],
+    ]
+
+
+def test_experts_with_other_numbers_of_replicas_never_share_an_actor():
+    specs = hosts([expert(1, replicas=2), expert(1)], experts_per_actor=2)
+    assert replicas(specs) == [["l/feed_forward-0/0"], ["l/feed_forward-0/1"], ["l/feed_forward-1/0"]]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,17 @@ def test_threads_of_this_process_answer_a_client():
     assert list(description["layers"]) == ["l"]
 
 
+def test_every_replica_of_an_expert_is_in_the_table():
+    experts = [{**EXPERTS[0], "replicas": 2}]
+    with serve(config(layer={"experts": experts}), ray=False) as runtime, MoEClient(runtime.address) as client:
+        assert client.forward(torch.randn(5, 6), layer="l", timeout_s=20.0).report.num_served == 10
+        description = runtime.describe()
+    assert len(description["hosts"]) == 6
+    assert [
+        [replica["replica_id"] for replica in expert["replicas"]] for expert in description["layers"]["l"]["experts"]
+    ] == [[f"l/feed_forward-{i}/0", f"l/feed_forward-{i}/1"] for i in range(3)]
+
+
 def test_progress_counts_what_is_ready_up_to_everything():
     seen = []
     with serve(config(), ray=False, on_progress=lambda ready, total: seen.append((ready, total))):
@@ -175,5 +186,5 @@ def test_leaving_a_runtime_that_is_not_detached_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_a_line_that_says_so():
-    with pytest.raises(StartError, match=r"^l/feed_forward-0: expected a GPU that torch can use, found none"):
+    with pytest.raises(StartError, match=r"^l/feed_forward-0/0: expected a GPU that torch can use, found none"):
         serve(config(device="cuda"), ray=False)

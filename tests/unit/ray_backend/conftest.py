@@ -6,13 +6,14 @@ import asyncio
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from moe_runtime.errors import StartError
 from moe_runtime.ray_backend.controller import Controller
+from moe_runtime.ray_backend.placer import NodeShape
 from moe_runtime.ray_backend.plan import (
     Demand,
     HostPlan,
@@ -24,6 +25,7 @@ from moe_runtime.ray_backend.plan import (
     RuntimePlan,
     Snapshot,
 )
+from moe_runtime.ray_backend.spawner import NodeRefusedError
 from moe_runtime.service.ports import Endpoint
 
 _pids = itertools.count(1000)
@@ -72,6 +74,7 @@ class Behaviour:
     node: str = "n1"
     error: str | None = None
     is_placed: bool = True
+    is_refused: bool = False
     has_key: bool = True
 
 
@@ -98,6 +101,8 @@ class FakeActor:
             self.death.set_result(reason)
 
     async def locate(self) -> Location:
+        if self.behaviour.is_refused:
+            raise NodeRefusedError("ActorUnschedulableError: the node is gone")
         if not self.behaviour.is_placed:
             await asyncio.shield(self.death)
         self._alive()
@@ -179,6 +184,7 @@ class FakeSpawner:
     def __init__(self) -> None:
         self.behaviours: dict[str, deque[Behaviour]] = defaultdict(deque)
         self.spawned: dict[str, list[Any]] = defaultdict(list)
+        self.cluster: list[NodeShape] = []
         self.log: list[str] = []
         self.introductions: list[str] = []
         self.num_sweeps = 0
@@ -187,14 +193,17 @@ class FakeSpawner:
     def find_host(self, host_id: str) -> Any:
         return self._living(host_id)
 
-    def spawn_host(self, plan: HostPlan) -> Any:
-        return self._spawn(FakeHost, plan.host_id)
+    def nodes(self) -> list[NodeShape]:
+        return self.cluster
+
+    def spawn_host(self, plan: HostPlan, *, node_id: str | None) -> Any:
+        return self._spawn(FakeHost, plan.host_id, node_id)
 
     def find_router(self, index: int) -> Any:
         return self._living(f"router-{index}")
 
-    def spawn_router(self, plan: RoutersPlan, index: int) -> Any:
-        return self._spawn(FakeRouter, f"router-{index}")
+    def spawn_router(self, plan: RoutersPlan, index: int, *, node_id: str | None) -> Any:
+        return self._spawn(FakeRouter, f"router-{index}", node_id)
 
     def explain(self, demand: Demand) -> str:
         return f"asks for GPU {demand.num_gpus:g}; the cluster has GPU 0 free of 0"
@@ -211,13 +220,14 @@ class FakeSpawner:
     def _living(self, name: str) -> Any:
         return next((actor for actor in self.spawned[name] if not actor.death.done()), None)
 
-    def _spawn(self, actor_class: type, name: str) -> Any:
+    def _spawn(self, actor_class: type, name: str, node_id: str | None) -> Any:
         if self._living(name) is not None:
             raise StartError(f"an actor named {name} lives")
         queue = self.behaviours[name]
-        actor = actor_class(
-            name, queue.popleft() if queue else Behaviour(), log=self.log, introductions=self.introductions
-        )
+        behaviour = queue.popleft() if queue else Behaviour()
+        if node_id is not None:
+            behaviour = replace(behaviour, node=node_id)
+        actor = actor_class(name, behaviour, log=self.log, introductions=self.introductions)
         self.spawned[name].append(actor)
         return actor
 

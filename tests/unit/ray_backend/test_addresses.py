@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.ray_backend.addresses import is_loopback, public_address, router_addresses
+from moe_runtime.ray_backend.addresses import is_loopback, next_address, public_address, router_addresses
 
 
 def test_the_second_router_on_a_node_takes_the_next_port():
@@ -33,6 +33,24 @@ def test_a_port_beyond_the_last_is_refused():
 )
 def test_loopback_hosts_are_recognised(host, expected):
     assert is_loopback(host) is expected
+
+
+def test_node_stands_for_the_address_of_each_routers_node():
+    addresses = router_addresses("node:50051", ["n1", "n2", "n1"], ips=["10.0.0.1", "fd00::2", "10.0.0.1"])
+    assert addresses == ["10.0.0.1:50051", "[fd00::2]:50051", "10.0.0.1:50052"]
+
+
+def test_node_means_nothing_without_nodes():
+    with pytest.raises(ConfigError, match="without Ray there are no nodes"):
+        router_addresses("node:50051", [""])
+
+
+def test_a_router_that_comes_to_a_node_takes_the_first_port_that_no_other_there_has():
+    assert next_address("node:50051", ip="10.0.0.1", taken=[]) == "10.0.0.1:50051"
+    assert next_address("0.0.0.0:50051", ip="10.0.0.1", taken=["0.0.0.0:50051", "0.0.0.0:50053"]) == "0.0.0.0:50052"
+    assert next_address("node:0", ip="10.0.0.1", taken=["10.0.0.1:40000"]) == "10.0.0.1:0"
+    with pytest.raises(ConfigError, match="no port up to 65535 is left"):
+        next_address("node:65535", ip="10.0.0.1", taken=["10.0.0.1:65535"])
 
 
 def test_clients_get_the_nodes_address_where_every_interface_is_bound():

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from moe_runtime.ray_backend.placement import actor_options, explain_unmet
+from moe_runtime.ray_backend.placement import actor_options, explain_unmet, place_options
 from moe_runtime.ray_backend.plan import Demand
 
 
@@ -11,8 +11,22 @@ def test_a_demand_becomes_rays_options():
         "num_gpus": 0.25,
         "memory": 1 << 30,
         "resources": {"fast": 1},
+    }
+
+
+def test_an_actor_with_a_chosen_node_runs_there_or_fails_at_once():
+    node_id = "ab" * 28
+    strategy = place_options(Demand(node_labels={"zone": "a"}), node_id=node_id, spread=True)["scheduling_strategy"]
+    assert (strategy.node_id, strategy.soft, strategy._fail_on_unavailable) == (node_id, False, True)
+
+
+def test_an_actor_without_a_chosen_node_is_left_to_ray_with_its_labels_and_its_strategy():
+    demand = Demand(node_labels={"zone": "a"})
+    assert place_options(demand, node_id=None, spread=True) == {
+        "scheduling_strategy": "SPREAD",
         "label_selector": {"zone": "a"},
     }
+    assert place_options(Demand(), node_id=None, spread=False) == {"scheduling_strategy": "DEFAULT"}
 
 
 def test_what_is_not_asked_for_is_not_passed_on():
