@@ -256,7 +256,7 @@ class RouterService:
         if joined is None:
             # Its submission failed half-way, and its requests were answered then.
             return
-        self._batcher.batch_done(joined.batch.layer)
+        self._batcher.batch_answered(joined)
         ledger = BatchLedger(result, self._engine.layers[joined.batch.layer])
         for part in joined.parts:
             pending = self._pending.get(part.request_key)
