@@ -124,13 +124,13 @@ def test_callers_that_were_answered_together_travel_together_again() -> None:
     queue.clock.advance(0.02)
     queue.add(1)
     assert queue.batcher.next_batch() is None
-    # A quarter of the 100 ms that their batch took, from the second's arrival on.
-    assert queue.batcher.seconds_to_next() == pytest.approx(0.025)
+    # Half of the 100 ms that their batch took, from the second's arrival on.
+    assert queue.batcher.seconds_to_next() == pytest.approx(0.05)
     queue.add(1)
     assert queue.sizes() == [3]
 
 
-def test_a_caller_that_does_not_come_back_holds_up_the_others_for_a_quarter_of_a_batch_at_most() -> None:
+def test_a_caller_that_does_not_come_back_holds_up_the_others_for_half_a_batch_at_most() -> None:
     queue = Queue()
     for _ in range(3):
         queue.add(1)
@@ -140,7 +140,7 @@ def test_a_caller_that_does_not_come_back_holds_up_the_others_for_a_quarter_of_a
     queue.add(1)
     queue.add(1)
     assert queue.batcher.next_batch() is None
-    queue.clock.advance(0.026)
+    queue.clock.advance(0.051)
     assert queue.sizes() == [2]
 
 

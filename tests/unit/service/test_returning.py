@@ -20,15 +20,18 @@ def test_nobody_is_missing_before_anybody_was_answered() -> None:
     assert callers.wait_until(1.0, now=1.0) is None
 
 
-def test_the_first_to_come_back_waits_a_quarter_of_a_batch_for_the_next() -> None:
+def test_the_first_to_come_back_waits_half_a_batch_for_the_next() -> None:
     callers = answered(3, took_s=0.04)
     callers.arrived(10.005)
-    assert callers.wait_until(10.005, now=10.005) == pytest.approx(10.015)
+    assert callers.wait_until(10.005, now=10.005) == pytest.approx(10.025)
 
 
-def test_where_batches_are_quick_the_next_may_take_max_wait_but_no_longer_than_a_batch() -> None:
-    assert answered(3, took_s=0.003).wait_until(10.0, now=10.0) == pytest.approx(10.002)
-    assert answered(3, took_s=0.001).wait_until(10.0, now=10.0) == pytest.approx(10.001)
+def test_where_batches_are_quick_the_next_may_take_max_wait() -> None:
+    callers = answered(3, took_s=0.0001)
+    callers.arrived(10.001)
+    assert callers.wait_until(10.001, now=10.001) == pytest.approx(10.003)
+    callers.arrived(10.002)
+    assert callers.wait_until(10.001, now=10.002) == pytest.approx(10.003)
 
 
 def test_nobody_is_missing_once_as_many_have_come_as_were_answered() -> None:
@@ -41,9 +44,9 @@ def test_nobody_is_missing_once_as_many_have_come_as_were_answered() -> None:
 def test_those_who_stay_away_are_forgotten() -> None:
     callers = answered(3, took_s=0.04)
     callers.arrived(10.005)
-    assert callers.wait_until(10.005, now=10.016) is None
-    callers.arrived(10.017)
-    assert callers.wait_until(10.005, now=10.017) is None
+    assert callers.wait_until(10.005, now=10.026) is None
+    callers.arrived(10.027)
+    assert callers.wait_until(10.005, now=10.027) is None
 
 
 def test_the_oldest_waits_no_longer_than_the_batch_took() -> None:
