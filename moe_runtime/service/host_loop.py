@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from moe_runtime.errors import TransportError
@@ -151,7 +152,7 @@ class HostLoop:
         except TransportError as exc:
             # Rows that cannot travel are this request's misfortune, not that of the next one.
             _LOG.warning("%s", exc)
-            results = tuple(replace(result, error=result.error or str(exc)) for result in reply.results)
+            results = tuple(msgspec.structs.replace(result, error=result.error or str(exc)) for result in reply.results)
             reply = HostReply(reply.ticket, results, rows=None)
             self._transport.reply(delivery, reply)
         self.num_failed_segments += sum(result.error is not None for result in reply.results)
