@@ -7,7 +7,7 @@ every type and range on the way.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -16,11 +16,11 @@ from moe_runtime.service.ports import NaturalNumber, Segment, SegmentResult
 from moe_runtime.transport.row_frames import DTYPES, MAX_DIMENSIONS, check_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
-HEADER_VERSION = 3
+HEADER_VERSION: Final = 3
 MAX_SEGMENTS = 2048
 #: Enough for the reply to any request: the longest ids and errors for the largest number of segments.
 MAX_HEADER_BYTES = 16 << 20
@@ -107,7 +107,7 @@ class HeaderReader(Generic[HeaderT]):
     def __init__(self, header_type: type[HeaderT], *, kind: str) -> None:
         self._fields = header_type.__struct_fields__
         self._kind = kind
-        self._decode = msgspec.msgpack.Decoder(header_type).decode
+        self._decode: Callable[[bytes | memoryview], HeaderT] = msgspec.msgpack.Decoder(header_type).decode
 
     def read(self, frames: Sequence[bytes | memoryview]) -> HeaderT:
         """The header that comes first among some frames; bytes in it share the memory of its frame.

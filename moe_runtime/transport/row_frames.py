@@ -75,11 +75,11 @@ def encode_rows(rows: Tensor) -> list[Any]:
     return [flat[start : start + MAX_FRAME_BYTES] for start in range(0, flat.nbytes, MAX_FRAME_BYTES)]
 
 
-def encode_inline(rows: Tensor) -> bytes:
+def encode_inline(rows: Tensor) -> memoryview:
     """A copy of the bytes of some rows."""
     rows = rows_on_cpu(rows)
     # Through numpy it takes several times as long, and numpy has no bfloat16.
-    return ctypes.string_at(rows.data_ptr(), rows.nbytes)
+    return memoryview(ctypes.string_at(rows.data_ptr(), rows.nbytes))
 
 
 def copy_rows(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
