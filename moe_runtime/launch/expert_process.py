@@ -18,6 +18,7 @@ from moe_runtime.service.host_loop import HostLoop
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from moe_runtime.experts.weights_store import WeightsStore
     from moe_runtime.launch.recipes import HostSpec
     from moe_runtime.service.ports import HostTransport
 
@@ -27,15 +28,24 @@ _LOG = logging.getLogger(__name__)
 class ExpertProcess:
     """Serves the experts of one host. ``start`` is called once; the others from any thread."""
 
-    def __init__(self, spec: HostSpec, *, open_transport: Callable[[], HostTransport], num_threads: int | None) -> None:
+    def __init__(
+        self,
+        spec: HostSpec,
+        *,
+        open_transport: Callable[[], HostTransport],
+        num_threads: int | None,
+        store: WeightsStore | None = None,
+    ) -> None:
         """Keep what to serve.
 
         Args:
             spec: The experts and their device.
             open_transport: Makes the host's end of the data plane.
             num_threads: Torch threads of the whole process; None leaves them as they are.
+            store: Gives the weight files; without one, paths of this machine and addresses work.
         """
         self._spec = spec
+        self._store = store
         self._open_transport = open_transport
         self._num_threads = num_threads
         self._transport: HostTransport | None = None
@@ -55,7 +65,10 @@ class ExpertProcess:
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         device = torch.device("cuda", 0) if self._spec.device == "cuda" else torch.device("cpu")
-        experts = {hosted.replica_id: build_expert(hosted.spec, device=device) for hosted in self._spec.experts}
+        experts = {
+            hosted.replica_id: build_expert(hosted.spec, device=device, store=self._store)
+            for hosted in self._spec.experts
+        }
         self._transport = transport = self._open_transport()
         self._loop = HostLoop(ExpertHost(experts, device=device), transport)
         self._thread = threading.Thread(

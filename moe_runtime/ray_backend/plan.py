@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_runtime.service.routing_table import RoutingTable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
+    from pathlib import Path
 
     from moe_runtime.service.ports import Endpoint
 
@@ -223,6 +225,7 @@ class RuntimePlan:
         num_threads: Torch threads per expert actor; None is ``max(1, cores // experts on the node)``.
         start_timeout_s: Bounds every placement, and every start after it.
         lease_s: Without a renewal for so long, everything is torn down; None for a detached runtime.
+        deployment: Id of the bundle that it was deployed from; None if it was served.
     """
 
     name: str
@@ -231,6 +234,39 @@ class RuntimePlan:
     num_threads: int | None = None
     start_timeout_s: float = 60.0
     lease_s: float | None = 10.0
+    deployment: str | None = None
+
+
+@dataclass(frozen=True)
+class DepotPlan:
+    """The actor that serves a deployment's files.
+
+    Attributes:
+        deployment: Id of the bundle.
+        files: Absolute path of each file on the depot's node, by its sha256.
+        node_id: Ray's id of the node that has them.
+    """
+
+    deployment: str
+    files: Mapping[str, Path]
+    node_id: str
+
+
+class Phase(StrEnum):
+    """How far a runtime's controller is."""
+
+    NEW = "new"
+    STARTING = "starting"
+    SERVING = "serving"
+    ENDING = "ending"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What runs under a name: from which deployment, and how far it is."""
+
+    deployment: str | None
+    phase: Phase
 
 
 @dataclass(frozen=True)
