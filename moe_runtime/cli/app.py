@@ -38,6 +38,8 @@ app = typer.Typer(
 )
 demo_app = typer.Typer(help="Run a whole use of the runtime on real input.", no_args_is_help=True)
 app.add_typer(demo_app, name="demo")
+cluster_app = typer.Typer(help="The machines of a `ray up` file.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The runtime's YAML file.", show_default=False)]
 
@@ -140,6 +142,20 @@ def teardown(
     from moe_runtime.cli.deploying import tear_down_and_report
 
     tear_down_and_report(name, cluster=cluster, ray_address=ray_address, as_json=as_json)
+
+
+@cluster_app.command("down")
+def cluster_down(
+    cluster: Annotated[Path, typer.Argument(metavar="FILE", help="The cluster's `ray up` file.", show_default=False)],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Stop Ray on every machine of a cluster, the workers that `ray down` forgets included. May be repeated."""
+    if not yes:
+        typer.confirm(f"Stop Ray, and every runtime, on all machines of {cluster}?", abort=True)
+    from moe_runtime.cli.deploying import take_cluster_down
+
+    take_cluster_down(cluster)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from moe_runtime.cli.consoles import stdout_console
-from moe_runtime.cli.serving import leave_on_sigterm, print_welcome
+from moe_runtime.cli.serving import leave_on_signals, print_welcome
 from moe_runtime.errors import StartError
 from moe_runtime.launch.deploy import DeployOptions, deploy, size_text
+from moe_runtime.launch.remote import STEP_PREFIX, cluster_down, deploy_from_afar, teardown_from_afar
 from moe_runtime.launch.teardown import teardown
+
+#: Without a terminal: how often a line says how many actors are ready.
+_SAY_EVERY_S = 5.0
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +47,7 @@ def deploy_and_report(asked: Asked, *, as_json: bool) -> None:
         ConfigError: If the configuration cannot work.
         StartError: If it was not deployed; what of it is there is cleared away or taken up by the next attempt.
     """
+    _expect_one(asked.cluster, asked.ray_address)
     with _progress(f"Deploying {asked.config.name}", as_json=as_json) as progress:
         options = DeployOptions(
             install=asked.install,
@@ -49,7 +55,10 @@ def deploy_and_report(asked: Asked, *, as_json: bool) -> None:
             on_step=progress.step,
             on_progress=progress.actors,
         )
-        outcome = deploy(asked.config, ray_address=asked.ray_address, options=options)
+        if asked.cluster is not None:
+            outcome = deploy_from_afar(asked.config, cluster=asked.cluster, options=options)
+        else:
+            outcome = deploy(asked.config, ray_address=asked.ray_address, options=options)
     if as_json:
         _print_json(asdict(outcome))
     else:
@@ -62,8 +71,12 @@ def tear_down_and_report(name: str, *, cluster: Path | None, ray_address: str | 
     Raises:
         StartError: If the cluster cannot be reached, or a node could not be cleaned.
     """
+    _expect_one(cluster, ray_address)
     with _progress(f"Tearing down {name}", as_json=as_json) as progress:
-        outcome = teardown(name, ray_address=ray_address, on_step=progress.step)
+        if cluster is not None:
+            outcome = teardown_from_afar(name, cluster=cluster, on_step=progress.step)
+        else:
+            outcome = teardown(name, ray_address=ray_address, on_step=progress.step)
     if as_json:
         _print_json(asdict(outcome))
     else:
@@ -72,28 +85,52 @@ def tear_down_and_report(name: str, *, cluster: Path | None, ray_address: str | 
         raise StartError("\n".join(outcome.unreachable))
 
 
-@dataclass(frozen=True)
-class _Progress:
-    """Says how far it is: lines that stay, and one that changes where there is a terminal."""
+def take_cluster_down(cluster: Path) -> None:
+    """Stop Ray on every machine of a cluster file, and say so.
 
-    console: Console
-    doing: str
-    show: Callable[[str], None]
+    Raises:
+        StartError: If a machine could not be reached.
+    """
+    with _progress(f"Stopping the cluster of {cluster}", as_json=False) as progress:
+        cluster_down(cluster, on_step=progress.step)
+    stdout_console().print(f"{cluster}: its cluster is down", markup=False, soft_wrap=True)
+
+
+def _expect_one(cluster: Path | None, ray_address: str | None) -> None:
+    if cluster is not None and ray_address is not None:
+        raise StartError(f"expected --cluster or --ray-address, found both: {cluster} and {ray_address}")
+
+
+class _Progress:
+    """Says how far it is: lines that stay, and one that changes; where there is no terminal, now and then a line."""
+
+    def __init__(self, console: Console, doing: str, show: Callable[[str], None], *, prefix: str) -> None:
+        self._console = console
+        self._prefix = prefix
+        self._doing = doing
+        self._show = show
+        self._is_animated = console.is_terminal and not console.is_dumb_terminal
+        self._said, self._said_at = "", time.monotonic()
 
     def step(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        self._console.print(self._prefix + line, markup=False, soft_wrap=True)
 
     def actors(self, num_ready: int, num_actors: int) -> None:
-        self.show(f"{self.doing}: {num_ready} of {num_actors} actors are ready")
+        line = f"{num_ready} of {num_actors} actors are ready"
+        self._show(f"{self._doing}: {line}")
+        if not self._is_animated and line != self._said and time.monotonic() - self._said_at > _SAY_EVERY_S:
+            self._said, self._said_at = line, time.monotonic()
+            self.step(line)
 
 
 @contextmanager
 def _progress(doing: str, *, as_json: bool) -> Iterator[_Progress]:
-    # With --json, stdout is for the one who parses it.
-    console = Console(stderr=True, highlight=False) if as_json else stdout_console()
-    leave_on_sigterm()
+    # With --json, stdout is for the one who parses it, and steps are told from what else is on stderr.
+    # The streams as they are now: Ray's launcher code is silenced by redirecting stdout.
+    console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False)
+    leave_on_signals()
     with console.status(doing) as status:
-        yield _Progress(console, doing, status.update)
+        yield _Progress(console, doing, status.update, prefix=STEP_PREFIX if as_json else "")
 
 
 def _print_deployed(outcome: Deployed, asked: Asked) -> None:

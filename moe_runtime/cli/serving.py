@@ -36,7 +36,7 @@ def serve_until_stopped(config: Path, *, address: str | None, ray_address: str |
     from moe_runtime.launch.runtime import serve
 
     console = stdout_console()
-    leave_on_sigterm()
+    leave_on_signals()
     with console.status(f"Starting {config.name}") as starting:
 
         def show(num_ready: int, num_actors: int) -> None:
@@ -57,9 +57,15 @@ def serve_until_stopped(config: Path, *, address: str | None, ray_address: str |
     console.print("stopped", markup=False)
 
 
-def leave_on_sigterm() -> None:
-    """Make SIGTERM as orderly a way out of a start as SIGINT is; call it before anything runs."""
+def leave_on_signals() -> None:
+    """Make SIGTERM, and the end of a remote terminal, as orderly a way out of a start as SIGINT is.
+
+    Call it before anything runs.
+    """
     signal.signal(signal.SIGTERM, _leave)
+    # Started with nohup, it stays ignored.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _leave)
 
 
 class StopSignals:

@@ -81,21 +81,13 @@ class BundleStore:
             ConfigError: If the configuration or a file that it names cannot be bundled; one line per mistake.
             StartError: If it cannot be stored, or a blob is missing or not what it was.
         """
-        if config.name == MANIFEST_FILE:
-            return self.assemble(parse_bundle(_read(config), origin=str(config)))
+        if config.name.endswith(MANIFEST_FILE):
+            with self._locked():
+                return self._assemble(parse_bundle(_read(config), origin=str(config)))
         bundle = collect_bundle(config)
         with self._locked():
             for file in bundle.files:
                 self._add(config.expanduser().absolute().parent / file.path, file)
-            return self._assemble(bundle)
-
-    def assemble(self, bundle: Bundle) -> StoredBundle:
-        """The bundle from blobs that are here already.
-
-        Raises:
-            StartError: If one is missing or not what its name says, or the bundle cannot be stored.
-        """
-        with self._locked():
             return self._assemble(bundle)
 
     def remove(self, runtime: str) -> Removed:
@@ -113,6 +105,8 @@ class BundleStore:
                 # The number of links counts the bundles; where links cannot be made, blobs are spare copies.
                 if blob.stat().st_nlink == 1:
                     blob.unlink()
+            # Where a deployment from afar puts a wheel of this package.
+            shutil.rmtree(self.home / "wheels", ignore_errors=True)
             for folder in (self.blobs, self.bundles, self.home):
                 _remove_if_empty(folder)
         bundles = [bundle for bundle in removed if bundle is not None]
@@ -181,7 +175,11 @@ def _bundle_in(folder: Path) -> Bundle | None:
 
 
 def _is_removed(folder: Path) -> bool:
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        # The manifest of a bundle that was brought here.
+        folder.unlink(missing_ok=True)
     return not folder.exists()
 
 

@@ -106,4 +106,3 @@ def _remedy(expected: Expectation, name: str) -> str:
     if name == PACKAGE:
         return "`--install --wheel PATH` installs it, or set up that node like this one"
     return "set up that node like this one"
-
