@@ -147,14 +147,17 @@ def _teardown_text(outcome: TornDown) -> str:
     if outcome.did_nothing:
         return f"{outcome.name}: nothing to tear down"
     cleaned = outcome.cleaned
-    removed = (
-        f"removed {cleaned.bundles.num_files} bundles, {cleaned.weights.num_files} cached weight files "
-        f"({size_text(cleaned.weights.num_bytes + cleaned.bundles.num_bytes)}) and {cleaned.num_sockets} sockets"
-    )
+    counts = ((cleaned.bundles.num_files, "bundle"), (cleaned.weights.num_files, "cached weight file"))
+    counted = [_counted(*count) for count in (*counts, (cleaned.num_sockets, "socket"))]
+    removed = f"removed {', '.join(counted)}: {size_text(cleaned.weights.num_bytes + cleaned.bundles.num_bytes)}"
     if not outcome.ran:
         return f"{outcome.name}: it did not run; {removed}"
     answered = "every request was answered" if outcome.all_answered else "some requests were not answered in time"
     return f"tore down {outcome.name}: {answered}; {removed}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _print_json(values: dict[str, Any]) -> None:

@@ -78,13 +78,13 @@ def deploy_from_afar(config: Path, *, cluster: Path, options: DeployOptions) -> 
     bundle = collect_bundle(config)
     with machines_of(cluster) as machines:
         head = machines.head()
-        num_bytes = _ship(bundle, config.expanduser().absolute().parent, head)
+        num_bytes = ship_bundle(bundle, config.expanduser().absolute().parent, head)
         options.on_step(f"sent {size_text(num_bytes)} to the head {head.name}")
         arguments = ["deploy", f"{_HOME}/bundles/{bundle.id}.{MANIFEST_FILE}"]
         arguments += ["--install"] if options.install else []
         if options.install and options.wheel is not None:
             arguments += ["--wheel", _install_on_head(head, options.wheel)]
-        outcome = _run(head, arguments, on_step=options.on_step)
+        outcome = run_on_head(head, arguments, on_step=options.on_step)
     outcome["addresses"], outcome["layers"] = tuple(outcome["addresses"]), tuple(outcome["layers"])
     return Deployed(**outcome)
 
@@ -98,7 +98,7 @@ def teardown_from_afar(name: str, *, cluster: Path, on_step: Callable[[str], Non
     from moe_runtime.ray_backend.launcher import machines_of
 
     with machines_of(cluster) as machines:
-        outcome = _run(machines.head(), ["teardown", name], on_step=on_step)
+        outcome = run_on_head(machines.head(), ["teardown", name], on_step=on_step)
     cleaned = outcome["cleaned"]
     return TornDown(
         name=outcome["name"],
@@ -141,8 +141,17 @@ def _stop_ray(machine: Machine) -> str | None:
     return None
 
 
-def _ship(bundle: Bundle, folder: Path, head: Machine) -> int:
-    """Bring to the head what it lacks of a bundle; the number of bytes sent."""
+def ship_bundle(bundle: Bundle, folder: Path, head: Machine) -> int:
+    """Bring to the head what it lacks of a bundle; the number of bytes sent.
+
+    Args:
+        bundle: Its files are those of ``folder``.
+        folder: The configuration's.
+        head: Gets each file under its hash, and last the bundle's manifest.
+
+    Raises:
+        StartError: If the head cannot be reached; what has arrived is not sent again.
+    """
     listed = head.output(f"mkdir -p -m 700 {_HOME} && mkdir -p {_HOME}/blobs {_HOME}/bundles && ls {_HOME}/blobs")
     there = {name for line in listed for name in line.split() if _SHA256.fullmatch(name)}
     lacking = {file.sha256: file for file in bundle.files if file.sha256 not in there}
@@ -180,7 +189,7 @@ def _install_on_head(head: Machine, wheel: Path) -> str:
     return target
 
 
-def _run(head: Machine, arguments: Sequence[str], *, on_step: Callable[[str], None]) -> dict[str, Any]:
+def run_on_head(head: Machine, arguments: Sequence[str], *, on_step: Callable[[str], None]) -> dict[str, Any]:
     """The outcome of a command of ours on the head.
 
     Raises:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _SSH_FAILED = 255
+_CONNECT_TIMEOUT_S = 20
 _LOCAL = "local"
 
 
@@ -90,7 +92,7 @@ class Machine:
             StartError: If the machine cannot be reached.
         """
         self._processes.returncode, self._processes.on_line = 0, on_line
-        self._attempt(lambda: self._command_runner.run(command), "to run a command")
+        self._attempt(lambda: self._command_runner.run(command, timeout=_CONNECT_TIMEOUT_S), "to run a command")
         return self._processes.returncode
 
     def output(self, command: str) -> list[str]:
@@ -173,7 +175,9 @@ class Machines:
         from ray.autoscaler._private.commands import teardown_cluster
 
         try:
-            teardown_cluster(str(self._path), True, False, None, False)
+            # What its own `ray stop` on the head says was said before.
+            with redirect_stderr(sys.stdout):
+                teardown_cluster(str(self._path), True, False, None, False)
         except Exception as exc:
             raise StartError(f"{self._path}: expected `ray down` to work, found: {exc}") from exc
 

@@ -131,7 +131,7 @@ def launch(
         PlacementError: If the cluster has no room for it.
         StartError: If it did not start; nothing of it is left behind.
     """
-    controller = _create_controller(plan)
+    controller = create_controller(plan)
     try:
         end_actors(plan.name, but=controller_name(plan.name))
         if plan.routers.node_id is not None:
@@ -185,7 +185,12 @@ def _actor_names(name: str) -> list[str]:
     return [a["name"] for a in actors if a["namespace"] == NAMESPACE and belongs_to(a["name"], name)]
 
 
-def _create_controller(plan: RuntimePlan) -> Any:
+def create_controller(plan: RuntimePlan) -> Any:
+    """The controller of a plan, as a detached actor that has still to be told to start.
+
+    Raises:
+        AlreadyRunningError: If a runtime of this name is there.
+    """
     name = controller_name(plan.name)
     options = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
     taken = f"runtime {plan.name}: one of this name is running on the cluster; close it, or choose another name"

@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import pytest
 import ray
 
+from moe_runtime.config.state_folder import STATE_FOLDER_VARIABLE
 from moe_runtime.launch.runtime import Runtime, serve
 from moe_runtime.ray_backend.names import NAMESPACE, belongs_to
 
@@ -66,11 +67,18 @@ def plug_in_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(plug_in_folder: Path) -> Iterator[str]:
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where bundles and fetched weights are kept, instead of the home of whoever runs the tests."""
+    return tmp_path_factory.mktemp("state") / "moe"
+
+
+@pytest.fixture(scope="session")
+def cluster(plug_in_folder: Path, state_folder: Path) -> Iterator[str]:
     """The address of the session's cluster: 4 CPUs, no GPU, 2 of the custom resource ``fast``."""
     sys.path.insert(0, str(plug_in_folder))
     with pytest.MonkeyPatch.context() as patch:
         paths = [str(plug_in_folder), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        patch.setenv(STATE_FOLDER_VARIABLE, str(state_folder))
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
         context = ray.init(
             address="local",
