@@ -49,19 +49,21 @@ class WeightsCache:
 
     folder: Path
 
-    def get(self, sha256: str, write: Callable[[BinaryIO], None], *, source: str) -> Path:
+    def get(self, sha256: str, write: Callable[[BinaryIO], None], *, source: str, user: str) -> Path:
         """The file of that hash; fetched, if it is not there or no longer what its name says.
 
         Args:
             sha256: In hex.
             write: Fetches the file: writes its bytes.
             source: How messages name it.
+            user: The runtime that uses it; it stays until all its users have released it.
 
         Raises:
             WeightsError: If what was fetched has another hash, or it cannot be stored; or whatever ``write`` raises.
         """
         path = self._path(sha256)
         with self._locked(sha256):
+            self._mark(path, user).touch()
             if not path.is_file() or _sha256(path) != sha256:
                 found = self._fetch(sha256, write, source=source)
                 if found != sha256:
@@ -73,32 +75,31 @@ class WeightsCache:
                 self._part(sha256).replace(path)
         return path
 
-    def add(self, write: Callable[[BinaryIO], None], *, source: str) -> Path:
+    def add(self, write: Callable[[BinaryIO], None], *, source: str, user: str) -> Path:
         """A file whose hash nobody knows before it is here; always fetched.
 
         Args:
             write: Fetches the file: writes its bytes.
             source: How messages name it; fetchers of one source take turns.
+            user: As for ``get``.
 
         Raises:
             WeightsError: If it cannot be stored; or whatever ``write`` raises.
         """
         key = hashlib.sha256(source.encode()).hexdigest()
         with self._locked(key):
-            path = self._path(self._fetch(key, write, source=source))
-            self._part(key).replace(path)
+            sha256 = self._fetch(key, write, source=source)
+            path = self._path(sha256)
+            with self._locked(sha256):
+                self._mark(path, user).touch()
+                self._part(key).replace(path)
         return path
-
-    def mark(self, path: Path, user: str) -> None:
-        """Remember that a runtime uses a file of the cache."""
-        self._mark(path, user).touch()
 
     def release(self, user: str) -> Removed:
         """Forget what a runtime uses; files that no runtime uses any more go, and parts that nobody is writing."""
         for path in self.folder.glob(f"*{_USER}{user}"):
             path.unlink(missing_ok=True)
-        unused = [path for path in self.folder.glob(f"*{_SUFFIX}") if not any(self.folder.glob(f"{path.stem}{_USER}*"))]
-        sizes = [size for path in unused if (size := self._remove(path)) is not None]
+        sizes = [size for path in self.folder.glob(f"*{_SUFFIX}") if (size := self._remove(path)) is not None]
         for part in self.folder.glob(f"*{_PART}"):
             self._remove(part)
         for lock in self.folder.glob(f"*{_LOCK}"):
@@ -109,11 +110,13 @@ class WeightsCache:
         return Removed(len(sizes), sum(sizes))
 
     def _remove(self, path: Path) -> int | None:
-        """Remove a file unless somebody is fetching it; its bytes."""
+        """Remove a file unless it has users or is being fetched; its bytes."""
         lock = self.folder / f"{path.name.partition('.')[0]}{_LOCK}"
         with lock.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if any(self.folder.glob(f"{path.stem}{_USER}*")):
+                    return None
                 num_bytes = path.stat().st_size
                 path.unlink()
             except (BlockingIOError, FileNotFoundError):

@@ -61,14 +61,10 @@ class WeightsStore:
         if self.read_bundle is None:
             raise WeightsError(f"{source}: expected a weight file with sha256 {sha256}, found none")
         read = self.read_bundle
-        return self._kept(self.cache.get(sha256, lambda file: read(sha256, file), source=source))
+        return self.cache.get(sha256, lambda file: read(sha256, file), source=source, user=self.user)
 
     def _fetch_uri(self, uri: str) -> Path:
         sha256 = manifest_sha256(uri)
         if sha256 is None:
-            return self._kept(self.cache.add(lambda file: fetch_uri(uri, file), source=uri))
-        return self._kept(self.cache.get(sha256, lambda file: fetch_uri(uri, file), source=uri))
-
-    def _kept(self, path: Path) -> Path:
-        self.cache.mark(path, self.user)
-        return path
+            return self.cache.add(lambda file: fetch_uri(uri, file), source=uri, user=self.user)
+        return self.cache.get(sha256, lambda file: fetch_uri(uri, file), source=uri, user=self.user)

@@ -95,11 +95,7 @@ def deploy(config: str | Path, *, ray_address: str | None = None, options: Deplo
         PlacementError: If the cluster has no room for an actor within ``start_timeout_s``.
         StartError: If there is no such cluster, a node lacks something, or something did not start.
     """
-    if not is_initialised() and existing_address(ray_address) is None:
-        raise StartError(
-            "expected the address of a Ray cluster, found none; "
-            "set RAY_ADDRESS, or give --ray-address or --cluster (in Python ray_address)"
-        )
+    expect_cluster(ray_address)
     stored = BundleStore().store(Path(config))
     loaded = load_config(stored.config)
     cluster = connect(ray_address)
@@ -107,6 +103,27 @@ def deploy(config: str | Path, *, ray_address: str | None = None, options: Deplo
         return _Deployment(stored, loaded, cluster, options or DeployOptions()).run()
     finally:
         cluster.disconnect()
+
+
+def expect_cluster(ray_address: str | None) -> None:
+    """Check that there is a cluster of which this machine may be a node.
+
+    Raises:
+        StartError: If no address is given, or that of a Ray client's server.
+    """
+    if is_initialised():
+        return
+    address = existing_address(ray_address)
+    if address is None:
+        raise StartError(
+            "expected the address of a Ray cluster, found none; "
+            "set RAY_ADDRESS, or give --ray-address or --cluster (in Python ray_address)"
+        )
+    if address.startswith("ray://"):
+        raise StartError(
+            f"expected the address of a cluster that this machine is a node of, found {address}: its nodes could not "
+            f"fetch files from here; run this on the head, or give --cluster with its `ray up` file"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from moe_runtime.errors import StartError
 from moe_runtime.experts.weights_cache import Removed, default_cache
 from moe_runtime.launch.bundle_store import BundleStore
+from moe_runtime.launch.deploy import expect_cluster
 from moe_runtime.launch.runtime import DEFAULT_DRAIN_TIMEOUT_S
-from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
+from moe_runtime.ray_backend.cluster import connect
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 
 if TYPE_CHECKING:
@@ -81,11 +82,7 @@ def teardown(
     Raises:
         StartError: If there is no such cluster.
     """
-    if not is_initialised() and existing_address(ray_address) is None:
-        raise StartError(
-            "expected the address of a Ray cluster, found none; "
-            "set RAY_ADDRESS, or give --ray-address or --cluster (in Python ray_address)"
-        )
+    expect_cluster(ray_address)
     cluster = connect(ray_address)
     try:
         return _tear_down(name, drain_timeout_s, on_step or (lambda _line: None))

@@ -30,8 +30,8 @@ def join_deployment(
 ) -> RaySession | None:
     """The runtime of that name, if it serves this deployment; None where there is none, and one may be launched.
 
-    A controller goes on with its start when whoever asked for it is gone: it is waited for. One that was never told
-    to start, or that is ending, is cleared away.
+    A controller goes on with its start when whoever asked for it is gone: it is waited for, as one is that is ending.
+    One that was never told to start is cleared away.
 
     Args:
         name: The runtime's.
@@ -54,7 +54,7 @@ def join_deployment(
                 return attach(name)
             if standing.phase is Phase.STARTING and on_progress is not None:
                 on_progress(*ray.get(controller.progress.remote(), timeout=_ANSWER_TIMEOUT_S))
-            if standing.phase in (Phase.NEW, Phase.ENDING) and time.monotonic() > abandoned_at:
+            if standing.phase is Phase.NEW and time.monotonic() > abandoned_at:
                 end_actors(name)
                 return None
         if time.monotonic() > deadline:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from moe_runtime.experts.spec import ExpertSpec
 from moe_runtime.experts.weights import save_weights, sha256_of
 from moe_runtime.launch.build import build_router
 from moe_runtime.launch.bundle_store import BundleStore
-from moe_runtime.launch.deploy import deploy
+from moe_runtime.launch.deploy import DeployOptions, deploy
 from moe_runtime.launch.plans import plan_runtime
 from moe_runtime.launch.runtime import Runtime, attach
 from moe_runtime.launch.teardown import teardown
@@ -172,3 +173,50 @@ def test_a_node_with_another_version_of_a_plug_in_is_named(write_config, actor_n
         deploy(config)
     assert actor_names("outdated") == []
     assert not teardown("outdated").ran
+
+
+FRESH = """
+from torch import nn
+from moe_runtime.config.models import StrictModel
+from moe_runtime.experts import ExpertContract, ExpertKind
+
+
+class Options(StrictModel):
+    pass
+
+
+class Fresh(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.contract = ExpertContract(shape, shape)
+
+    def forward(self, rows):
+        return rows + 1
+
+
+KIND = ExpertKind("fresh", Options, lambda in_shape, options: Fresh(in_shape))
+"""
+
+
+def write_wheel(folder):
+    info = "fresh_expert-1.0.dist-info"
+    with zipfile.ZipFile(folder / "fresh_expert-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("fresh_expert.py", FRESH)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: fresh-expert\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/entry_points.txt", "[moe_runtime.experts]\nfresh = fresh_expert:KIND\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.timeout(240)
+def test_a_plug_in_that_nodes_lack_is_installed_there_when_asked_for(write_config, wheel_folder):
+    write_wheel(wheel_folder)
+    config = write_config("fresh", experts=[{"kind": "fresh"}], policy={"kind": "switch"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "plug_ins": ["fresh-expert==1.0"]}))
+    with pytest.raises(PlugInError, match=r"expected fresh-expert 1\.0, found none; `--install` installs it"):
+        deploy(config)
+    steps: list[str] = []
+    deployed = deploy(config, options=DeployOptions(install=True, on_step=steps.append))
+    assert serves(deployed.addresses[0]) == 1
+    assert [step for step in steps if step.startswith("installing fresh-expert==1.0 on node ")]
+    teardown("fresh")

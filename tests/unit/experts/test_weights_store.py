@@ -36,27 +36,28 @@ def cache(tmp_path: Path) -> WeightsCache:
 
 
 def files_in(cache: WeightsCache) -> list[str]:
-    return sorted(path.name for path in cache.folder.iterdir() if path.suffix != ".lock")
+    """Fetched files, and parts of them."""
+    return sorted(path.name for path in cache.folder.iterdir() if path.suffix in (".safetensors", ".part"))
 
 
 def test_a_file_is_fetched_once(cache: WeightsCache) -> None:
     calls: list[bytes] = []
     for _ in range(2):
-        assert cache.get(SHA256, writes(CONTENT, calls), source="s").read_bytes() == CONTENT
+        assert cache.get(SHA256, writes(CONTENT, calls), source="s", user="r").read_bytes() == CONTENT
     assert len(calls) == 1
 
 
 def test_a_corrupt_download_is_refused_and_leaves_no_file(cache: WeightsCache) -> None:
     wrong = hashlib.sha256(b"junk").hexdigest()
     with pytest.raises(WeightsError, match=f"^s: expected sha256 {SHA256}, fetched a file with {wrong}"):
-        cache.get(SHA256, writes(b"junk"), source="s")
+        cache.get(SHA256, writes(b"junk"), source="s", user="r")
     assert files_in(cache) == []
-    assert cache.get(SHA256, writes(CONTENT), source="s").read_bytes() == CONTENT
+    assert cache.get(SHA256, writes(CONTENT), source="s", user="r").read_bytes() == CONTENT
 
 
 def test_a_cached_file_that_was_spoiled_is_fetched_again(cache: WeightsCache) -> None:
-    cache.get(SHA256, writes(CONTENT), source="s").write_bytes(b"junk")
-    assert cache.get(SHA256, writes(CONTENT), source="s").read_bytes() == CONTENT
+    cache.get(SHA256, writes(CONTENT), source="s", user="r").write_bytes(b"junk")
+    assert cache.get(SHA256, writes(CONTENT), source="s", user="r").read_bytes() == CONTENT
 
 
 def test_a_fetch_that_fails_can_be_repeated(cache: WeightsCache) -> None:
@@ -65,18 +66,18 @@ def test_a_fetch_that_fails_can_be_repeated(cache: WeightsCache) -> None:
         raise WeightsError("the line is dead")
 
     with pytest.raises(WeightsError, match="the line is dead"):
-        cache.get(SHA256, fail, source="s")
-    assert cache.get(SHA256, writes(CONTENT), source="s").read_bytes() == CONTENT
+        cache.get(SHA256, fail, source="s", user="r")
+    assert cache.get(SHA256, writes(CONTENT), source="s", user="r").read_bytes() == CONTENT
     assert files_in(cache) == [f"{SHA256}.safetensors"]
 
 
 def test_what_has_no_known_hash_gets_its_own(cache: WeightsCache) -> None:
-    assert cache.add(writes(CONTENT), source="s").name == f"{SHA256}.safetensors"
+    assert cache.add(writes(CONTENT), source="s", user="r").name == f"{SHA256}.safetensors"
 
 
 def test_a_hash_that_is_none_never_becomes_a_path(cache: WeightsCache) -> None:
     with pytest.raises(WeightsError, match="expected a sha256 of 64 hex digits"):
-        cache.get("../../etc/passwd", writes(CONTENT), source="s")
+        cache.get("../../etc/passwd", writes(CONTENT), source="s", user="r")
 
 
 #: Fetches the file, and says so in a log that all fetchers share.
@@ -94,7 +95,7 @@ def write(file):
         print("half", flush=True)
         sys.stdin.read()
     file.write(b"weights" * 500)
-print(WeightsCache(folder).get(sha256, write, source="s").name)
+print(WeightsCache(folder).get(sha256, write, source="s", user="r").name)
 """
 
 
@@ -119,14 +120,13 @@ def test_a_fetcher_that_is_killed_midway_leaves_no_bad_file_and_holds_nobody_up(
     fetcher.send_signal(signal.SIGKILL)
     fetcher.communicate()
     assert files_in(cache) == [f"{SHA256}.part"]
-    assert cache.get(SHA256, writes(CONTENT), source="s").read_bytes() == CONTENT
+    assert cache.get(SHA256, writes(CONTENT), source="s", user="r").read_bytes() == CONTENT
     assert files_in(cache) == [f"{SHA256}.safetensors"]
 
 
 def test_a_file_stays_as_long_as_it_has_users(cache: WeightsCache) -> None:
-    path = cache.get(SHA256, writes(CONTENT), source="s")
-    cache.mark(path, "one")
-    cache.mark(path, "two")
+    for user in ("one", "two"):
+        path = cache.get(SHA256, writes(CONTENT), source="s", user=user)
     assert cache.release("one").num_files == 0
     assert path.is_file()
     removed = cache.release("two")
@@ -136,8 +136,7 @@ def test_a_file_stays_as_long_as_it_has_users(cache: WeightsCache) -> None:
 
 
 def test_a_release_of_one_name_leaves_a_longer_one_alone(cache: WeightsCache) -> None:
-    path = cache.get(SHA256, writes(CONTENT), source="s")
-    cache.mark(path, "prod.two")
+    path = cache.add(writes(CONTENT), source="s", user="prod.two")
     cache.release("two")
     assert path.is_file()
 
