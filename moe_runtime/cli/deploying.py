@@ -139,7 +139,7 @@ def _print_deployed(outcome: Deployed, asked: Asked) -> None:
         console.print(f"{outcome.name} runs already, from the same files", markup=False)
     at = "" if asked.ray_address is None else f" --ray-address {asked.ray_address}"
     at = at if asked.cluster is None else f" --cluster {asked.cluster}"
-    last = ("teardown", f"moe-runtime teardown {outcome.name}{at}")
+    last = ("end", f"moe-runtime teardown {outcome.name}{at}")
     print_welcome(outcome.addresses, layers=outcome.layers, console=console, last=last)
 
 

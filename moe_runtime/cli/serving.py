@@ -110,7 +110,7 @@ def print_welcome(addresses: Sequence[str], *, layers: Sequence[str], console: C
         f"serving {', '.join(layers)} at {', '.join(addresses)}",
         f"  status:  moe-runtime status {options}",
         f'  Python:  moe_runtime.MoEClient({target!r}).forward(inputs, layer="{layers[0]}")',
-        f"  {last[0]}: {last[1]}",
+        f"  {last[0] + ':':<9}{last[1]}",
     )
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
@@ -118,4 +118,4 @@ def print_welcome(addresses: Sequence[str], *, layers: Sequence[str], console: C
 
 def _print_welcome(runtime: Runtime, *, console: Console, stop: str) -> None:
     layers = list(runtime.describe()["layers"])
-    print_welcome(runtime.addresses, layers=layers, console=console, last=("stop:   ", stop))
+    print_welcome(runtime.addresses, layers=layers, console=console, last=("stop", stop))
