@@ -96,8 +96,8 @@ def clean_node(name: str) -> Cleaned:
     weights = default_cache().release(name)
     bundles = BundleStore().remove(name)
     folder = default_ipc_folder()
-    # At any age: nothing of this runtime is about to bind any more, and what lives answers.
-    num_sockets = sweep_ipc(folder, min_age_s=0.0)
+    # The dead of this runtime bound theirs long ago; a moment's grace is for hosts of others that are binding now.
+    num_sockets = sweep_ipc(folder, min_age_s=1.0)
     return Cleaned(weights, bundles, num_sockets)
 
 
