@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
 from moe_runtime.launch.packing import plan_hosts
+from moe_runtime.launch.weights_recipe import WeightsRecipe
 from moe_runtime.ray_backend.addresses import is_loopback, split_address
 from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
 
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 LEASE_S = 10.0
 
 
-def plan_runtime(config: RuntimeConfig, recipe: RouterRecipe, *, cluster: Cluster, detach: bool) -> RuntimePlan:
+def plan_runtime(
+    config: RuntimeConfig,
+    recipe: RouterRecipe,
+    *,
+    cluster: Cluster,
+    detach: bool,
+    weights: WeightsRecipe | None = None,
+) -> RuntimePlan:
     """What the controller keeps alive.
 
     Args:
@@ -28,39 +36,48 @@ def plan_runtime(config: RuntimeConfig, recipe: RouterRecipe, *, cluster: Cluste
         recipe: What the routers serve, and the experts.
         cluster: Where it will run.
         detach: Whether it lives without a lease.
+        weights: How its processes come by weight files; paths of their nodes and addresses work without.
     """
+    weights = weights or WeightsRecipe(config.name)
     hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
     return RuntimePlan(
         name=config.name,
-        hosts=tuple(_host_plan(spec) for spec in hosts),
-        routers=_routers_plan(config.router, recipe, node_id=cluster.node_id),
+        hosts=tuple(_host_plan(spec, weights) for spec in hosts),
+        routers=_routers_plan(config.router, _router_factory(recipe, weights), node_id=cluster.node_id),
         num_threads=None if config.threads == "auto" else config.threads,
         start_timeout_s=config.start_timeout_s,
         lease_s=None if detach else LEASE_S,
+        deployment=weights.deployment,
     )
 
 
-def _routers_plan(router: RouterConfig, recipe: RouterRecipe, *, node_id: str) -> RoutersPlan:
+def _routers_plan(router: RouterConfig, factory: RouterProcessFactory, *, node_id: str) -> RoutersPlan:
     host, _ = split_address(router.address)
     # Only this machine reaches a loopback address, and the one who serves is on it, unless labels say otherwise.
     is_pinned = is_loopback(host) and not router.node_labels
     return RoutersPlan(
         count=router.replicas,
         address=router.address,
-        factory=pickle.dumps(RouterProcessFactory(recipe)),
+        factory=pickle.dumps(factory),
         node_id=node_id if is_pinned else None,
         node_labels=router.node_labels,
     )
 
 
-def _host_plan(spec: HostSpec) -> HostPlan:
+def _router_factory(recipe: RouterRecipe, weights: WeightsRecipe) -> RouterProcessFactory:
+    return RouterProcessFactory(recipe, weights.only(layer.gate_weights for layer in recipe.layers))
+
+
+def _host_plan(spec: HostSpec, weights: WeightsRecipe) -> HostPlan:
+    # A host that knows of no other file can fetch no other.
+    own_weights = weights.only(hosted.spec.weights for hosted in spec.experts)
     return HostPlan(
         host_id=spec.host_id,
         replicas=tuple(
             ReplicaPlan(hosted.spec.layer, hosted.spec.expert_id, hosted.replica_id) for hosted in spec.experts
         ),
         demand=_demand(spec.resources),
-        factory=pickle.dumps(ExpertProcessFactory(spec)),
+        factory=pickle.dumps(ExpertProcessFactory(spec, own_weights)),
         strategy=spec.strategy,
         twins=spec.twins,
     )

@@ -141,6 +141,7 @@ class Controller:
         """Layers as a router sees them, and hosts and routers with their states, as plain values."""
         return {
             "name": self._plan.name,
+            "deployment": self._plan.deployment,
             "table_version": self._snapshot.table.version,
             "addresses": self.addresses(),
             "layers": await self._describe_layers(),
