@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from moe_runtime.ray_backend import node_probe, nodes
+from moe_runtime.ray_backend import node_calls, node_probe
 
 
 def wheel_of(name: str) -> bytes:
@@ -31,7 +31,7 @@ def test_the_versions_of_what_is_here_are_found_and_what_is_not_is_none() -> Non
 
 
 def test_the_probe_runs_where_this_package_is_missing(tmp_path: Path) -> None:
-    assert nodes.node_probe is node_probe
+    assert node_calls.node_probe is node_probe
     pickled = tmp_path / "probe"
     pickled.write_bytes(cloudpickle.dumps(node_probe.installed))
     code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb'))(['moe-runtime', 'ray'])['moe-runtime'])"
