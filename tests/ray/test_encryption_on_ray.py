@@ -40,7 +40,7 @@ def session(cluster, make_config):
 
 
 def kept_keys(name):
-    actor = ray.get_actor(expert_name(name, "l/identity-0"), namespace=NAMESPACE)
+    actor = ray.get_actor(expert_name(name, "l/identity-0/0"), namespace=NAMESPACE)
     return ray.get(actor.kept.remote()).public_keys
 
 
