@@ -4,72 +4,121 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import subprocess
+import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LOG = logging.getLogger(__name__)
 
-_ASK_EVERY_S = 0.5
+_LOOK_EVERY_S = 0.5
+_REACH_TIMEOUT_S = 1.0
+#: A new process that imports Ray, on a busy machine.
+_ASK_TIMEOUT_S = 30.0
+#: Prints whether the cluster at an address counts a node as alive.
+_ASK = """
+import sys
+import ray
+from ray._raylet import GcsClient
+print(*GcsClient(address=sys.argv[1]).check_alive([ray.NodeID.from_hex(sys.argv[2])], timeout=5))
+"""
+
+
+class ClusterView(Protocol):
+    """What a process can find out about its node's standing."""
+
+    def is_reached(self) -> bool:
+        """Whether the head answers at all; bounded, and cheap."""
+        ...
+
+    def counts_us(self) -> bool | None:
+        """Whether the cluster counts the node as alive; None where that could not be found out."""
+        ...
 
 
 class NodeWatch:
-    """Asks again and again whether the cluster still counts a node as alive, in a thread of its own.
+    """Looks whether the head can be reached; once it can again, asks whether the node was given up meanwhile.
 
-    Ray ends a stale process too, but takes up to half a minute after a cut-off node is back. What nobody
-    answers, since the node is cut off, or the cluster's tables are away, settles nothing: the process goes on.
+    Ray ends the processes of such a node too, but up to half a minute after it can be reached: its connections wait
+    for the kernel to send again. While nobody answers, since the node is cut off or the head is away, nothing is
+    settled, and the process goes on.
     """
 
-    def __init__(self, is_alive: Callable[[], bool], *, end: Callable[[], None], ask_every_s: float = _ASK_EVERY_S) -> None:
-        """Ask nothing yet.
+    def __init__(self, view: ClusterView, *, end: Callable[[], None], look_every_s: float = _LOOK_EVERY_S) -> None:
+        """Look at nothing yet.
 
         Args:
-            is_alive: Asks the cluster; may wait for as long as nobody answers, and raise what it likes.
+            view: Of the cluster.
             end: Ends the process.
-            ask_every_s: Time between two questions.
+            look_every_s: Time between two looks.
         """
-        self._is_alive = is_alive
+        self._view = view
         self._end = end
-        self._ask_every_s = ask_every_s
+        self._look_every_s = look_every_s
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="moe-node-watch", daemon=True)
 
-    def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
+    def run(self) -> None:
+        """Watch until the node was given up, or until ``stop``."""
+        has_to_ask = False
+        while not self._stopped.wait(self._look_every_s):
+            if not self._view.is_reached():
+                has_to_ask = True
+            elif has_to_ask:
+                is_counted = self._view.counts_us()
+                if is_counted is False:
+                    _LOG.error("the cluster has given up this node while it was cut off: this process ends")
+                    self._end()
+                    return
+                has_to_ask = is_counted is None
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Make ``run`` return. Thread-safe."""
         self._stopped.set()
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(self._ask_every_s):
-            try:
-                is_alive = self._is_alive()
-            except Exception:  # whatever Ray raises says that nobody knows
-                continue
-            if not is_alive and not self._stopped.is_set():
-                _LOG.error("the cluster has given up this node; ending this process, which has a successor elsewhere")
-                self._end()
-                return
+
+class RayView:
+    """A node in the eyes of its Ray cluster; implements ``ClusterView``."""
+
+    def __init__(self, address: str, node_id: str) -> None:
+        """Look at nobody yet.
+
+        Args:
+            address: ``HOST:PORT`` of the cluster's head.
+            node_id: Ray's id of the node, in hexadecimal.
+        """
+        self._address = address
+        self._node_id = node_id
+
+    def is_reached(self) -> bool:
+        """Whether the head takes connections."""
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+        except OSError:
+            return False
+        return True
+
+    def counts_us(self) -> bool | None:
+        """Whether the cluster counts the node as alive; None where that could not be found out."""
+        # A process of its own: in this one all clients of the head share the connection that still waits.
+        command = [sys.executable, "-c", _ASK, self._address, self._node_id]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return {"True": True, "False": False}.get(done.stdout.strip())
 
 
 def watch_own_node() -> None:
-    """Have this process end itself when its node was declared dead."""
+    """Have this process of a Ray actor end itself when its node was given up."""
     import ray
 
-    # The public lists of nodes go through connections that a cut leaves waiting for half a minute.
-    from ray._raylet import GcsClient
-
     context = ray.get_runtime_context()
-    address, node_id = context.gcs_address, ray.NodeID.from_hex(context.get_node_id())
-
-    def is_alive() -> bool:
-        # Anew each time, which takes a millisecond: it waits until the cluster is reached, and is answered at once.
-        (answer,) = GcsClient(address=address).check_alive([node_id], timeout=_ASK_EVERY_S)
-        return bool(answer)
-
-    # No clean-up: the sockets are to be closed now.
-    NodeWatch(is_alive, end=lambda: os._exit(1)).start()
+    view = RayView(context.gcs_address, context.get_node_id())
+    # No clean-up: its connections are to be closed now.
+    watch = NodeWatch(view, end=lambda: os._exit(1))
+    threading.Thread(target=watch.run, name="moe-node-watch", daemon=True).start()

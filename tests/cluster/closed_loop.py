@@ -9,6 +9,7 @@ import json
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -38,7 +39,6 @@ class LoadPlan:
         request_tokens: Consecutive tokens of one request.
         deadline_s: Of each request.
         max_requests: Of each thread; 0 is any number.
-        ids: Tokens to send, in this order; all when empty.
     """
 
     addresses: tuple[str, ...]
@@ -51,7 +51,6 @@ class LoadPlan:
     request_tokens: int = 16
     deadline_s: float = 5.0
     max_requests: int = 0
-    ids: tuple[int, ...] = ()
 
 
 class Load:
@@ -61,20 +60,15 @@ class Load:
         self._plan = plan
         self._ledger = ledger
         self._lock = threading.Lock()
-        tokens, outputs = np.load(plan.tokens), np.load(plan.outputs)
-        ids = list(plan.ids) or list(range(len(tokens)))
-        self._tokens, self._outputs = tokens[ids], outputs[:, ids]
+        self._tokens, self._outputs = np.load(plan.tokens), np.load(plan.outputs)
         self._stop = Path(plan.stop)
         self._client = MoEClient(plan.addresses)
 
     def run(self) -> None:
         """Send until told to stop."""
-        threads = [threading.Thread(target=self._send_all, args=(number,)) for number in range(self._plan.num_threads)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self._client.close()
+        num_threads = self._plan.num_threads
+        with self._client, ThreadPoolExecutor(num_threads) as threads:
+            list(threads.map(self._send_all, range(num_threads)))
 
     def _send_all(self, thread: int) -> None:
         plan = self._plan
@@ -101,13 +95,15 @@ class Load:
 
     def _account(self, result: ForwardResult, ids: NDArray[Any]) -> dict[str, Any]:
         report = result.report
-        assert report.outcomes is not None and report.expert_ids is not None and report.token_ids is not None
-        assert report.expert_weights is not None
+        routing = (report.token_ids, report.expert_ids, report.expert_weights, report.outcomes)
+        if any(part is None for part in routing):
+            raise RuntimeError("the routing was asked for, and is not there")
+        token_ids, expert_ids, weights, outcomes = map(np.asarray, routing)
         tokens, outputs = self._tokens[ids], self._outputs[:, ids]
         expected = np.zeros_like(tokens)
-        is_served = report.outcomes == SERVED
-        rows, experts = report.token_ids[is_served], report.expert_ids[is_served]
-        np.add.at(expected, rows, report.expert_weights[is_served, None] * outputs[experts, rows])
+        is_served = outcomes == SERVED
+        rows, experts = token_ids[is_served], expert_ids[is_served]
+        np.add.at(expected, rows, weights[is_served, None] * outputs[experts, rows])
         untouched = np.setdiff1d(np.arange(len(ids)), rows)
         expected[untouched] = tokens[untouched]
         answered = np.asarray(result.outputs)
@@ -118,7 +114,7 @@ class Load:
             "served": report.num_served,
             "dropped_capacity": report.num_dropped_capacity,
             "dropped_failure": report.num_dropped_failure,
-            "experts": np.bincount(report.expert_ids[is_served], minlength=len(outputs)).tolist(),
+            "experts": np.bincount(experts, minlength=len(outputs)).tolist(),
             "warnings": list(report.warnings),
             "batch_tokens": list(report.batch_tokens),
             "is_right": bool(np.allclose(answered, expected, atol=TOLERANCE)),
@@ -128,7 +124,7 @@ class Load:
 
 def main() -> None:
     fields = json.loads(sys.argv[1])
-    plan = LoadPlan(**{**fields, "addresses": tuple(fields["addresses"]), "ids": tuple(fields["ids"])})
+    plan = LoadPlan(**{**fields, "addresses": tuple(fields["addresses"])})
     with Path(plan.ledger).open("w", encoding="utf-8") as ledger:
         Load(plan, ledger).run()
 

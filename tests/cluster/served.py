@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 
 from cluster.closed_loop import LoadPlan
 from cluster.host import Host
@@ -22,6 +23,8 @@ from cluster.ray_cluster import RayCluster
 from moe_runtime.config.load import load_config
 from moe_runtime.experts.build import build_expert
 from moe_runtime.launch.build import build_router
+from moe_runtime.launch.recipes import LayerRecipe
+from moe_runtime.launch.router_process import build_routed_layer
 
 NAME, LAYER, NUM_FEATURES, NUM_EXPERTS, NUM_TOKENS = "lab", "l", 128, 6, 512
 ROUTER_PORT = 50051
@@ -104,15 +107,13 @@ class Served:
 
     Attributes:
         cluster: Where it runs.
-        tokens: File of the tokens that clients send.
-        outputs: File of what each expert makes of each of them.
+        config: Its configuration.
         figures: What was measured, by name.
         description: What its controller said of it last.
     """
 
     cluster: RayCluster
-    tokens: Path
-    outputs: Path
+    config: Path
     figures: dict[str, Any] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
 
@@ -145,19 +146,43 @@ class Served:
             if any(address_of(replica["node"]) == host.address for replica in expert["replicas"])
         ]
 
+    @torch.inference_mode()
+    def experts_of(self, tokens: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Ids of the experts that the gate chooses for each token, ``(num_tokens, 2)``."""
+        layer = build_routed_layer(self._recipe())
+        chosen: NDArray[np.int64] = layer.gate(torch.from_numpy(tokens)).topk(2).indices.numpy()
+        return chosen
+
     def has_router(self, host: Host) -> bool:
         """Whether a router runs on a host."""
         return any(address_of(router["node"]) == host.address for router in self.description["routers"])
 
     @contextmanager
-    def load(self, *, name: str, addresses: Sequence[str] | None = None, **plan: Any) -> Iterator[Ledger]:
-        """Requests from the clients' host for as long as the block takes, or as many as were asked for."""
+    def load(
+        self,
+        name: str,
+        *,
+        tokens: NDArray[np.float32] | None = None,
+        addresses: Sequence[str] | None = None,
+        **plan: Any,
+    ) -> Iterator[Ledger]:
+        """Requests from the clients' host for as long as the block takes, or as many as were asked for.
+
+        Args:
+            name: Of its files.
+            tokens: What to send over and over, ``(num_tokens, NUM_FEATURES)``.
+            addresses: Of the routers; all of them when None.
+            plan: Other fields of ``LoadPlan``.
+        """
         shared = self.cluster.lab.shared
+        tokens = some_tokens() if tokens is None else tokens
+        np.save(shared / f"{name}.tokens.npy", tokens)
+        np.save(shared / f"{name}.outputs.npy", self._expert_outputs(tokens))
         files = LoadPlan(
             addresses=tuple(addresses or self.addresses),
             layer=LAYER,
-            tokens=str(self.tokens),
-            outputs=str(self.outputs),
+            tokens=str(shared / f"{name}.tokens.npy"),
+            outputs=str(shared / f"{name}.outputs.npy"),
             ledger=str(shared / f"{name}.jsonl"),
             stop=str(shared / f"{name}.stop"),
             **plan,
@@ -176,6 +201,15 @@ class Served:
             if client.wait(timeout=LOAD_ENDS_WITHIN_S):
                 raise AssertionError(f"the load {name} failed: {errors.read_text()}")
 
+    def _recipe(self) -> LayerRecipe:
+        (layer,) = build_router(load_config(self.config)).layers
+        return layer
+
+    @torch.inference_mode()
+    def _expert_outputs(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+        experts = [build_expert(expert.spec).module for expert in self._recipe().experts]
+        return torch.stack([expert(torch.from_numpy(tokens)) for expert in experts]).numpy()
+
 
 class Ledger:
     """What became of the requests of one load."""
@@ -190,15 +224,7 @@ class Ledger:
             return []
         text = self._file.read_text()
         records = [json.loads(each) for each in text[: text.rfind("\n") + 1].splitlines()]
-        return [
-            Line(
-                record.pop("began"),
-                record.pop("ended"),
-                record.pop("error"),
-                record,
-            )
-            for record in records
-        ]
+        return [Line(each.pop("began"), each.pop("ended"), each.pop("error"), each) for each in records]
 
     def wait_for(self, is_so: Callable[[list[Line]], bool], *, within_s: float) -> list[Line]:
         """The lines as soon as something is so of them."""
@@ -221,11 +247,9 @@ def eventually(question: Callable[[], Any], *, within_s: float) -> Any:
 
 def serve(cluster: RayCluster) -> Served:
     """Bring the runtime up; it serves when this returns."""
-    shared = cluster.lab.shared
-    config = shared / "runtime.yaml"
+    config = cluster.lab.shared / "runtime.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
-    served = Served(cluster, shared / "tokens.npy", shared / "outputs.npy")
-    _write_expectation(config, served)
+    served = Served(cluster, config)
     began = time.monotonic()
     cluster.on(cluster.head, SERVE, str(config), served.ray_address, timeout_s=240)
     cluster.seconds["serve"] = time.monotonic() - began
@@ -248,11 +272,6 @@ def median_ms(lines: Sequence[Line]) -> float:
     return statistics.median(line.latency_s for line in lines) * 1000
 
 
-@torch.inference_mode()
-def _write_expectation(config: Path, served: Served) -> None:
-    tokens = np.random.default_rng(0).standard_normal((NUM_TOKENS, NUM_FEATURES), dtype=np.float32)
-    (layer,) = build_router(load_config(config)).layers
-    experts = [build_expert(expert.spec).module for expert in layer.experts]
-    outputs = torch.stack([expert(torch.from_numpy(tokens)) for expert in experts])
-    np.save(served.tokens, tokens)
-    np.save(served.outputs, outputs.numpy())
+def some_tokens() -> NDArray[np.float32]:
+    """Always the same ones, ``(NUM_TOKENS, NUM_FEATURES)``."""
+    return np.random.default_rng(0).standard_normal((NUM_TOKENS, NUM_FEATURES), dtype=np.float32)

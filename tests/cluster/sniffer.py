@@ -1,7 +1,7 @@
 """Run on a host: looks for a run of bytes in everything that crosses its network link, until a file appears.
 
-Arguments: that file, the bytes in hexadecimal, and ``FIRST-LAST`` of each range of TCP ports. Prints a JSON list with an
-object for each range: TCP segments of these ports with payload, and those of them that hold the bytes.
+Arguments: that file, the bytes in hexadecimal, and ``FIRST-LAST`` of each range of TCP ports. Prints a JSON list with
+an object for each range: TCP segments of these ports with payload, and those of them that hold the bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 25)
         link.bind(("eth0", 0))
         link.settimeout(0.1)
-        print("listening", flush=True)
+        say("listening")
         while not stop.exists():
             try:
                 packet = link.recv(_MAX_PACKET_BYTES)
@@ -36,7 +36,13 @@ def main() -> None:
                 if payload and any(first <= port <= last for port in ports):
                     counts["segments"] += 1
                     counts["with_bytes"] += needle in payload
-    print(json.dumps(found))
+    say(json.dumps(found))
+
+
+def say(line: str) -> None:
+    """Tell whoever started this."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _tcp(packet: bytes) -> tuple[tuple[int, ...], bytes]:

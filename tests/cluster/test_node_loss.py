@@ -36,7 +36,7 @@ def test_a_worker_that_is_cut_off_costs_its_assignments_and_no_request(served: S
     assert len(stale) == 2
     figures = served.figures["cut off"] = {}
     before = incarnations(served)
-    with served.load(name="cut", deadline_s=DEADLINE_S) as ledger:
+    with served.load("cut", deadline_s=DEADLINE_S) as ledger:
         warm_up(ledger)
         cut_at = time.monotonic()
         victim.cut()
@@ -60,14 +60,16 @@ def test_a_worker_that_is_cut_off_costs_its_assignments_and_no_request(served: S
     assert spoken.sent_bytes - to_stale_experts.sent_bytes < FAREWELL_BYTES
     served.look()
     assert served.experts_on(victim) == []
-    assert {expert for expert, incarnation in incarnations(served).items() if incarnation != before[expert]} == set(lost)
+    assert {expert for expert, incarnation in incarnations(served).items() if incarnation != before[expert]} == set(
+        lost
+    )
 
 
 def test_a_worker_that_loses_its_power_costs_its_assignments_and_no_request(served: Served) -> None:
     victim = next(host for host in served.cluster.workers if served.has_router(host))
     lost, old_addresses = served.experts_on(victim), served.addresses
     figures = served.figures["powered off"] = {}
-    with served.load(name="power", deadline_s=DEADLINE_S) as ledger:
+    with served.load("power", deadline_s=DEADLINE_S) as ledger:
         warm_up(ledger)
         off_at = time.monotonic()
         victim.power_off()
@@ -86,7 +88,7 @@ def test_a_worker_that_loses_its_power_costs_its_assignments_and_no_request(serv
 
 def test_afterwards_every_router_gets_everything_from_everybody(served: Served) -> None:
     for number, address in enumerate(served.addresses):
-        with served.load(name=f"after-{number}", addresses=[address], max_requests=10) as ledger:
+        with served.load(f"after-{number}", addresses=[address], max_requests=10) as ledger:
             lines = ledger.finish()
         assert len(lines) == 40
         check(lines, since=time.monotonic())
