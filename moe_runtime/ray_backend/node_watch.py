@@ -17,9 +17,9 @@ _LOG = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
 _REACH_TIMEOUT_S = 1.0
-#: A new process that imports Ray, on a busy machine.
-_ASK_TIMEOUT_S = 30.0
-#: Prints whether the cluster at an address counts a node as alive.
+#: Ray's own patience with a head that does not answer is a minute.
+_ASK_TIMEOUT_S = 90.0
+#: Prints whether the cluster at an address counts a node as alive, as soon as it answers.
 _ASK = """
 import sys
 import ray
@@ -36,12 +36,12 @@ class ClusterView(Protocol):
         ...
 
     def counts_us(self) -> bool | None:
-        """Whether the cluster counts the node as alive; None where that could not be found out."""
+        """Whether the cluster counts the node as alive, as soon as the head answers; None where it does not."""
         ...
 
 
 class NodeWatch:
-    """Looks whether the head can be reached; once it can again, asks whether the node was given up meanwhile.
+    """Looks whether the head can be reached; when it cannot, asks whether the node is given up, which may wait.
 
     Ray ends the processes of such a node too, but up to half a minute after it can be reached: its connections wait
     for the kernel to send again. While nobody answers, since the node is cut off or the head is away, nothing is
@@ -65,15 +65,14 @@ class NodeWatch:
         """Watch until the node was given up, or until ``stop``."""
         has_to_ask = False
         while not self._stopped.wait(self._look_every_s):
-            if not self._view.is_reached():
-                has_to_ask = True
-            elif has_to_ask:
-                is_counted = self._view.counts_us()
-                if is_counted is False:
-                    _LOG.error("the cluster has given up this node while it was cut off: this process ends")
-                    self._end()
-                    return
-                has_to_ask = is_counted is None
+            if not has_to_ask and self._view.is_reached():
+                continue
+            is_counted = self._view.counts_us()
+            if is_counted is False:
+                _LOG.error("the cluster has given up this node while it was cut off: this process ends")
+                self._end()
+                return
+            has_to_ask = is_counted is None
 
     def stop(self) -> None:
         """Make ``run`` return. Thread-safe."""
@@ -103,7 +102,7 @@ class RayView:
         return True
 
     def counts_us(self) -> bool | None:
-        """Whether the cluster counts the node as alive; None where that could not be found out."""
+        """Whether the cluster counts the node as alive, as soon as the head answers; None where it does not."""
         # A process of its own: in this one all clients of the head share the connection that still waits.
         command = [sys.executable, "-c", _ASK, self._address, self._node_id]
         try:

@@ -15,11 +15,11 @@ SPARE_S = 0.1
 WARM_REQUESTS = 200
 SETTLED_REQUESTS = 50
 #: Ray declares the node dead within 8 s; a process that loads torch on a busy machine takes its time.
-BACK_WITHIN_S = 60.0
+BACK_WITHIN_S = 120.0
 STALE_END_WITHIN_S = 60.0
 REJOIN_WITHIN_S = 120.0
 #: Clients that still reach it are to be served by those who know the present table.
-STALE_ROUTER_ENDS_WITHIN_S = 5.0
+STALE_ROUTER_ENDS_WITHIN_S = 10.0
 #: Acknowledgements and resets of connections that were open when the host was cut off.
 FAREWELL_BYTES = 20_000
 
