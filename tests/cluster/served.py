@@ -119,8 +119,8 @@ class Served:
 
     def look(self) -> dict[str, Any]:
         """Ask the controller what runs where."""
-        text = self.cluster.on(self.cluster.head, DESCRIBE, NAME, self.ray_address).stdout
-        self.description = json.loads(text)
+        printed = self.cluster.on(self.cluster.head, DESCRIBE, NAME, self.ray_address).stdout
+        self.description = json.loads(printed.splitlines()[-1])
         return self.description
 
     def stop(self) -> None:

@@ -54,9 +54,12 @@ def test_a_worker_that_is_cut_off_costs_its_assignments_and_no_request(served: S
         eventually(lambda: not actors(victim).keys() & stale.keys(), within_s=STALE_END_WITHIN_S)
         figures["stale_processes_gone_s"] = time.monotonic() - healed_at
         spoken = victim.link_bytes(ports=DATA_PORTS)
-        served.cluster.nodes(within_s=REJOIN_WITHIN_S)
-        figures["node_back_s"] = time.monotonic() - healed_at
+    served.cluster.nodes(within_s=REJOIN_WITHIN_S)
+    figures["node_back_s"] = time.monotonic() - healed_at
     check(ledger.lines(), since=cut_at)
+    late = [line.ended - healed_at for line in ledger.lines() if line.ended > healed_at and line.is_affected]
+    figures["requests_affected_by_stale_router"] = len(late)
+    assert max(late, default=0.0) <= figures["stale_router_gone_s"] + SPARE_S
     assert spoken.sent_bytes - to_stale_experts.sent_bytes < FAREWELL_BYTES
     served.look()
     assert served.experts_on(victim) == []
@@ -78,8 +81,8 @@ def test_a_worker_that_loses_its_power_costs_its_assignments_and_no_request(serv
         finally:
             victim.boot()
         booted_at = time.monotonic()
-        served.cluster.nodes(within_s=REJOIN_WITHIN_S)
-        figures["node_back_s"] = time.monotonic() - booted_at
+    served.cluster.nodes(within_s=REJOIN_WITHIN_S)
+    figures["node_back_s"] = time.monotonic() - booted_at
     check(ledger.lines(), since=off_at)
     served.look()
     assert served.experts_on(victim) == []
