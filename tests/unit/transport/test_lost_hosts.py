@@ -87,16 +87,6 @@ def test_frozen_host_of_another_node_is_lost_by_its_silence(tcp_fabric, start):
     assert lost.endpoint == endpoint
 
 
-def send_when_reached(fabric, router, endpoint, request):
-    """Send to a host that was lost and answers again: what comes before the handshake is refused at once."""
-    deadline = time.monotonic() + fabric.deadline_s
-    while True:
-        with contextlib.suppress(TransportError):
-            return router.send(endpoint, request)
-        assert time.monotonic() < deadline
-        assert router.poll(0.01) == []
-
-
 def test_late_answer_of_a_host_that_was_frozen_is_ignored_and_it_can_be_used_again(zmq_fabric, start):
     router = zmq_fabric.router()
     process = start(answer_when_told, zmq_fabric, router)
@@ -108,7 +98,7 @@ def test_late_answer_of_a_host_that_was_frozen_is_ignored_and_it_can_be_used_aga
     process.thaw()
     process.pipe.send("answer")
     assert process.expect() == "answered"
-    send_when_reached(zmq_fabric, router, endpoint, zmq_fabric.make_request(2))
+    zmq_fabric.send_when_reached(router, endpoint, zmq_fabric.make_request(2))
     assert process.expect() == "received"
     process.pipe.send("answer")
     assert [reply.ticket for reply in zmq_fabric.poll(router)] == [2]
@@ -127,7 +117,7 @@ def test_lost_host_is_given_nothing_and_lost_only_once_for_as_long_as_it_is_sile
             router.send(endpoint, zmq_fabric.make_request(ticket))
         assert router.poll(0.05) == []
     process.thaw()
-    send_when_reached(zmq_fabric, router, endpoint, zmq_fabric.make_request(7))
+    zmq_fabric.send_when_reached(router, endpoint, zmq_fabric.make_request(7))
     assert [reply.ticket for reply in zmq_fabric.poll(router)] == [7]
     assert router.counters.num_lost == 1
 
