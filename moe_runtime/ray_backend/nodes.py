@@ -15,7 +15,9 @@ from moe_runtime.ray_backend.whereabouts import node_name
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+#: A resource that only the head has, one of it.
 _HEAD = "node:__internal_head__"
+_SLIVER = 0.001
 
 
 def living_nodes() -> tuple[NodeShape, ...]:
@@ -38,6 +40,15 @@ def living_nodes() -> tuple[NodeShape, ...]:
         for node in alive
     ]
     return tuple(shape for _, shape in sorted(shapes, key=lambda ranked: (ranked[0], ranked[1].name)))
+
+
+def on_head() -> dict[str, dict[str, float]]:
+    """Ray's options for an actor that is to be on the head: without the head there is no cluster anyway.
+
+    Nothing where no node says that it is the head.
+    """
+    has_head = any(_HEAD in node["Resources"] for node in ray.nodes() if node["Alive"])
+    return {"resources": {_HEAD: _SLIVER}} if has_head else {}
 
 
 def _demandable(resources: Mapping[str, float]) -> dict[str, float]:

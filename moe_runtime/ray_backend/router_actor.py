@@ -7,6 +7,7 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.ray_backend import whereabouts
+from moe_runtime.ray_backend.node_watch import watch_own_node
 from moe_runtime.ray_backend.plan import Failure, Snapshot
 
 if TYPE_CHECKING:
@@ -18,10 +19,24 @@ if TYPE_CHECKING:
 class RouterActor:
     """Runs one router. Ray restarts its process for ever; the controller then starts it again, with its table."""
 
-    def __init__(self, factory: bytes, *, locate: Callable[[], Location] = whereabouts.locate) -> None:
-        """Keep the pickled factory of the router's process, and what tells where it runs."""
+    def __init__(
+        self,
+        factory: bytes,
+        *,
+        locate: Callable[[], Location] = whereabouts.locate,
+        watch_node: Callable[[], None] = watch_own_node,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            factory: The pickled factory of the router's process.
+            locate: Tells where it runs.
+            watch_node: Called once it serves; ends this process when its node is given up: clients that still reach
+                it would be served by the experts of a lost node only.
+        """
         self._factory = factory
         self._locate = locate
+        self._watch_node = watch_node
         self._process: RouterProcess | None = None
         self._report: RouterReport | None = None
         self._starting = asyncio.Lock()
@@ -84,6 +99,7 @@ class RouterActor:
             # As a value: the one who started it wants the error's text, not a remote traceback.
             return Failure(type(exc).__name__, str(exc))
         self._process, self._report = process, report
+        self._watch_node()
         self._hand_on_table()
         return report
 

@@ -14,6 +14,7 @@ from moe_runtime.errors import AlreadyRunningError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
 from moe_runtime.ray_backend.depot import start_depot
 from moe_runtime.ray_backend.names import NAMESPACE, belongs_to, controller_name
+from moe_runtime.ray_backend.nodes import on_head
 from moe_runtime.ray_backend.ports import check_ports
 from moe_runtime.ray_backend.ray_spawner import find_actor
 
@@ -193,7 +194,7 @@ def create_controller(plan: RuntimePlan) -> Any:
         AlreadyRunningError: If a runtime of this name is there.
     """
     name = controller_name(plan.name)
-    options = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
+    options = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1, **on_head()}
     taken = f"runtime {plan.name}: one of this name is running on the cluster; close it, or choose another name"
     if find_actor(name) is not None:
         raise AlreadyRunningError(taken)

@@ -101,6 +101,10 @@ class HostLink:
         """Why the connection is lost, in words; None while it is up, or coming up."""
         return self.monitor.loss()
 
+    def is_up(self) -> bool:
+        """Whether the host has answered the handshake, and is not lost."""
+        return self.monitor.is_up()
+
     def is_frozen(self) -> bool:
         """Whether the host's process is known to be stopped."""
         return self.channel is not None and self.channel.is_frozen()

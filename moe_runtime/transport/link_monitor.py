@@ -56,6 +56,10 @@ class LinkMonitor:
             self._note(event)
         return self._loss
 
+    def is_up(self) -> bool:
+        """Whether the handshake has succeeded and the link is not lost."""
+        return self.loss() is None and self._is_up
+
     def close(self) -> None:
         """Stop watching."""
         self._watched.disable_monitor()

@@ -45,7 +45,9 @@ class ZmqTransport:
 
     Each endpoint gets a DEALER of its own with the first request, which connects once and is closed when the
     host is lost, so that nothing queued for a dead host can reach its successor at the same address; if it did,
-    the successor would refuse it, since the message names the incarnation that it is meant for.
+    the successor would refuse it, since the message names the incarnation that it is meant for. A host that was lost
+    is connected to again when there is something for it, and given nothing until it has answered the handshake: while
+    it is cut off, requests are refused at once instead of waiting for it.
 
     Memory is bounded: each host holds at most ``max_outstanding_bytes`` of rows that it has not answered, or one
     request that is larger; beyond that, or beyond ``max_queued_messages``, ``send`` refuses. A slow host
@@ -84,6 +86,8 @@ class ZmqTransport:
         # What the next poll returns, and the losses among it.
         self._arrived: list[HostReply | HostLost] = []
         self._losses: dict[Endpoint, str] = {}
+        # Lost, told of, and not reached again since.
+        self._doubted: set[Endpoint] = set()
         self._waker = Waker()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
@@ -126,6 +130,8 @@ class ZmqTransport:
         if self._losses and endpoint in self._losses:
             raise TransportError(f"request {request.ticket}: its host is lost: {self._losses[endpoint]}")
         link = self._links.get(endpoint) or self._connect(endpoint)
+        if endpoint in self._doubted:
+            self._expect_back(link, request)
         num_bytes = request.rows.nbytes
         if not link.has_credit(num_bytes):
             self._refuse(link, request)
@@ -174,6 +180,7 @@ class ZmqTransport:
         for link in [*self._links.values()]:
             if link.endpoint not in kept:
                 self._disconnect(link)
+        self._doubted &= kept
 
     def wake(self) -> None:
         """Make a ``poll`` that is waiting, or the next one, return at once. Thread-safe."""
@@ -196,6 +203,11 @@ class ZmqTransport:
             raise TransportError(f"request {request.ticket}: its host is lost: {reason}")
         self._counters.num_full += 1
         raise TransportError(f"request {request.ticket}: the queue to {link.address} is full")
+
+    def _expect_back(self, link: HostLink, request: HostRequest) -> None:
+        if not link.is_up():
+            raise TransportError(f"request {request.ticket}: its host was lost, and has not been reached again")
+        self._doubted.discard(link.endpoint)
 
     def _connect(self, endpoint: Endpoint) -> HostLink:
         link = HostLink(
@@ -277,6 +289,9 @@ class ZmqTransport:
         for frames in receive_waiting(link.socket):
             self._accept(link, frames)
         self._disconnect(link)
+        if link.endpoint in self._doubted:
+            return
+        self._doubted.add(link.endpoint)
         self._losses[link.endpoint] = reason
         self._arrived.append(HostLost(link.endpoint, reason))
         self._counters.num_lost += 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before ray is imported, which reads it once: tests/ray may follow in this process.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -15,17 +17,19 @@ import pytest
 
 from cluster.lab import Lab, missing
 from cluster.ray_cluster import RayCluster, prepare, set_labels
+from cluster.served import Served, serve
 
 #: A head, two workers, and the machine of the operator and the clients.
 NUM_HOSTS = 4
 #: The first test waits for the cluster.
 TIMEOUT_S = 300
 _SECONDS = pytest.StashKey[dict[str, float]]()
+_FIGURES = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        needs_lab = {"lab", "ray_cluster"} & set(getattr(item, "fixturenames", ()))
+        needs_lab = {"lab", "ray_cluster", "served"} & set(getattr(item, "fixturenames", ()))
         if needs_lab and Path(__file__).parent in item.path.parents:
             item.add_marker("cluster")
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
@@ -35,6 +39,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if seconds := config.stash.get(_SECONDS, {}):
         steps = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
         terminalreporter.write_line(f"cluster: {steps}")
+    if figures := config.stash.get(_FIGURES, {}):
+        terminalreporter.write_line(f"cluster figures: {json.dumps(figures, indent=1)}")
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +64,15 @@ def ray_cluster(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RayCluster
     cluster.up()
     yield cluster
     cluster.down()
+
+
+@pytest.fixture(scope="session")
+def served(
+    ray_cluster: RayCluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """A runtime with two routers and six experts on these nodes; tests leave it healthy, and may move it."""
+    served = serve(ray_cluster)
+    request.config.stash[_FIGURES] = served.figures
+    yield served
+    tmp_path_factory.mktemp("figures").joinpath("cluster.json").write_text(json.dumps(served.figures, indent=1))
+    served.stop()

@@ -49,7 +49,8 @@ def make_actor(request):
 
     def make(public_key):
         process = Factory.processes[request.node.name] = Process(public_key)
-        return RouterActor(pickle.dumps(Factory(request.node.name)), locate=lambda: LOCATION), process
+        factory = pickle.dumps(Factory(request.node.name))
+        return RouterActor(factory, locate=lambda: LOCATION, watch_node=lambda: None), process
 
     yield make
     del Factory.processes[request.node.name]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostLost, HostReply, HostRequest, Segment, SegmentResult
 from moe_runtime.transport.in_process import InProcessNetwork
 from moe_runtime.transport.zmq_host import ZmqHostTransport
@@ -53,6 +54,19 @@ class Steps:
         host.reply(delivery, self.make_reply(delivery))
         (reply,) = self.poll(router)
         assert delivery.request.ticket == reply.ticket == ticket
+
+    def send_when_reached(self, router, endpoint, request, *, host=None):
+        """Send to a host that was lost: what comes before it has answered the handshake is refused at once.
+
+        A host of this process answers while it receives.
+        """
+        deadline = time.monotonic() + self.deadline_s
+        while True:
+            with contextlib.suppress(TransportError):
+                return router.send(endpoint, request)
+            assert time.monotonic() < deadline
+            assert router.poll(0.01) == []
+            assert host is None or host.receive(0.01) == []
 
     def _collect(self, wait, count):
         found = []

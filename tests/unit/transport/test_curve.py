@@ -63,7 +63,8 @@ def test_host_admits_nobody_before_it_is_told_to(curve_fabric, stranger):
     stranger.send(host.endpoint, curve_fabric.make_request(1))
     next_loss(curve_fabric, stranger, host)
     host.admit([stranger.public_key])
-    curve_fabric.exchange(stranger, host, 2)
+    curve_fabric.send_when_reached(stranger, host.endpoint, curve_fabric.make_request(2), host=host)
+    assert [delivery.request.ticket for delivery in curve_fabric.receive(host)] == [2]
 
 
 def test_router_that_is_admitted_no_more_keeps_its_connection_but_gets_no_other(curve_fabric):

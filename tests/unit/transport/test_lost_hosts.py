@@ -98,11 +98,28 @@ def test_late_answer_of_a_host_that_was_frozen_is_ignored_and_it_can_be_used_aga
     process.thaw()
     process.pipe.send("answer")
     assert process.expect() == "answered"
-    router.send(endpoint, zmq_fabric.make_request(2))
+    zmq_fabric.send_when_reached(router, endpoint, zmq_fabric.make_request(2))
     assert process.expect() == "received"
     process.pipe.send("answer")
     assert [reply.ticket for reply in zmq_fabric.poll(router)] == [2]
     assert router.poll(0.0) == []
+
+
+def test_lost_host_is_given_nothing_and_lost_only_once_for_as_long_as_it_is_silent(zmq_fabric, start):
+    router = zmq_fabric.router()
+    process = start(echo, zmq_fabric, router)
+    endpoint = process.expect()
+    call(zmq_fabric, router, endpoint, 1)
+    process.freeze()
+    wait_for_loss(router)
+    for ticket in range(2, 7):
+        with pytest.raises(TransportError, match="its host was lost, and has not been reached again"):
+            router.send(endpoint, zmq_fabric.make_request(ticket))
+        assert router.poll(0.05) == []
+    process.thaw()
+    zmq_fabric.send_when_reached(router, endpoint, zmq_fabric.make_request(7))
+    assert [reply.ticket for reply in zmq_fabric.poll(router)] == [7]
+    assert router.counters.num_lost == 1
 
 
 def test_busy_host_is_not_lost(zmq_fabric, start):
