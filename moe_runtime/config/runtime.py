@@ -24,7 +24,11 @@ class RouterConfig(StrictModel):
     )
     max_batch_tokens: int = Field(4096, ge=1, le=MAX_COUNT, description="Tokens that one batch holds at most.")
     max_wait_ms: float = Field(
-        2.0, ge=0, le=MAX_SECONDS * 1000, description="How long a request waits for batch-mates at most."
+        2.0,
+        ge=0,
+        le=MAX_SECONDS * 1000,
+        description="How long a request waits for batch-mates at most; for callers that were answered just now "
+        "as long as their batch took, 50 times this at most.",
     )
     max_queued_tokens: int = Field(
         65536, ge=1, le=MAX_COUNT, description="Queued tokens above which requests are refused."

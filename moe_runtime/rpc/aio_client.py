@@ -44,6 +44,7 @@ class AsyncMoEClient:
         self._core = ClientCore(target, retry_policy=retry_policy)
         # made on the first call: a channel belongs to the loop that runs when it is made
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._unary_calls: dict[tuple[str, str], grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {}
         self._closed = False
 
     async def forward(
@@ -109,7 +110,10 @@ class AsyncMoEClient:
         channel = self._channel(attempt.address)
         name = path(attempt.method)
         if attempt.method != FORWARD_STREAM:
-            unary: bytes = await channel.unary_unary(name)(attempt.body, timeout=attempt.timeout_s)
+            call = self._unary_calls.get((attempt.address, name))
+            if call is None:
+                call = self._unary_calls[attempt.address, name] = channel.unary_unary(name)
+            unary: bytes = await call(attempt.body, timeout=attempt.timeout_s)
             return unary
         stream = channel.stream_stream(name)(slices(attempt.body), timeout=attempt.timeout_s)
         try:

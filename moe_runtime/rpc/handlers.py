@@ -22,7 +22,7 @@ from moe_runtime.rpc.methods import (
     UNARY_BYTES,
     slices,
 )
-from moe_runtime.rpc.pending import PendingAnswer
+from moe_runtime.rpc.pending import Answers, PendingAnswer
 from moe_runtime.rpc.status import answerable, metadata_of, status_of
 from moe_runtime.service.requests import LayerRequest
 from moe_runtime.wire.codec import decode_info_request, decode_request, encode_info, encode_reply
@@ -44,8 +44,9 @@ logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
-#: Bodies above this are decoded and encoded in a worker thread, so that nobody's call waits for them.
-_INLINE_BYTES = 64 << 10
+#: Bodies above this are decoded and encoded in a worker thread, so that nobody's call waits for them. Below it the
+#: hand-over to the thread and back costs more than the work.
+_INLINE_BYTES = 256 << 10
 _REPLY_OVERHEAD_BYTES = 16 << 10
 _ROUTING_BYTES_PER_ASSIGNMENT = 8 + 8 + 4 + 1
 
@@ -76,6 +77,7 @@ class RouterHandlers:
         self._clock = clock
         self._executor = executor
         self._intake = Intake(limits)
+        self._answers = Answers()
         self._num_calls: Counter[str] = Counter()
         self._num_errors: Counter[str] = Counter()
 
@@ -114,7 +116,7 @@ class RouterHandlers:
         timeout_s = self._intake.timeout_s(context.time_remaining())
         deadline = self._clock.now() + timeout_s
         async with self._intake.admitted(timeout_s):
-            pending = PendingAnswer(self._service, asyncio.get_running_loop())
+            pending = PendingAnswer(self._service, self._answers)
             try:
                 submit = partial(self._submit, body, pending, deadline=deadline, unary=True)
                 await self._off_loop_if_large(len(body), submit)
@@ -131,7 +133,7 @@ class RouterHandlers:
         timeout_s = self._intake.timeout_s(context.time_remaining())
         deadline = self._clock.now() + timeout_s
         async with self._intake.admitted(timeout_s):
-            pending = PendingAnswer(self._service, asyncio.get_running_loop())
+            pending = PendingAnswer(self._service, self._answers)
             try:
                 with self._intake.streamed() as body:
                     content = await body.receive(pieces)

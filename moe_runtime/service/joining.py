@@ -25,7 +25,10 @@ _MASK_63 = 2**63 - 1
 
 @dataclass(frozen=True)
 class BatchPart:
-    """Rows ``[start, stop)`` of a request, which are rows ``[offset, offset + stop - start)`` of a batch."""
+    """Rows ``[start, stop)`` of a request, which are rows ``[offset, offset + stop - start)`` of a batch.
+
+    ``is_last`` says whether nothing of the request comes after them.
+    """
 
     request_key: int
     start: int
@@ -33,6 +36,7 @@ class BatchPart:
     offset: int
     arrived_at: float
     return_routing: bool
+    is_last: bool
 
 
 def build_batch(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLayer) -> Batch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from moe_runtime.service.batcher import Batcher, QueuedRequest
 from moe_runtime.service.budget import QueueBudget
 from moe_runtime.service.describe import describe_layer
 from moe_runtime.service.engine import RouterEngine
+from moe_runtime.service.inbox import Inbox
 from moe_runtime.service.pending import PendingRequest, Ticket
 from moe_runtime.service.ports import MonotonicClock
 from moe_runtime.service.report import BatchLedger, empty_report
@@ -29,7 +29,7 @@ from moe_runtime.service.requests import LayerAnswer
 from moe_runtime.service.validation import unused_options, validate_request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from moe_runtime.config.runtime import LimitsConfig, RouterConfig
     from moe_runtime.errors import MoERuntimeError
@@ -81,13 +81,10 @@ class RouterService:
             max_tokens=router.max_queued_tokens, max_bytes=router.max_queued_bytes, clock=self._clock
         )
         self._batcher = Batcher(layers, router=router, budget=self._budget, clock=self._clock)
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox = Inbox(transport.wake, max_open_requests=limits.max_concurrent_requests)
         self._pending: dict[int, PendingRequest] = {}
         self._batches: dict[int, JoinedBatch] = {}
         self._keys = itertools.count(1)
-        self._num_open = 0
-        self._changed = threading.Condition()
-        self._draining = False
         self._stopping = threading.Event()
         self._started_at = self._clock.now()
         self._thread = threading.Thread(
@@ -122,11 +119,11 @@ class RouterService:
 
     def cancel(self, ticket: Ticket) -> None:
         """Withdraw a request; its ``on_done`` gets ``RequestCancelledError`` unless it was answered already."""
-        self._post(lambda: self._withdraw(ticket.request_key))
+        self._inbox.post(lambda: self._withdraw(ticket.request_key))
 
     def set_table(self, table: RoutingTable) -> None:
         """Use a routing table from the next batch on; an older one than the present is ignored."""
-        self._post(lambda: self._engine.set_table(table))
+        self._inbox.post(lambda: self._engine.set_table(table))
 
     def layer(self, name: str) -> RoutedLayer:
         """The layer of that name.
@@ -157,20 +154,18 @@ class RouterService:
             **snapshot,
             "table_version": self._engine.table.version,
             "uptime_s": self._clock.now() - self._started_at,
-            "open_requests": self._num_open,
-            "draining": self._draining,
+            "open_requests": self._inbox.num_open,
+            "draining": self._inbox.is_closed,
         }
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the open ones; True if all were answered in time."""
-        with self._changed:
-            self._draining = True
-            return self._changed.wait_for(lambda: self._num_open == 0, timeout_s)
+        self._inbox.close()
+        return self._inbox.wait_until_empty(timeout_s)
 
     def close(self) -> None:
         """Stop: whatever is still open is answered with ``UnavailableError``. Safe to call twice."""
-        with self._changed:
-            self._draining = True
+        self._inbox.close()
         self._stopping.set()
         self._transport.wake()
         if self._thread.ident is None:
@@ -186,24 +181,11 @@ class RouterService:
         if deadline <= now:
             raise DeadlineExceededError(f"request {request.request_id}: its deadline passed before it was queued")
         pending = PendingRequest(next(self._keys), request, on_done, now, deadline, unused_options(request))
-        with self._changed:
-            if self._draining:
-                raise UnavailableError("the router is shutting down; send the request to another one")
-            if self._num_open >= self._limits.max_concurrent_requests:
-                raise OverloadedError(
-                    f"the router holds {self._num_open} requests, its limit; try again", retry_after_ms=50.0
-                )
-            self._budget.reserve(int(request.tokens.shape[0]), request.tokens.nbytes)
-            self._num_open += 1
-            # Under the lock: a service that shuts down sees every request that it has accepted.
-            self._inbox.append(lambda: self._queue(pending))
-        self._transport.wake()
+        self._inbox.take_in(
+            lambda: self._queue(pending),
+            reserve=lambda: self._budget.reserve(int(request.tokens.shape[0]), request.tokens.nbytes),
+        )
         return Ticket(pending.request_key)
-
-    def _post(self, action: Callable[[], None]) -> None:
-        """Have the service's thread do something."""
-        self._inbox.append(action)
-        self._transport.wake()
 
     def _run(self, num_threads: int) -> None:
         # OpenMP keeps the number per thread: the gate's last bits should be those of the thread that made this.
@@ -217,8 +199,7 @@ class RouterService:
             self._shut()
 
     def _turn(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
+        self._inbox.run_all()
         self._expire()
         while (joined := self._batcher.next_batch()) is not None:
             self._dispatch(joined)
@@ -256,7 +237,7 @@ class RouterService:
         if joined is None:
             # Its submission failed half-way, and its requests were answered then.
             return
-        self._batcher.batch_done(joined.batch.layer)
+        self._batcher.batch_answered(joined)
         ledger = BatchLedger(result, self._engine.layers[joined.batch.layer])
         for part in joined.parts:
             pending = self._pending.get(part.request_key)
@@ -299,9 +280,7 @@ class RouterService:
             pending.on_done(answer)
         except Exception:
             _LOG.exception("request %s: its caller could not take the answer", pending.request.request_id)
-        with self._changed:
-            self._num_open -= 1
-            self._changed.notify_all()
+        self._inbox.answered()
 
     def _patience(self) -> float:
         now = self._clock.now()
@@ -312,14 +291,8 @@ class RouterService:
         return max(0.0, min(waits))
 
     def _shut(self) -> None:
-        with self._changed:
-            self._draining = True
-        while self._inbox:
-            try:
-                self._inbox.popleft()()
-            except Exception:
-                # Whatever stopped the engine may stand here again; the requests behind it need their answers.
-                _LOG.exception("the router could not finish an action while it was shutting down")
+        self._inbox.close()
+        self._inbox.run_rest()
         for key in list(self._pending):
             self._fail(key, UnavailableError("the router was shut down before the answer was ready"))
         self._transport.close()

@@ -113,6 +113,80 @@ def test_a_slot_freed_in_a_half_idle_layer_is_no_reason_to_hurry() -> None:
     assert queue.batcher.next_batch() is None
 
 
+def test_callers_that_were_answered_together_travel_together_again() -> None:
+    queue = Queue()
+    for _ in range(3):
+        queue.add(1)
+    joined = queue.next()
+    queue.clock.advance(0.1)
+    queue.batcher.batch_answered(joined)
+    queue.add(1)
+    queue.clock.advance(0.02)
+    queue.add(1)
+    assert queue.batcher.next_batch() is None
+    # Half of the 100 ms that their batch took, from the second's arrival on.
+    assert queue.batcher.seconds_to_next() == pytest.approx(0.05)
+    queue.add(1)
+    assert queue.sizes() == [3]
+
+
+def test_a_caller_that_does_not_come_back_holds_up_the_others_for_half_a_batch_at_most() -> None:
+    queue = Queue()
+    for _ in range(3):
+        queue.add(1)
+    joined = queue.next()
+    queue.clock.advance(0.1)
+    queue.batcher.batch_answered(joined)
+    queue.add(1)
+    queue.add(1)
+    assert queue.batcher.next_batch() is None
+    queue.clock.advance(0.051)
+    assert queue.sizes() == [2]
+
+
+def test_a_lone_caller_never_waits() -> None:
+    queue = Queue()
+    for _ in range(3):
+        queue.add(1)
+        joined = queue.next()
+        queue.clock.advance(0.1)
+        queue.batcher.batch_answered(joined)
+
+
+def test_nobody_waits_for_the_callers_of_a_batch_that_was_lost() -> None:
+    queue = Queue()
+    queue.add(1)
+    queue.add(1)
+    queue.next()
+    queue.clock.advance(0.1)
+    queue.batcher.batch_done("layer")
+    queue.add(1)
+    assert queue.sizes() == [1]
+
+
+def test_a_full_batch_and_an_isolated_request_wait_for_no_returning_callers() -> None:
+    for first in ({"num_tokens": 8}, {"num_tokens": 1, "isolated": True}):
+        queue = Queue()
+        for _ in range(3):
+            queue.add(1)
+        joined = queue.next()
+        queue.clock.advance(0.1)
+        queue.batcher.batch_answered(joined)
+        queue.add(**first)
+        assert queue.sizes() == [first["num_tokens"]]
+
+
+def test_a_split_request_is_one_caller() -> None:
+    queue = Queue()
+    queue.add(12)
+    for _ in range(2):
+        joined = queue.next()
+        queue.clock.advance(0.1)
+        queue.batcher.batch_answered(joined)
+    queue.add(1)
+    assert queue.sizes() == [1]
+
+
 def test_layers_do_not_wait_for_each_other() -> None:
     queue = Queue(make_layer(), make_layer(name="other"))
     queue.add(1)

@@ -1,0 +1,114 @@
+"""Where callers' threads meet the service's thread: what it is to do, how many requests it holds, whether it drains."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from moe_runtime.errors import OverloadedError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LOG = logging.getLogger(__name__)
+
+_RETRY_AFTER_MS = 50.0
+
+
+class Inbox:
+    """Actions for the service's thread, in the order of their coming. Thread-safe but for ``run_all``.
+
+    Args:
+        wake: Makes the service's thread look here; called once for all actions that it has not seen yet.
+        max_open_requests: Requests that may be open at once.
+    """
+
+    def __init__(self, wake: Callable[[], None], *, max_open_requests: int) -> None:
+        self._wake = wake
+        self._max_open_requests = max_open_requests
+        self._actions: deque[Callable[[], None]] = deque()
+        self._is_woken = False
+        self._changed = threading.Condition()
+        self._num_open = 0
+        self._is_closed = False
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were taken in and not answered yet."""
+        return self._num_open
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether new requests are refused."""
+        return self._is_closed
+
+    def take_in(self, action: Callable[[], None], *, reserve: Callable[[], None]) -> None:
+        """Count a request as open, and have the service's thread queue it.
+
+        Args:
+            action: Queues it.
+            reserve: Takes its place in the queue's budget, or raises.
+
+        Raises:
+            UnavailableError: If no new requests are taken.
+            OverloadedError: If too many are open, or the budget is spent.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise UnavailableError("the router is shutting down; send the request to another one")
+            if self._num_open >= self._max_open_requests:
+                raise OverloadedError(
+                    f"the router holds {self._num_open} requests, its limit; try again",
+                    retry_after_ms=_RETRY_AFTER_MS,
+                )
+            reserve()
+            self._num_open += 1
+            # Under the lock: a service that shuts down sees every request that it has taken in.
+            self._actions.append(action)
+        self._wake_once()
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Have the service's thread do something."""
+        self._actions.append(action)
+        self._wake_once()
+
+    def run_all(self) -> None:
+        """Do everything that was posted so far, in the service's thread."""
+        # Before the first is taken: what comes from now on wakes the thread again.
+        self._is_woken = False
+        while self._actions:
+            self._actions.popleft()()
+
+    def run_rest(self) -> None:
+        """Do everything that was posted even where some of it raises, in the service's thread."""
+        while self._actions:
+            try:
+                self._actions.popleft()()
+            except Exception:
+                # Whatever stopped the engine may stand here again; the requests behind it need their answers.
+                _LOG.exception("the router could not finish an action while it was shutting down")
+
+    def answered(self) -> None:
+        """One of the open requests has its answer."""
+        with self._changed:
+            self._num_open -= 1
+            if not self._num_open:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Refuse new requests from now on."""
+        with self._changed:
+            self._is_closed = True
+
+    def wait_until_empty(self, timeout_s: float) -> bool:
+        """Wait until no request is open; True if that happened in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._num_open == 0, timeout_s)
+
+    def _wake_once(self) -> None:
+        # After the action was added, and reset before any is taken: so none is left without its wake-up.
+        if not self._is_woken:
+            self._is_woken = True
+            self._wake()
