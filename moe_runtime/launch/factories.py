@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.launch.expert_process import ExpertProcess
-from moe_runtime.launch.router_process import RouterProcess
+from moe_runtime.launch.router_process import RouterProcess, build_setup
 from moe_runtime.ray_backend.interfaces import address_in
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 from moe_runtime.transport.zmq_host import ZmqHostTransport
@@ -18,6 +18,7 @@ from moe_runtime.transport.zmq_router import ZmqTransport
 if TYPE_CHECKING:
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.ray_backend.plan import Location
+    from moe_runtime.service.generations import RouterSetup
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class RouterProcessFactory:
         torch.set_num_threads(1)
         open_transport = partial(ZmqTransport, node=location.node, encryption=self.recipe.encryption)
         return RouterProcess(self.recipe, open_transport=open_transport, node=location.node, owns_process=True)
+
+    def prepare(self) -> RouterSetup:
+        """What a router that runs needs to serve the same.
+
+        Raises:
+            ConfigError: If a gate cannot be built.
+        """
+        return build_setup(self.recipe)
 
 
 def _open_host_transport(location: Location, spec: HostSpec) -> ZmqHostTransport:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
 from moe_runtime.launch.packing import plan_hosts
+from moe_runtime.launch.revisions import host_revision, routers_revision
 from moe_runtime.ray_backend.addresses import is_loopback, split_address
 from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from moe_runtime.config.models import ResourcesConfig
-    from moe_runtime.config.runtime import RouterConfig, RuntimeConfig
+    from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.ray_backend.cluster import Cluster
 
@@ -20,7 +23,14 @@ if TYPE_CHECKING:
 LEASE_S = 10.0
 
 
-def plan_runtime(config: RuntimeConfig, recipe: RouterRecipe, *, cluster: Cluster, detach: bool) -> RuntimePlan:
+def plan_runtime(
+    config: RuntimeConfig,
+    recipe: RouterRecipe,
+    *,
+    cluster: Cluster,
+    detach: bool,
+    listed: Mapping[str, str] | None = None,
+) -> RuntimePlan:
     """What the controller keeps alive.
 
     Args:
@@ -28,19 +38,25 @@ def plan_runtime(config: RuntimeConfig, recipe: RouterRecipe, *, cluster: Cluste
         recipe: What the routers serve, and the experts.
         cluster: Where it will run.
         detach: Whether it lives without a lease.
+        listed: sha256 of weight files that are known already, by their path; the others are read.
+
+    Raises:
+        WeightsError: If a weight file cannot be read.
     """
     hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
+    listed = listed or {}
     return RuntimePlan(
         name=config.name,
-        hosts=tuple(_host_plan(spec) for spec in hosts),
-        routers=_routers_plan(config.router, recipe, node_id=cluster.node_id),
+        hosts=tuple(_host_plan(spec, host_revision(spec, threads=config.threads, listed=listed)) for spec in hosts),
+        routers=_routers_plan(recipe, node_id=cluster.node_id, revision=routers_revision(recipe, listed=listed)),
         num_threads=None if config.threads == "auto" else config.threads,
         start_timeout_s=config.start_timeout_s,
         lease_s=None if detach else LEASE_S,
     )
 
 
-def _routers_plan(router: RouterConfig, recipe: RouterRecipe, *, node_id: str) -> RoutersPlan:
+def _routers_plan(recipe: RouterRecipe, *, node_id: str, revision: str) -> RoutersPlan:
+    router = recipe.router
     host, _ = split_address(router.address)
     # Only this machine reaches a loopback address, and the one who serves is on it, unless labels say otherwise.
     is_pinned = is_loopback(host) and not router.node_labels
@@ -50,10 +66,24 @@ def _routers_plan(router: RouterConfig, recipe: RouterRecipe, *, node_id: str) -
         factory=pickle.dumps(RouterProcessFactory(recipe)),
         node_id=node_id if is_pinned else None,
         node_labels=router.node_labels,
+        revision=revision,
+        fixed=_fixed(recipe),
+        let_go_s=recipe.limits.max_timeout_s + max(layer.timeout_s for layer in recipe.layers),
     )
 
 
-def _host_plan(spec: HostSpec) -> HostPlan:
+def _fixed(recipe: RouterRecipe) -> dict[str, str]:
+    """What routers that run cannot change: where they are found, what their server accepts, how hosts know them."""
+    limits = {f"limits.{key}": str(value) for key, value in recipe.limits.model_dump().items()}
+    return {
+        "router.address": recipe.router.address,
+        "router.node_labels": str(dict(sorted(recipe.router.node_labels.items()))),
+        "data_plane.encryption": recipe.encryption,
+        **limits,
+    }
+
+
+def _host_plan(spec: HostSpec, revision: str) -> HostPlan:
     return HostPlan(
         host_id=spec.host_id,
         replicas=tuple(
@@ -63,6 +93,7 @@ def _host_plan(spec: HostSpec) -> HostPlan:
         factory=pickle.dumps(ExpertProcessFactory(spec)),
         strategy=spec.strategy,
         twins=spec.twins,
+        revision=revision,
     )
 
 

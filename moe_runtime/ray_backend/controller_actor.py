@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from moe_runtime.errors import StartError
+from moe_runtime.errors import MoERuntimeError, StartError
 from moe_runtime.ray_backend.controller import Controller
 from moe_runtime.ray_backend.names import controller_name
 from moe_runtime.ray_backend.plan import Failure
@@ -19,6 +19,7 @@ from moe_runtime.ray_backend.spawner import LoopClock
 
 if TYPE_CHECKING:
     from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.roll import Upgraded
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,6 +82,14 @@ class ControllerActor:
         """Layers, hosts and routers with their states, as plain values."""
         await self._resumed()
         return {**await self._controller.describe(), "controller_pid": os.getpid()}
+
+    async def upgrade(self, plan: RuntimePlan) -> Upgraded | Failure:
+        """Roll to another plan; what was done, or why it was not."""
+        await self._resumed()
+        try:
+            return await self._controller.upgrade(plan)
+        except MoERuntimeError as exc:
+            return Failure(type(exc).__name__, str(exc))
 
     async def close(self, drain_timeout_s: float) -> bool:
         """Drain, then end every actor but this one; whether every request was answered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
-from moe_runtime.errors import AlreadyRunningError, PlacementError, StartError
+from moe_runtime.errors import AlreadyRunningError, ConfigError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
-from moe_runtime.ray_backend.names import NAMESPACE, belongs_to, controller_name
+from moe_runtime.ray_backend.names import NAMESPACE, controller_name
+from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
-from moe_runtime.ray_backend.ray_spawner import find_actor
+from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_runtime.ray_backend.plan import Failure, RuntimePlan
+    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.roll import Upgraded
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ _POLL_EVERY_S = 0.05
 #: Beyond what the controller allows itself.
 _SPARE_S = 30.0
 _GONE_WITHIN_S = 10.0
+_UPGRADE_ERRORS = {error.__name__: error for error in (ConfigError, PlacementError)}
 
 
 class RaySession:
@@ -66,6 +70,34 @@ class RaySession:
         description: dict[str, Any] = self._ask("describe")
         return description
 
+    def upgrade(self, plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None = None) -> Upgraded:
+        """Roll the runtime to another plan while requests go on, and return when nothing else of the old one is left.
+
+        A controller that is restarted meanwhile is asked again.
+
+        Args:
+            plan: The desired state.
+            on_progress: Called with the number of actors that are ready, and of all that there will be.
+
+        Raises:
+            ConfigError: If the plan changes what cannot change while a runtime runs.
+            PlacementError: If the cluster has no room for it beside what runs.
+            StartError: If it did not start, or the controller does not answer. The runtime serves in any case.
+        """
+        watching = threading.Event()
+        if on_progress is not None:
+            threading.Thread(target=self._show_progress, args=(on_progress, watching), daemon=True).start()
+        try:
+            outcome = self._ask("upgrade", plan, timeout_s=2 * plan.start_timeout_s + plan.routers.let_go_s + _SPARE_S)
+        finally:
+            watching.set()
+        if isinstance(outcome, Failure):
+            raise next((kind for kind in _UPGRADE_ERRORS if kind.__name__ == outcome.error), StartError)(
+                outcome.message
+            )
+        upgraded: Upgraded = outcome
+        return upgraded
+
     def close(self, *, drain_timeout_s: float) -> bool:
         """Drain and end the runtime; whether every request was answered. Safe to call twice."""
         if self._closed.is_set():
@@ -100,6 +132,11 @@ class RaySession:
             is_renewed = True
             for warning in warnings:
                 _LOG.warning("runtime %s: %s", self.name, warning)
+
+    def _show_progress(self, on_progress: Callable[[int, int], None], is_over: threading.Event) -> None:
+        while not is_over.wait(_PROGRESS_EVERY_S):
+            with contextlib.suppress(RayError):
+                on_progress(*ray.get(self._controller.progress.remote(), timeout=_SPARE_S))
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float = _SPARE_S) -> Any:
         """The controller's answer, also if Ray restarts it meanwhile: everything asked here may be asked twice."""
@@ -157,7 +194,7 @@ def attach(name: str) -> RaySession:
 def end_actors(name: str, *, but: str | None = None) -> None:
     """Kill every actor of a runtime, the controller first, and wait until their names are free."""
     deadline = time.monotonic() + _GONE_WITHIN_S
-    while names := [actor for actor in _actor_names(name) if actor != but]:
+    while names := [actor for actor in actor_names(name) if actor != but]:
         # The controller first: it would replace the others.
         for actor_name in sorted(names, key=lambda actor: actor != controller_name(name)):
             actor = find_actor(actor_name)
@@ -167,11 +204,6 @@ def end_actors(name: str, *, but: str | None = None) -> None:
             _LOG.warning("runtime %s: still there after %g s: %s", name, _GONE_WITHIN_S, ", ".join(names))
             return
         time.sleep(_POLL_EVERY_S)
-
-
-def _actor_names(name: str) -> list[str]:
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return [a["name"] for a in actors if a["namespace"] == NAMESPACE and belongs_to(a["name"], name)]
 
 
 def _create_controller(plan: RuntimePlan) -> Any:
