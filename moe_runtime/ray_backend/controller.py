@@ -91,6 +91,8 @@ class Controller:
         await self._adopt_routers()
         await self._board.publish()
         self._supervise()
+        # Before any upgrade, which may need their names.
+        await self._changing.acquire()
         self._run(self._retire(*strays))
 
     async def upgrade(self, plan: RuntimePlan) -> Upgraded:
@@ -239,8 +241,10 @@ class Controller:
 
     async def _retire(self, hosts: Sequence[StrayHost], routers: Sequence[StrayRouter]) -> None:
         version, let_go_s = self._board.snapshot.table.version, self._fleet.plan.routers.let_go_s
-        async with self._changing:
+        try:
             await Retirement(self._board, self._clock).run(hosts, routers, version=version, let_go_s=let_go_s)
+        finally:
+            self._changing.release()
 
     async def _watch_lease(self) -> None:
         while (remaining_s := self._lease_until - self._clock.now()) > 0:

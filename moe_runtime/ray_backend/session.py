@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
-from moe_runtime.errors import AlreadyRunningError, ConfigError, PlacementError, StartError
+from moe_runtime.errors import AlreadyRunningError, ConfigError, MoERuntimeError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
 from moe_runtime.ray_backend.names import NAMESPACE, controller_name
 from moe_runtime.ray_backend.plan import Failure
@@ -32,7 +32,7 @@ _POLL_EVERY_S = 0.05
 #: Beyond what the controller allows itself.
 _SPARE_S = 30.0
 _GONE_WITHIN_S = 10.0
-_UPGRADE_ERRORS = {error.__name__: error for error in (ConfigError, PlacementError)}
+_UPGRADE_ERRORS: dict[str, type[MoERuntimeError]] = {"ConfigError": ConfigError, "PlacementError": PlacementError}
 
 
 class RaySession:
