@@ -84,17 +84,16 @@ class RaySession:
             PlacementError: If the cluster has no room for it beside what runs.
             StartError: If it did not start, or the controller does not answer. The runtime serves in any case.
         """
-        watching = threading.Event()
-        if on_progress is not None:
-            threading.Thread(target=self._show_progress, args=(on_progress, watching), daemon=True).start()
+        is_over = threading.Event()
+        watcher = threading.Thread(target=self._show_progress, args=(on_progress, is_over), daemon=True)
+        watcher.start()
         try:
             outcome = self._ask("upgrade", plan, timeout_s=2 * plan.start_timeout_s + plan.routers.let_go_s + _SPARE_S)
         finally:
-            watching.set()
+            is_over.set()
+            watcher.join()
         if isinstance(outcome, Failure):
-            raise next((kind for kind in _UPGRADE_ERRORS if kind.__name__ == outcome.error), StartError)(
-                outcome.message
-            )
+            raise _UPGRADE_ERRORS.get(outcome.error, StartError)(outcome.message)
         upgraded: Upgraded = outcome
         return upgraded
 
@@ -133,8 +132,8 @@ class RaySession:
             for warning in warnings:
                 _LOG.warning("runtime %s: %s", self.name, warning)
 
-    def _show_progress(self, on_progress: Callable[[int, int], None], is_over: threading.Event) -> None:
-        while not is_over.wait(_PROGRESS_EVERY_S):
+    def _show_progress(self, on_progress: Callable[[int, int], None] | None, is_over: threading.Event) -> None:
+        while on_progress is not None and not is_over.wait(_PROGRESS_EVERY_S):
             with contextlib.suppress(RayError):
                 on_progress(*ray.get(self._controller.progress.remote(), timeout=_SPARE_S))
 
