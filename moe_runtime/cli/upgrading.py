@@ -41,5 +41,9 @@ def print_outcome(outcome: Upgraded, *, console: Console) -> None:
     for what, hosts in changes.items():
         if hosts:
             console.print(f"{what:9} {', '.join(hosts)}", markup=False, soft_wrap=True)
-    routers = "1 router" if outcome.num_routers == 1 else f"{outcome.num_routers} routers"
-    console.print(f"upgraded: {len(outcome.kept)} expert hosts kept, {routers}", markup=False)
+    kept, routers = _number(len(outcome.kept), "expert host"), _number(outcome.num_routers, "router")
+    console.print(f"upgraded: {kept} kept, {routers}", markup=False)
+
+
+def _number(number: int, of: str) -> str:
+    return f"{number} {of}" if number == 1 else f"{number} {of}s"

@@ -107,7 +107,7 @@ class Controller:
             StartError: If something new did not start. Then as before, the old plan serves.
         """
         async with self._changing:
-            running = self._fleet.plan
+            running = self.plan
             check_fixed(running, plan)
             plan = completed(running, plan)
             if is_same(running, plan):
@@ -133,7 +133,7 @@ class Controller:
 
     def renew(self) -> None:
         """Extend the lease from now on."""
-        self._lease_until = self._clock.now() + (self._fleet.plan.lease_s or 0.0)
+        self._lease_until = self._clock.now() + (self.plan.lease_s or 0.0)
 
     async def wait_ended(self) -> None:
         """Return when the lease has run out and everything was torn down, or after ``close``."""
@@ -173,13 +173,18 @@ class Controller:
     async def describe(self) -> dict[str, Any]:
         """Layers as a router sees them, and hosts and routers with their states, as plain values."""
         return {
-            "name": self._fleet.plan.name,
+            "name": self.plan.name,
             "table_version": self._board.snapshot.table.version,
             "addresses": self.addresses(),
             "layers": await self._describe_layers(),
             **self._fleet.describe(),
             "upgrade": None if self._roll is None else self._roll.describe(),
         }
+
+    @property
+    def plan(self) -> RuntimePlan:
+        """The desired state: that of the last upgrade, if there was one."""
+        return self._fleet.plan
 
     @property
     def _tasks(self) -> list[asyncio.Task[Any]]:
@@ -196,7 +201,7 @@ class Controller:
     def _supervise(self) -> None:
         self._watch(self._fleet.keepers)
         self._run(self._board.publish_changes())
-        if self._fleet.plan.lease_s is not None:
+        if self.plan.lease_s is not None:
             self._run(self._watch_lease())
 
     def _watch(self, keepers: Iterable[Keeper]) -> None:
@@ -236,11 +241,11 @@ class Controller:
 
     def _strays(self) -> tuple[list[StrayHost], list[StrayRouter]]:
         """What an upgrade has left behind whose controller died."""
-        hosts, routers = self._spawner.others(self._fleet.plan)
+        hosts, routers = self._spawner.others(self.plan)
         return [StrayHost(each, self._clock) for each in hosts], [StrayRouter(each, self._clock) for each in routers]
 
     async def _retire(self, hosts: Sequence[StrayHost], routers: Sequence[StrayRouter]) -> None:
-        version, let_go_s = self._board.snapshot.table.version, self._fleet.plan.routers.let_go_s
+        version, let_go_s = self._board.snapshot.table.version, self.plan.routers.let_go_s
         try:
             await Retirement(self._board, self._clock).run(hosts, routers, version=version, let_go_s=let_go_s)
         finally:
@@ -249,7 +254,7 @@ class Controller:
     async def _watch_lease(self) -> None:
         while (remaining_s := self._lease_until - self._clock.now()) > 0:
             await self._clock.sleep(remaining_s)
-        _LOG.warning("runtime %s: its lease ran out; tearing it down", self._fleet.plan.name)
+        _LOG.warning("runtime %s: its lease ran out; tearing it down", self.plan.name)
         # Not in this task, which `close` cancels.
         self._loops.remove(asyncio.current_task())  # type: ignore[arg-type]  # a loop's task is never None here
         await self.close(drain_timeout_s=0.0)

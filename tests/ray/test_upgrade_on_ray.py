@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from moe_runtime.cli.upgrading import upgrade_and_report
 from moe_runtime.errors import ConfigError, PlacementError, StartError, WeightsError
 from moe_runtime.experts.weights import save_weights
 from moe_runtime.launch.runtime import serve, upgrade
@@ -144,7 +146,7 @@ def test_no_request_fails_while_everything_that_may_change_does(make_config, sav
     assert actor_names("rolling") == []
 
 
-def test_routers_come_and_go_without_a_failed_request(make_config, actor_names):
+def test_routers_come_and_go_without_a_failed_request(make_config, actor_names, tmp_path, capsys):
     identity = {"experts": [{"kind": "identity"}], "policy": {"kind": "switch"}}
     with serve(make_config("routers", **identity)) as runtime, calling(runtime.addresses) as alone:
         assert upgrade(make_config("routers", router={"replicas": 2}, **identity)).num_routers == 2
@@ -153,7 +155,10 @@ def test_routers_come_and_go_without_a_failed_request(make_config, actor_names):
         assert len(addresses) == 2
         assert torch.equal(answer_of(addresses[1]), answer_of(addresses[0]))
         with calling(addresses) as both:
-            assert upgrade(make_config("routers", **identity)).num_routers == 1
+            path = tmp_path / "config.yaml"
+            path.write_text(json.dumps(make_config("routers", **identity)))
+            upgrade_and_report(path, ray_address=None)
+            assert capsys.readouterr().out == "upgraded: 1 expert host kept, 1 router\n"
             assert len(actor_names("routers")) == 3
     assert alone.errors == []
     assert both.errors == []
