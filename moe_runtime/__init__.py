@@ -92,7 +92,7 @@ _MODULES = {
     "upgrade": "moe_runtime.launch.runtime",
 }
 #: What `pip install 'moe-runtime[runtime]'` adds, by the names that it is imported by.
-_RUNTIME_EXTRA = frozenset({"grpc_health", "ray", "rich", "safetensors", "torch", "typer", "yaml", "zmq"})
+_RUNTIME_EXTRA = frozenset({"fsspec", "grpc_health", "ray", "rich", "safetensors", "torch", "typer", "yaml", "zmq"})
 
 
 def __getattr__(name: str) -> Any:

@@ -38,8 +38,19 @@ app = typer.Typer(
 )
 demo_app = typer.Typer(help="Run a whole use of the runtime on real input.", no_args_is_help=True)
 app.add_typer(demo_app, name="demo")
+cluster_app = typer.Typer(help="The machines of a `ray up` file.", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The runtime's YAML file.", show_default=False)]
+
+
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", metavar="FILE", help="The cluster of this `ray up` file, from anywhere.")
+]
+JoinedCluster = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="ADDRESS", help="The Ray cluster that this machine is in; else RAY_ADDRESS."),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -110,6 +121,55 @@ def upgrade(
     from moe_runtime.cli.upgrading import upgrade_and_report
 
     upgrade_and_report(config, ray_address=ray_address)
+
+
+@app.command()
+def deploy(
+    config: ConfigPath,
+    *,
+    cluster: ClusterFile = None,
+    ray_address: JoinedCluster = None,
+    install: Annotated[
+        bool, typer.Option("--install", help="Install with pip what nodes lack: plug-ins, and the --wheel.")
+    ] = False,
+    wheel: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A wheel of moe-runtime, for --install.", exists=True)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+) -> None:
+    """Bring a configuration and its files to a cluster, and leave it serving there. May be repeated."""
+    from moe_runtime.cli.deploying import Asked, deploy_and_report
+
+    asked = Asked(config, cluster=cluster, ray_address=ray_address, install=install, wheel=wheel)
+    deploy_and_report(asked, as_json=as_json)
+
+
+@app.command()
+def teardown(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The runtime's name in its configuration.")] = "default",
+    *,
+    cluster: ClusterFile = None,
+    ray_address: JoinedCluster = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+) -> None:
+    """End a deployed runtime, requests in flight first, and remove its files from every node. May be repeated."""
+    from moe_runtime.cli.deploying import tear_down_and_report
+
+    tear_down_and_report(name, cluster=cluster, ray_address=ray_address, as_json=as_json)
+
+
+@cluster_app.command("down")
+def cluster_down(
+    cluster: Annotated[Path, typer.Argument(metavar="FILE", help="The cluster's `ray up` file.", show_default=False)],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Stop Ray on every machine of a cluster, the workers that `ray down` forgets included. May be repeated."""
+    if not yes:
+        typer.confirm(f"Stop Ray, and every runtime, on all machines of {cluster}?", abort=True)
+    from moe_runtime.cli.deploying import take_cluster_down
+
+    take_cluster_down(cluster)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from moe_runtime.cli.consoles import stdout_console
 from moe_runtime.errors import StartError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
     from types import FrameType
 
@@ -35,8 +36,7 @@ def serve_until_stopped(config: Path, *, address: str | None, ray_address: str |
     from moe_runtime.launch.runtime import serve
 
     console = stdout_console()
-    # Before anything runs, SIGTERM is an orderly way out of the start, as SIGINT is.
-    signal.signal(signal.SIGTERM, _leave)
+    leave_on_signals()
     with console.status(f"Starting {config.name}") as starting:
 
         def show(num_ready: int, num_actors: int) -> None:
@@ -55,6 +55,17 @@ def serve_until_stopped(config: Path, *, address: str | None, ray_address: str |
         received = stop.wait()
         console.print(f"{received.name}: draining; the same signal again ends this at once", markup=False)
     console.print("stopped", markup=False)
+
+
+def leave_on_signals() -> None:
+    """Make SIGTERM, and the end of a remote terminal, as orderly a way out of a start as SIGINT is.
+
+    Call it before anything runs.
+    """
+    signal.signal(signal.SIGTERM, _leave)
+    # Started with nohup, it stays ignored.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _leave)
 
 
 class StopSignals:
@@ -84,16 +95,27 @@ def _end_at_once(number: int, _frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _print_welcome(runtime: Runtime, *, console: Console, stop: str) -> None:
-    addresses = list(runtime.addresses)
-    target = addresses[0] if len(addresses) == 1 else addresses
-    layers = list(runtime.describe()["layers"])
+def print_welcome(addresses: Sequence[str], *, layers: Sequence[str], console: Console, last: tuple[str, str]) -> None:
+    """Print where a runtime serves and what to do next.
+
+    Args:
+        addresses: Of its routers.
+        layers: Its layers' names.
+        console: Where to.
+        last: What a last line says, and of what: how the runtime is ended.
+    """
+    target = addresses[0] if len(addresses) == 1 else list(addresses)
     options = " ".join(f"--address {address}" for address in addresses)
     lines = (
         f"serving {', '.join(layers)} at {', '.join(addresses)}",
         f"  status:  moe-runtime status {options}",
         f'  Python:  moe_runtime.MoEClient({target!r}).forward(inputs, layer="{layers[0]}")',
-        f"  stop:    {stop}",
+        f"  {last[0] + ':':<9}{last[1]}",
     )
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_welcome(runtime: Runtime, *, console: Console, stop: str) -> None:
+    layers = list(runtime.describe()["layers"])
+    print_welcome(runtime.addresses, layers=layers, console=console, last=("stop", stop))

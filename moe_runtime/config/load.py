@@ -32,6 +32,15 @@ class LoadedConfig:
         """The absolute path of a file that the configuration names."""
         return self.base_dir / path
 
+    def locate(self, source: str) -> str:
+        """Where a file is that the configuration names: an address as it is, else its absolute path."""
+        return source if is_uri(source) else str(self.resolve(source))
+
+
+def is_uri(source: str) -> bool:
+    """Whether a configuration names a file by an address, ``s3://bucket/name``, instead of a path."""
+    return "://" in source
+
 
 def load_config(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> LoadedConfig:
     """The configuration that ``source`` holds, checked.

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_runtime.config.load import is_uri
 from moe_runtime.errors import PlugInError, WeightsError
 from moe_runtime.experts.outputs import output_mistake
+from moe_runtime.experts.remote_files import check_uri
 from moe_runtime.experts.spec import build_module, contract_of, raised_by_kind
 from moe_runtime.experts.view import resolve_view
 from moe_runtime.experts.weights import check_fit, load_into, load_weights
+from moe_runtime.experts.weights_store import WeightsStore
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,11 +45,18 @@ class LoadedExpert:
     weights_version: str
 
 
-def build_expert(spec: ExpertSpec, *, device: str | torch.device = "cpu") -> LoadedExpert:
+def build_expert(
+    spec: ExpertSpec, *, device: str | torch.device = "cpu", store: WeightsStore | None = None
+) -> LoadedExpert:
     """The expert of a spec, with its weights, on a device, after two rows went through it as a trial.
 
     The initial parameters depend on the spec's seed, layer and name alone, not on the device; torch's global
     generator is left as it was.
+
+    Args:
+        spec: What to build.
+        device: Where it computes.
+        store: Gives the weight file; without one, paths of this machine and addresses work.
 
     Raises:
         ConfigError: If the kind, its options, the view or the shapes do not work.
@@ -55,7 +65,7 @@ def build_expert(spec: ExpertSpec, *, device: str | torch.device = "cpu") -> Loa
     """
     module = initial_module(spec)
     contract = contract_of(module, spec)
-    version = f"seed:{spec.seed}" if spec.weights is None else _load(module, spec, spec.weights)
+    version = f"seed:{spec.seed}" if spec.weights is None else _load(module, spec, store or WeightsStore())
     module.to(device)
     expert = LoadedExpert(spec, module, contract, resolve_view(spec.item_shape, spec.view), version)
     _try_out(expert, torch.device(device))
@@ -65,7 +75,8 @@ def build_expert(spec: ExpertSpec, *, device: str | torch.device = "cpu") -> Loa
 def check_weights(spec: ExpertSpec) -> str:
     """The ``weights_version`` that the expert of a spec will have, after its file was checked and compared.
 
-    For a check before anything starts: the module's own parameters are not allocated.
+    For a check before anything starts: the module's own parameters are not allocated. What is behind an address is
+    not fetched, so that its version is only known if a manifest lists it, and is "unknown" otherwise.
 
     Raises:
         ConfigError: If the kind, its options, the view or the shapes do not work.
@@ -74,9 +85,11 @@ def check_weights(spec: ExpertSpec) -> str:
     """
     if spec.weights is None:
         return f"seed:{spec.seed}"
-    with torch.device("meta"):
-        module = build_module(spec).to(spec.torch_dtype)
     try:
+        if is_uri(spec.weights):
+            return check_uri(spec.weights) or "unknown"
+        with torch.device("meta"):
+            module = build_module(spec).to(spec.torch_dtype)
         weights = load_weights(spec.weights)
         check_fit(module, weights.tensors)
     except WeightsError as exc:
@@ -103,9 +116,9 @@ def _stream_seed(spec: ExpertSpec) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def _load(module: nn.Module, spec: ExpertSpec, path: str) -> str:
+def _load(module: nn.Module, spec: ExpertSpec, store: WeightsStore) -> str:
     try:
-        weights = load_weights(path)
+        weights = load_weights(store.fetch(str(spec.weights)))
         load_into(module, weights.tensors)
     except WeightsError as exc:
         raise _placed(exc, spec) from exc

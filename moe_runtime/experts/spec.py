@@ -40,7 +40,7 @@ class ExpertSpec:
         view: The part of the token that the expert sees.
         options: Options of the kind, not yet validated.
         dtype: Of the layer.
-        weights: Absolute path of a safetensors file; None initialises from ``seed``.
+        weights: Absolute path or address of a safetensors file; None initialises from ``seed``.
         seed: The runtime's; each expert draws its own stream from it, by layer and name.
         exact: Whether every call is a matrix product of its own.
         wire_dtype: Of the rows that arrive and leave; the layer's when None.

@@ -58,7 +58,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         _replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return _sha256(path)
+    return sha256_of(path)
 
 
 def load_weights(path: str | Path) -> Weights:
@@ -104,7 +104,7 @@ def verify(path: str | Path) -> str:
         WeightsError: If the file is missing or unreadable, the manifest is malformed, or the hashes differ.
     """
     path = Path(path)
-    sha256 = _sha256(path)
+    sha256 = sha256_of(path)
     expected = _listed_sha256(path)
     if expected is not None and expected != sha256:
         raise WeightsError(
@@ -112,6 +112,29 @@ def verify(path: str | Path) -> str:
             f"replaced: fetch it again, or write the manifest anew"
         )
     return sha256
+
+
+def listed_sha256(text: bytes, *, name: str, manifest: str) -> str | None:
+    """What a manifest lists for a file; None if it does not list it.
+
+    Args:
+        text: The manifest.
+        name: The file's, in the manifest's folder.
+        manifest: How messages name the manifest.
+
+    Raises:
+        WeightsError: If it is malformed.
+    """
+    try:
+        listed = json.loads(text)
+        if listed["format"] != _MANIFEST_FORMAT:
+            raise WeightsError(f"{manifest}: expected format {_MANIFEST_FORMAT}, found {listed['format']!r}")
+        entry = listed["files"].get(name)
+        return None if entry is None else str(entry["sha256"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        if isinstance(exc, WeightsError):
+            raise
+        raise WeightsError(f"{manifest}: expected a manifest of weight files, found something else: {exc!r}") from exc
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -157,26 +180,26 @@ def _is_spoiled(tensor: Tensor, *, is_parameter: bool) -> bool:
 
 
 def _manifest_entry(path: Path) -> dict[str, Any]:
-    return {"sha256": _sha256(path), "num_bytes": path.stat().st_size}
+    return {"sha256": sha256_of(path), "num_bytes": path.stat().st_size}
 
 
 def _listed_sha256(path: Path) -> str | None:
     manifest = path.parent / MANIFEST_NAME
     try:
-        listed = json.loads(manifest.read_text())
-        if listed["format"] != _MANIFEST_FORMAT:
-            raise WeightsError(f"{manifest}: expected format {_MANIFEST_FORMAT}, found {listed['format']!r}")
-        entry = listed["files"].get(path.name)
-        return None if entry is None else str(entry["sha256"])
+        text = manifest.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        if isinstance(exc, WeightsError):
-            raise
+    except OSError as exc:
         raise WeightsError(f"{manifest}: expected a manifest of weight files, found something else: {exc!r}") from exc
+    return listed_sha256(text, name=path.name, manifest=str(manifest))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The hash of a weight file, in hex.
+
+    Raises:
+        WeightsError: If it is missing or unreadable.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

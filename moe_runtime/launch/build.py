@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_runtime.config.load import load_config
+from moe_runtime.config.load import is_uri, load_config
 from moe_runtime.errors import ConfigError, PlugInError, WeightsError
 from moe_runtime.experts.build import check_weights
 from moe_runtime.experts.registry import check_plug_ins
@@ -20,7 +21,6 @@ from moe_runtime.routing.rules import check_rules, resolve_residual
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
     from typing import Any
 
     from moe_runtime.config.load import LoadedConfig
@@ -47,8 +47,12 @@ def validate(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> ConfigSu
     )
 
 
-def build_router(loaded: LoadedConfig) -> RouterRecipe:
+def build_router(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> RouterRecipe:
     """The recipe of the routers, after the checks of ``build_layers``.
+
+    Args:
+        loaded: The configuration.
+        nodes_have_paths: Whether a weight file that is not on this machine may be on the nodes that need it.
 
     Raises:
         ConfigError: With one line per mistake.
@@ -56,18 +60,22 @@ def build_router(loaded: LoadedConfig) -> RouterRecipe:
     config = loaded.config
     return RouterRecipe(
         runtime=config.name,
-        layers=build_layers(loaded),
+        layers=build_layers(loaded, nodes_have_paths=nodes_have_paths),
         router=config.router,
         limits=config.limits,
         encryption=config.data_plane.encryption,
     )
 
 
-def build_layers(loaded: LoadedConfig) -> tuple[LayerRecipe, ...]:
+def build_layers(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> tuple[LayerRecipe, ...]:
     """The recipes of all layers.
 
     Checks plug-ins, kinds, options, views and shapes on the meta device, weight files against their manifest and
     their module, names, routing rules, and what the device rules out.
+
+    Args:
+        loaded: The configuration.
+        nodes_have_paths: Whether a weight file that is not on this machine may be on the nodes that need it.
 
     Raises:
         ConfigError: With one line per mistake. Where mistakes are of one kind only, it is that kind's error:
@@ -78,7 +86,7 @@ def build_layers(loaded: LoadedConfig) -> tuple[LayerRecipe, ...]:
         check_plug_ins(loaded.config.plug_ins)
     except PlugInError as exc:
         mistakes.add(exc)
-    recipes = [_LayerCheck(loaded, name, mistakes).recipe() for name in loaded.config.layers]
+    recipes = [_LayerCheck(loaded, name, mistakes, nodes_have_paths).recipe() for name in loaded.config.layers]
     mistakes.raise_any()
     return tuple(recipe for recipe in recipes if recipe is not None)
 
@@ -106,7 +114,8 @@ class _Mistakes:
 class _LayerCheck:
     """Checks one layer of a configuration, and makes its recipe if nothing is wrong with it."""
 
-    def __init__(self, loaded: LoadedConfig, name: str, mistakes: _Mistakes) -> None:
+    def __init__(self, loaded: LoadedConfig, name: str, mistakes: _Mistakes, nodes_have_paths: bool) -> None:
+        self._nodes_have_paths = nodes_have_paths
         self._loaded = loaded
         self._name = name
         self._key = f"layers.{name}"
@@ -161,7 +170,7 @@ class _LayerCheck:
     @property
     def _gate_weights(self) -> str | None:
         weights = self._layer.gate.weights
-        return None if weights is None else str(self._loaded.resolve(weights))
+        return None if weights is None else self._loaded.locate(weights)
 
     def _check_devices(self) -> None:
         if self._loaded.config.device != "cpu":
@@ -204,13 +213,15 @@ class _LayerCheck:
 
     def _check_weights(self, expert: ExpandedExpert) -> None:
         spec = expert.recipe.spec
+        if self._is_elsewhere(spec.weights):
+            return
         try:
             check_weights(spec)
         except WeightsError as exc:
             self._mistakes.add(exc, prefix=expert.key, instead_of=spec.where)
 
     def _check_gate(self) -> None:
-        if self._gate_weights is None:
+        if self._gate_weights is None or self._is_elsewhere(self._gate_weights):
             return
         try:
             check_gate_weights(
@@ -221,6 +232,10 @@ class _LayerCheck:
             )
         except WeightsError as exc:
             self._mistakes.add(exc, prefix=f"{self._key}.gate.weights: ")
+
+    def _is_elsewhere(self, source: str | None) -> bool:
+        """Whether a file can be checked only where it is used."""
+        return self._nodes_have_paths and source is not None and not is_uri(source) and not Path(source).exists()
 
     def _check_rules(self, out_shape: tuple[int, ...]) -> None:
         layer = self._layer

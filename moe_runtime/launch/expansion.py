@@ -38,7 +38,7 @@ def expand_experts(loaded: LoadedConfig, layer_name: str) -> list[ExpandedExpert
     experts: list[ExpandedExpert] = []
     for index, block in enumerate(layer.experts):
         for i, name in enumerate(_names(block, taken)):
-            weights = None if block.weights is None else str(loaded.resolve(block.weights.replace("{i}", str(i))))
+            weights = None if block.weights is None else loaded.locate(block.weights.replace("{i}", str(i)))
             spec = ExpertSpec(
                 layer=layer_name,
                 expert_id=len(experts),

@@ -19,6 +19,7 @@ from moe_runtime.service.host_loop import HostLoop
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from moe_runtime.experts.weights_store import WeightsStore
     from moe_runtime.launch.recipes import HostSpec
     from moe_runtime.service.ports import HostTransport
 
@@ -35,6 +36,7 @@ class ExpertProcess:
         open_transport: Callable[[], HostTransport],
         num_threads: int | None,
         owns_process: bool = False,
+        store: WeightsStore | None = None,
     ) -> None:
         """Keep what to serve.
 
@@ -44,9 +46,11 @@ class ExpertProcess:
             num_threads: Torch threads of the whole process; None leaves them as they are.
             owns_process: Whether nothing but this host lives in the process, so that what is there once it has
                 started is there to stay.
+            store: Gives the weight files; without one, paths of this machine and addresses work.
         """
         self._owns_process = owns_process
         self._spec = spec
+        self._store = store
         self._open_transport = open_transport
         self._num_threads = num_threads
         self._transport: HostTransport | None = None
@@ -66,7 +70,10 @@ class ExpertProcess:
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         device = torch.device("cuda", 0) if self._spec.device == "cuda" else torch.device("cpu")
-        experts = {hosted.replica_id: build_expert(hosted.spec, device=device) for hosted in self._spec.experts}
+        experts = {
+            hosted.replica_id: build_expert(hosted.spec, device=device, store=self._store)
+            for hosted in self._spec.experts
+        }
         self._transport = transport = self._open_transport()
         self._loop = HostLoop(ExpertHost(experts, device=device), transport)
         self._thread = threading.Thread(

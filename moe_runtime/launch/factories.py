@@ -17,6 +17,7 @@ from moe_runtime.transport.zmq_router import ZmqTransport
 
 if TYPE_CHECKING:
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
+    from moe_runtime.launch.weights_recipe import WeightsRecipe
     from moe_runtime.ray_backend.plan import Location
     from moe_runtime.service.generations import RouterSetup
 
@@ -26,11 +27,18 @@ class ExpertProcessFactory:
     """Makes one expert host's process where its actor runs."""
 
     spec: HostSpec
+    weights: WeightsRecipe | None = None
 
     def __call__(self, location: Location, *, num_threads: int) -> ExpertProcess:
         """The process, not yet started."""
         open_transport = partial(_open_host_transport, location, self.spec)
-        return ExpertProcess(self.spec, open_transport=open_transport, num_threads=num_threads, owns_process=True)
+        return ExpertProcess(
+            self.spec,
+            open_transport=open_transport,
+            num_threads=num_threads,
+            owns_process=True,
+            store=None if self.weights is None else self.weights.store(),
+        )
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,20 @@ class RouterProcessFactory:
     """Makes a router's process where its actor runs."""
 
     recipe: RouterRecipe
+    weights: WeightsRecipe | None = None
 
     def __call__(self, location: Location) -> RouterProcess:
         """The process, not yet started."""
         # A router's products are small: threads of its own would wait for each other, and for the experts'.
         torch.set_num_threads(1)
         open_transport = partial(ZmqTransport, node=location.node, encryption=self.recipe.encryption)
-        return RouterProcess(self.recipe, open_transport=open_transport, node=location.node, owns_process=True)
+        return RouterProcess(
+            self.recipe,
+            open_transport=open_transport,
+            node=location.node,
+            owns_process=True,
+            store=None if self.weights is None else self.weights.store(),
+        )
 
     def prepare(self) -> RouterSetup:
         """What a router that runs needs to serve the same.
@@ -52,7 +67,7 @@ class RouterProcessFactory:
         Raises:
             ConfigError: If a gate cannot be built.
         """
-        return build_setup(self.recipe)
+        return build_setup(self.recipe, store=None if self.weights is None else self.weights.store())
 
 
 def _open_host_transport(location: Location, spec: HostSpec) -> ZmqHostTransport:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.revisions import host_revision, routers_revision
+from moe_runtime.launch.weights_recipe import WeightsRecipe
 from moe_runtime.ray_backend.addresses import is_loopback, split_address
 from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from moe_runtime.config.models import ResourcesConfig
     from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
@@ -29,7 +28,7 @@ def plan_runtime(
     *,
     cluster: Cluster,
     detach: bool,
-    listed: Mapping[str, str] | None = None,
+    weights: WeightsRecipe | None = None,
 ) -> RuntimePlan:
     """What the controller keeps alive.
 
@@ -38,35 +37,37 @@ def plan_runtime(
         recipe: What the routers serve, and the experts.
         cluster: Where it will run.
         detach: Whether it lives without a lease.
-        listed: sha256 of weight files that are known already, by their path; the others are read.
+        weights: How its processes come by weight files; paths of their nodes and addresses work without.
 
     Raises:
         WeightsError: If a weight file cannot be read.
     """
+    weights = weights or WeightsRecipe(config.name)
     hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
-    listed = listed or {}
     return RuntimePlan(
         name=config.name,
-        hosts=tuple(_host_plan(spec, host_revision(spec, threads=config.threads, listed=listed)) for spec in hosts),
-        routers=_routers_plan(recipe, node_id=cluster.node_id, revision=routers_revision(recipe, listed=listed)),
+        hosts=tuple(_host_plan(spec, weights, threads=config.threads) for spec in hosts),
+        routers=_routers_plan(recipe, weights, node_id=cluster.node_id),
         num_threads=None if config.threads == "auto" else config.threads,
         start_timeout_s=config.start_timeout_s,
         lease_s=None if detach else LEASE_S,
+        deployment=weights.deployment,
     )
 
 
-def _routers_plan(recipe: RouterRecipe, *, node_id: str, revision: str) -> RoutersPlan:
+def _routers_plan(recipe: RouterRecipe, weights: WeightsRecipe, *, node_id: str) -> RoutersPlan:
     router = recipe.router
+    factory = RouterProcessFactory(recipe, weights.only(layer.gate_weights for layer in recipe.layers))
     host, _ = split_address(router.address)
     # Only this machine reaches a loopback address, and the one who serves is on it, unless labels say otherwise.
     is_pinned = is_loopback(host) and not router.node_labels
     return RoutersPlan(
         count=router.replicas,
         address=router.address,
-        factory=pickle.dumps(RouterProcessFactory(recipe)),
+        factory=pickle.dumps(factory),
         node_id=node_id if is_pinned else None,
         node_labels=router.node_labels,
-        revision=revision,
+        revision=routers_revision(recipe, listed=weights.listed),
         fixed=_fixed(recipe),
         let_go_s=recipe.limits.max_timeout_s + max(layer.timeout_s for layer in recipe.layers),
     )
@@ -83,17 +84,19 @@ def _fixed(recipe: RouterRecipe) -> dict[str, str]:
     }
 
 
-def _host_plan(spec: HostSpec, revision: str) -> HostPlan:
+def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, threads: str | int) -> HostPlan:
+    # A host that knows of no other file can fetch no other.
+    own_weights = weights.only(hosted.spec.weights for hosted in spec.experts)
     return HostPlan(
         host_id=spec.host_id,
         replicas=tuple(
             ReplicaPlan(hosted.spec.layer, hosted.spec.expert_id, hosted.replica_id) for hosted in spec.experts
         ),
         demand=_demand(spec.resources),
-        factory=pickle.dumps(ExpertProcessFactory(spec)),
+        factory=pickle.dumps(ExpertProcessFactory(spec, own_weights)),
         strategy=spec.strategy,
         twins=spec.twins,
-        revision=revision,
+        revision=host_revision(spec, threads=threads, listed=weights.listed),
     )
 
 

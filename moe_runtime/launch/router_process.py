@@ -19,6 +19,7 @@ from moe_runtime.service.router_service import RouterService
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moe_runtime.experts.weights_store import WeightsStore
     from moe_runtime.launch.recipes import LayerRecipe, RouterRecipe
     from moe_runtime.service.ports import Transport
     from moe_runtime.service.routing_table import RoutingTable
@@ -28,8 +29,12 @@ _GRACE_S = 2.0
 _ANSWER_TIMEOUT_S = 2.0
 
 
-def build_routed_layer(recipe: LayerRecipe) -> RoutedLayer:
+def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None) -> RoutedLayer:
     """A layer as the router sees it.
+
+    Args:
+        recipe: The layer.
+        store: Gives the gate's weight file; without one, paths of this machine and addresses work.
 
     Raises:
         ConfigError: If the gate's weights or the policy do not work.
@@ -41,6 +46,7 @@ def build_routed_layer(recipe: LayerRecipe) -> RoutedLayer:
         in_features=recipe.gate_features,
         num_experts=num_experts,
         seed=recipe.gate_seed,
+        store=store,
     )
     return RoutedLayer(
         name=recipe.name,
@@ -65,13 +71,17 @@ def build_routed_layer(recipe: LayerRecipe) -> RoutedLayer:
     )
 
 
-def build_setup(recipe: RouterRecipe) -> RouterSetup:
+def build_setup(recipe: RouterRecipe, *, store: WeightsStore | None = None) -> RouterSetup:
     """What a router serves.
+
+    Args:
+        recipe: Its layers and limits.
+        store: Gives the gates' weight files; without one, paths of this machine and addresses work.
 
     Raises:
         ConfigError: If a gate cannot be built.
     """
-    return RouterSetup({layer.name: build_routed_layer(layer) for layer in recipe.layers}, recipe.router)
+    return RouterSetup({layer.name: build_routed_layer(layer, store=store) for layer in recipe.layers}, recipe.router)
 
 
 class RouterProcess:
@@ -84,6 +94,7 @@ class RouterProcess:
         open_transport: Callable[[], Transport],
         node: str,
         owns_process: bool = False,
+        store: WeightsStore | None = None,
     ) -> None:
         """Keep what to serve.
 
@@ -93,8 +104,10 @@ class RouterProcess:
             node: Name of the node that it runs on.
             owns_process: Whether nothing but this router lives in the process, so that what is there once it has
                 started is there to stay.
+            store: Gives the gates' weight files; without one, paths of this machine and addresses work.
         """
         self._owns_process = owns_process
+        self._store = store
         self._recipe = recipe
         self._open_transport = open_transport
         self._node = node
@@ -108,7 +121,7 @@ class RouterProcess:
             ConfigError: If a gate cannot be built.
             StartError: If the address cannot be bound.
         """
-        setup = build_setup(self._recipe)
+        setup = build_setup(self._recipe, store=self._store)
         transport = self._open_transport()
         service = RouterService(
             setup.layers,

@@ -174,6 +174,7 @@ class Controller:
         """Layers as a router sees them, and hosts and routers with their states, as plain values."""
         return {
             "name": self.plan.name,
+            "deployment": self.plan.deployment,
             "table_version": self._board.snapshot.table.version,
             "addresses": self.addresses(),
             "layers": await self._describe_layers(),

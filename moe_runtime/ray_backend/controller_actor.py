@@ -12,6 +12,7 @@ import ray
 
 from moe_runtime.errors import MoERuntimeError, StartError
 from moe_runtime.ray_backend.controller import Controller
+from moe_runtime.ray_backend.deployment import DeploymentStanding, Phase
 from moe_runtime.ray_backend.names import controller_name
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ray_spawner import RaySpawner, find_actor
@@ -49,6 +50,7 @@ class ControllerActor:
     async def __init__(self, plan: RuntimePlan) -> None:  # type: ignore[misc]  # Ray awaits it, in the loop
         """Make the controller of a plan; the first one waits for ``start``."""
         self._name = plan.name
+        self._phase = Phase.NEW
         self._warnings = _WarningKeeper()
         logging.getLogger("moe_runtime").addHandler(self._warnings)
         self._controller = Controller(plan, spawner=RaySpawner(plan.name), clock=LoopClock())
@@ -58,11 +60,19 @@ class ControllerActor:
 
     async def start(self) -> Failure | None:
         """Bring everything up; None, or why it did not."""
+        self._phase = Phase.STARTING
         try:
             await self._controller.start()
         except StartError as exc:
+            self._phase = Phase.ENDING
             return Failure(type(exc).__name__, str(exc))
+        self._phase = Phase.SERVING
         return None
+
+    async def standing(self) -> DeploymentStanding:
+        """From which deployment it is, and how far: whoever started it may be gone."""
+        await self._resumed()
+        return DeploymentStanding(self._controller.plan.deployment, self._phase)
 
     async def renew(self) -> list[str]:
         """Extend the lease; what the controller has warned of since the last time."""
@@ -94,6 +104,7 @@ class ControllerActor:
     async def close(self, drain_timeout_s: float) -> bool:
         """Drain, then end every actor but this one; whether every request was answered."""
         await self._resumed()
+        self._phase = Phase.ENDING
         return await self._controller.close(drain_timeout_s=drain_timeout_s)
 
     async def _resumed(self) -> None:
@@ -104,6 +115,7 @@ class ControllerActor:
     async def _resume(self) -> None:
         try:
             await self._controller.resume()
+            self._phase = Phase.SERVING
         except Exception:
             _LOG.exception("runtime %s: the controller could not resume", self._name)
             raise

@@ -32,6 +32,11 @@ def router_name(runtime: str, index: int) -> str:
     return f"{runtime}/router/{index}"
 
 
+def depot_name(runtime: str, deployment: str) -> str:
+    """Name of the actor that serves a deployment's files."""
+    return f"{runtime}/depot/{deployment}"
+
+
 def belongs_to(actor_name: str, runtime: str) -> bool:
     """Whether an actor is one of a runtime's; a runtime's name holds no slash."""
     return actor_name.startswith(f"{runtime}/")

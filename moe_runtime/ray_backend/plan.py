@@ -188,6 +188,7 @@ class RuntimePlan:
         num_threads: Torch threads per expert actor; None is ``max(1, cores // experts on the node)``.
         start_timeout_s: Bounds every placement, and every start after it.
         lease_s: Without a renewal for so long, everything is torn down; None for a detached runtime.
+        deployment: Id of the bundle that it was deployed from; None if it was served.
     """
 
     name: str
@@ -196,6 +197,7 @@ class RuntimePlan:
     num_threads: int | None = None
     start_timeout_s: float = 60.0
     lease_s: float | None = 10.0
+    deployment: str | None = None
 
     @property
     def actors(self) -> tuple[ActorDemand, ...]:

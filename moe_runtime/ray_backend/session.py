@@ -13,6 +13,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from moe_runtime.errors import AlreadyRunningError, ConfigError, MoERuntimeError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
+from moe_runtime.ray_backend.depot import start_depot
 from moe_runtime.ray_backend.names import NAMESPACE, controller_name
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
@@ -21,6 +22,7 @@ from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moe_runtime.ray_backend.deployment import DepotPlan
     from moe_runtime.ray_backend.plan import RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
 
@@ -150,11 +152,14 @@ class RaySession:
             time.sleep(_POLL_EVERY_S)
 
 
-def launch(plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None = None) -> RaySession:
+def launch(
+    plan: RuntimePlan, *, depot: DepotPlan | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> RaySession:
     """Start a runtime on the connected cluster and return when it serves.
 
     Args:
         plan: The desired state.
+        depot: Serves the files that the runtime is deployed from.
         on_progress: Called with the number of actors that are ready, and of all, a few times a second.
 
     Raises:
@@ -163,12 +168,14 @@ def launch(plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None 
         PlacementError: If the cluster has no room for it.
         StartError: If it did not start; nothing of it is left behind.
     """
-    controller = _create_controller(plan)
+    controller = create_controller(plan)
     try:
         end_actors(plan.name, but=controller_name(plan.name))
         if plan.routers.node_id is not None:
             # On this machine. Only now: a runtime of this name, or what is left of one, may hold the ports.
             check_ports(plan.routers.address, plan.routers.count)
+        if depot is not None:
+            start_depot(plan.name, depot)
         failure = _await_start(controller, plan, on_progress)
         if failure is not None:
             raise (PlacementError if failure.error == PlacementError.__name__ else StartError)(failure.message)
@@ -190,6 +197,11 @@ def attach(name: str) -> RaySession:
     return RaySession(controller, name=name, renews_lease=False)
 
 
+def has_actors(name: str) -> bool:
+    """Whether any actor of a runtime is there."""
+    return bool(actor_names(name))
+
+
 def end_actors(name: str, *, but: str | None = None) -> None:
     """Kill every actor of a runtime, the controller first, and wait until their names are free."""
     deadline = time.monotonic() + _GONE_WITHIN_S
@@ -205,7 +217,12 @@ def end_actors(name: str, *, but: str | None = None) -> None:
         time.sleep(_POLL_EVERY_S)
 
 
-def _create_controller(plan: RuntimePlan) -> Any:
+def create_controller(plan: RuntimePlan) -> Any:
+    """The controller of a plan, as a detached actor that has still to be told to start.
+
+    Raises:
+        AlreadyRunningError: If a runtime of this name is there.
+    """
     name = controller_name(plan.name)
     options = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
     taken = f"runtime {plan.name}: one of this name is running on the cluster; close it, or choose another name"

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from moe_runtime.errors import ShapeError
 from moe_runtime.routing.weights import apply_weight_rule
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 
     from moe_runtime.config.models import ResidualRule, WeightOn
     from moe_runtime.routing.assignments import DispatchPlan
+
+#: Mode of ``torch.embedding_bag``.
+_SUM = 0
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,9 @@ def _weighted_sums(rows: Tensor, answered: _Answered, *, plan: DispatchPlan, wei
         starts = torch.searchsorted(token_ids, torch.arange(num_tokens, device=token_ids.device))
     else:
         starts = torch.arange(0, row_ids.shape[0], answered.per_token, device=row_ids.device)
-    sums = F.embedding_bag(
-        row_ids,
-        rows.reshape(rows.shape[0], -1).to(dtype),
-        starts,
-        mode="sum",
-        per_sample_weights=answered.weights.to(dtype) if weighted else None,
-    )
+    weights = answered.weights.to(dtype) if weighted else None
+    # What torch.nn.functional.embedding_bag calls after checks that cost a small batch as much as the sums.
+    sums = torch.embedding_bag(rows.flatten(1).to(dtype), row_ids, starts, mode=_SUM, per_sample_weights=weights)[0]
     return sums.reshape(num_tokens, *out_shape)
 
 

@@ -175,8 +175,9 @@ class RouterEngine:
             outstanding_rows=self._outstanding_rows,
         )
         flight.fail(dispatch.unreachable, "no replica is ready")
+        timeout_s = flight.deadline - self._clock.now()
         for message, rows in self._gather(flight, dispatch.messages):
-            self._send(flight, message, rows)
+            self._send(flight, message, rows, timeout_s=timeout_s)
         if not flight.num_unanswered:
             self._answered.append(flight)
 
@@ -194,9 +195,9 @@ class RouterEngine:
             memory = self._transport.allocate(message.endpoint, shape, layer.row_dtype)
             yield message, gather(planned_ids=message.planned_ids(), out=memory)
 
-    def _send(self, flight: Flight, message: HostMessage, rows: Tensor) -> None:
+    def _send(self, flight: Flight, message: HostMessage, rows: Tensor, *, timeout_s: float) -> None:
         ticket = next(self._tickets)
-        request = HostRequest(ticket, message.wire_segments(), rows, timeout_s=flight.deadline - self._clock.now())
+        request = HostRequest(ticket, message.wire_segments(), rows, timeout_s)
         try:
             self._transport.send(message.endpoint, request)
         except TransportError as exc:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     import torch
     from torch import Tensor
+
+
+MAX_REPLICA_ID_CHARACTERS = 255
+
+#: What a decoder of these values checks; their constructors trust the code that calls them.
+NaturalNumber = Annotated[int, msgspec.Meta(ge=0)]
+ReplicaId = Annotated[str, msgspec.Meta(max_length=MAX_REPLICA_ID_CHARACTERS)]
 
 
 class Clock(Protocol):
@@ -29,8 +38,8 @@ class MonotonicClock:
         return time.monotonic()
 
 
-@dataclass(frozen=True)
-class Endpoint:
+# Structs, not dataclasses: these are made, hashed or decoded for every message, which msgspec does in C.
+class Endpoint(msgspec.Struct, frozen=True, cache_hash=True):
     """Where one expert host listens.
 
     Attributes:
@@ -48,16 +57,14 @@ class Endpoint:
     public_key: str | None = None
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """Consecutive rows of a message that belong to one replica of an expert."""
 
-    replica_id: str
-    num_rows: int
+    replica_id: ReplicaId
+    num_rows: NaturalNumber
 
 
-@dataclass(frozen=True)
-class HostRequest:
+class HostRequest(msgspec.Struct, frozen=True, gc=False):
     """One batch's rows for one expert host.
 
     Attributes:
@@ -73,8 +80,7 @@ class HostRequest:
     timeout_s: float
 
 
-@dataclass(frozen=True)
-class SegmentResult:
+class SegmentResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """How one segment went at the host.
 
     Attributes:
@@ -84,14 +90,13 @@ class SegmentResult:
         compute_ms: Time that the expert took over these rows, with those of other requests in the same product.
     """
 
-    replica_id: str
-    num_rows: int
+    replica_id: ReplicaId
+    num_rows: NaturalNumber
     error: str | None = None
     compute_ms: float = 0.0
 
 
-@dataclass(frozen=True)
-class HostReply:
+class HostReply(msgspec.Struct, frozen=True, gc=False):
     """A host's answer to one ``HostRequest``.
 
     Attributes:
@@ -168,8 +173,7 @@ class Transport(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True, gc=False):
     """A request that arrived at a host, and whom to answer.
 
     Attributes:
@@ -180,7 +184,7 @@ class Delivery:
 
     sender: bytes
     request: HostRequest
-    lease: object = field(default=None, compare=False, repr=False)
+    lease: object = None
 
 
 class HostTransport(Protocol):

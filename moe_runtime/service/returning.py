@@ -13,9 +13,9 @@ class ReturningCallers:
 
     Callers in a loop come back one after the other. If the first of them went to the experts alone, the others
     would share the next batch, and a batch that is half as large costs more than half as much. So the first waits
-    for the others: until as many requests have come as were answered, until the next takes longer than half
-    of the time that the last batch took, or until it has waited for as long as that batch took; ``max_wait_ms`` at
-    least in both cases. A caller that is alone never waits, and with a ``max_wait_ms`` of 0 nobody does.
+    for the others: until as many requests have come as were answered, until the next takes longer than half of the
+    time that the last batch took (``max_wait_ms`` at least), or until it has waited for as long as that batch took.
+    A caller that is alone never waits, and with a ``max_wait_ms`` of 0 nobody does.
 
     Args:
         max_wait_s: The router's ``max_wait_ms``, in seconds.
@@ -31,7 +31,8 @@ class ReturningCallers:
     def answered(self, num_requests: int, *, took_s: float, now: float) -> None:
         """So many requests were answered by one batch, which took so long."""
         self._num_missing = self._still_missing(now) + num_requests
-        self._longest_s = max(self._max_wait_s, min(took_s, _MAX_WAITS * self._max_wait_s))
+        # However long ``max_wait_ms`` is, an idle layer makes nobody wait longer than a batch of their own would.
+        self._longest_s = min(took_s, _MAX_WAITS * self._max_wait_s)
         self._gap_s = min(self._longest_s, max(self._max_wait_s, _GAP_SHARE * took_s))
         self._missing_until = now + self._gap_s
 

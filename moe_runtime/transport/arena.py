@@ -95,8 +95,8 @@ class Arena:
             slot = self._freed.popleft()
             # It may have been noted twice, or be in use again.
             if slot.is_free and self._lent.pop(id(slot), None) is not None:
-                segment_id, offset, size = slot.place
-                self._segments[segment_id][1].give_back(offset, size)
+                place = slot.place
+                self._segments[place.segment_id][1].give_back(place.offset, place.num_bytes)
 
 
 def whole_pages(num_bytes: int) -> int:

@@ -10,40 +10,49 @@ runtime run on the same architecture.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from moe_runtime.errors import TransportError
-from moe_runtime.service.ports import HostReply, HostRequest, Segment, SegmentResult
+from moe_runtime.service.ports import MAX_REPLICA_ID_CHARACTERS, HostReply, HostRequest, SegmentResult
 from moe_runtime.transport.header_fields import (
     HEADER_VERSION,
-    REPLY_ITEMS,
-    REPLY_TYPES,
-    REQUEST_ITEMS,
-    REQUEST_TYPES,
+    MAX_SEGMENTS,
     Address,
+    HeaderReader,
     Place,
-    check_segment,
+    ReplyHeader,
+    RequestHeader,
     found_memory,
+    no_more_frames,
     pack_header,
     read_dtype,
-    read_place,
-    rows_data,
-    unpack_header,
-    whole_segments,
 )
-from moe_runtime.transport.row_frames import MAX_INLINE_BYTES, decode_rows, dtype_name, encode_inline, encode_rows
+from moe_runtime.transport.row_frames import (
+    MAX_INLINE_BYTES,
+    copy_rows,
+    decode_rows,
+    dtype_name,
+    encode_inline,
+    encode_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from torch import Tensor
 
-MAX_SEGMENTS = 2048
-MAX_REPLICA_ID_CHARACTERS = 255
+    from moe_runtime.service.ports import Segment
+
 MAX_ERROR_CHARACTERS = 1000
 
+_REQUESTS = HeaderReader(RequestHeader, kind="request")
+_REPLIES = HeaderReader(ReplyHeader, kind="reply")
 
-class IncomingRequest(NamedTuple):
+
+class IncomingRequest(msgspec.Struct, frozen=True, gc=False):
     """A request as it was read from frames."""
 
     address: Address
@@ -51,7 +60,7 @@ class IncomingRequest(NamedTuple):
     place: Place | None
 
 
-class IncomingReply(NamedTuple):
+class IncomingReply(msgspec.Struct, frozen=True, gc=False):
     """A reply as it was read from frames."""
 
     address: Address
@@ -60,33 +69,21 @@ class IncomingReply(NamedTuple):
 
 def check_request(request: HostRequest) -> None:
     """Raise ``TransportError`` unless the segments can travel and account for exactly the rows of a request."""
-    segments, rows = request.segments, request.rows
+    segments = request.segments
     if len(segments) > MAX_SEGMENTS:
         raise TransportError(f"request {request.ticket}: {len(segments)} segments, at most {MAX_SEGMENTS} can travel")
-    num_rows = 0
     for segment in segments:
-        num_rows += segment.num_rows
         if len(segment.replica_id) > MAX_REPLICA_ID_CHARACTERS:
             raise TransportError(
                 f"request {request.ticket}: replica id {segment.replica_id:.40}... has "
                 f"{len(segment.replica_id)} characters, at most {MAX_REPLICA_ID_CHARACTERS} can travel"
             )
-    if rows.dim() < 1 or rows.shape[0] != num_rows:
-        raise TransportError(
-            f"request {request.ticket}: segments list {num_rows} rows, rows have shape {tuple(rows.shape)}"
-        )
+    _check_requested_rows(request.ticket, segments, request.rows.shape)
 
 
 def check_reply(reply: HostReply) -> None:
     """Raise ``TransportError`` unless the segments without error account for exactly the rows of a reply."""
-    num_rows = 0
-    for result in reply.results:
-        if result.error is None:
-            num_rows += result.num_rows
-    found = 0 if reply.rows is None else reply.rows.shape[0] if reply.rows.dim() else -1
-    if found != num_rows:
-        shape = None if reply.rows is None else tuple(reply.rows.shape)
-        raise TransportError(f"reply {reply.ticket}: results list {num_rows} good rows, rows have shape {shape}")
+    _check_good_rows(reply.ticket, reply.results, None if reply.rows is None else reply.rows.shape)
 
 
 def encode_request(request: HostRequest, *, address: Address, place: Place | None = None) -> list[Any]:
@@ -101,15 +98,14 @@ def encode_request(request: HostRequest, *, address: Address, place: Place | Non
         TransportError: If the segments do not account for the rows, or the message exceeds a limit.
     """
     check_request(request)
-    items: list[object] = []
-    for segment in request.segments:
-        items += (segment.replica_id, segment.num_rows)
-    rows = request.rows
-    name = dtype_name("request", request.ticket, rows)
+    ticket, rows = request.ticket, request.rows
+    name = dtype_name("request", ticket, rows)
     is_inline = place is None and rows.nbytes <= MAX_INLINE_BYTES
     packed = pack_header(
-        (HEADER_VERSION, "request", request.ticket, *address, items, name, [*rows.shape],
-         encode_inline(rows) if is_inline else place, float(request.timeout_s))
+        RequestHeader(
+            HEADER_VERSION, "request", ticket, address, request.segments, name, rows.shape,
+            encode_inline(rows) if is_inline else place, request.timeout_s,
+        )
     )  # fmt: skip
     return [packed] if is_inline or place is not None else [packed, *encode_rows(rows)]
 
@@ -126,17 +122,14 @@ def encode_reply(reply: HostReply, *, address: Address, is_placed: bool = False)
         TransportError: If the results do not account for the rows, or the message exceeds a limit.
     """
     check_reply(reply)
-    items: list[object] = []
-    for result in reply.results:
-        error = None if result.error is None else result.error[:MAX_ERROR_CHARACTERS]
-        items += (result.replica_id, result.num_rows, error, float(result.compute_ms))
-    rows, name, shape = reply.rows, None, None
-    where: bytes | bool | None = None
-    if rows is not None:
-        name, shape = dtype_name("reply", reply.ticket, rows), [*rows.shape]
-        where = True if is_placed else encode_inline(rows) if rows.nbytes <= MAX_INLINE_BYTES else None
-    packed = pack_header((HEADER_VERSION, "reply", reply.ticket, *address, items, name, shape, where, None))
-    return [packed] if rows is None or where is not None else [packed, *encode_rows(rows)]
+    ticket, rows = reply.ticket, reply.rows
+    results = tuple([each if each.error is None else _with_short_error(each) for each in reply.results])
+    if rows is None:
+        return [pack_header(ReplyHeader(HEADER_VERSION, "reply", ticket, address, results, None, None, None))]
+    name = dtype_name("reply", ticket, rows)
+    where = True if is_placed else encode_inline(rows) if rows.nbytes <= MAX_INLINE_BYTES else None
+    packed = pack_header(ReplyHeader(HEADER_VERSION, "reply", ticket, address, results, name, rows.shape, where))
+    return [packed] if where is not None else [packed, *encode_rows(rows)]
 
 
 def decode_request(
@@ -151,24 +144,21 @@ def decode_request(
     Raises:
         TransportError: If the frames are anything but a well-formed request.
     """
-    header = unpack_header(frames, "request", REQUEST_TYPES)
-    _, _, ticket, sender, receiver, items, name, shape, where, timeout_s = header
-    if not 0.0 <= timeout_s < math.inf:
-        raise TransportError(f"header field timeout_s: expected a finite time of at least 0, found {timeout_s}")
-    segments = []
-    for index in range(0, whole_segments(items, REQUEST_ITEMS), REQUEST_ITEMS):
-        replica_id, num_rows = items[index], items[index + 1]
-        check_segment(replica_id, num_rows)
-        segments.append(Segment(replica_id, num_rows))
-    dtype, place = read_dtype(name, shape), None
-    if type(where) is list:
-        place = read_place(where)
-        (memory,) = found_memory(None if find is None else find(place), place)
-        where = [memory[: math.prod(shape) * dtype.itemsize]]
-    rows = decode_rows(rows_data(where, frames), dtype, shape)
-    request = HostRequest(ticket, tuple(segments), rows, timeout_s)
-    check_request(request)
-    return IncomingRequest(Address(sender, receiver), request, place)
+    header = _REQUESTS.read(frames)
+    ticket, segments, shape, where = header.ticket, header.segments, header.shape, header.rows
+    _check_requested_rows(ticket, segments, shape)
+    dtype, place = read_dtype(header.dtype), None
+    if where is None:
+        rows = decode_rows(frames[1:], dtype, shape)
+    else:
+        no_more_frames(frames)
+        if isinstance(where, Place):
+            place = where
+            memory = found_memory(None if find is None else find(place), place)
+            rows = decode_rows([memory[: math.prod(shape) * dtype.itemsize]], dtype, shape)
+        else:
+            rows = copy_rows(where, dtype, shape)
+    return IncomingRequest(header.address, HostRequest(ticket, segments, rows, header.timeout_s), place)
 
 
 def decode_reply(
@@ -183,24 +173,57 @@ def decode_reply(
     Raises:
         TransportError: If the frames are anything but a well-formed reply.
     """
-    header = unpack_header(frames, "reply", REPLY_TYPES)
-    _, _, ticket, sender, receiver, items, name, shape, where, _ = header
-    results = []
-    for index in range(0, whole_segments(items, REPLY_ITEMS), REPLY_ITEMS):
-        replica_id, num_rows, error, compute_ms = items[index : index + REPLY_ITEMS]
-        check_segment(replica_id, num_rows)
-        if type(compute_ms) is not float or (error is not None and type(error) is not str):
-            raise TransportError(
-                f"result: expected an error in words and milliseconds, found {error!r:.80}, {compute_ms!r:.80}"
-            )
-        results.append(SegmentResult(replica_id, num_rows, error, compute_ms))
+    header = _REPLIES.read(frames)
+    ticket, results, name, shape, where = header.ticket, header.results, header.dtype, header.shape, header.rows
+    _check_good_rows(ticket, results, shape)
     rows: Tensor | None = None
-    if name is not None:
-        dtype = read_dtype(name, shape)
-        if where is True:
-            num_bytes = math.prod(shape) * dtype.itemsize
-            where = found_memory(None if find is None else find(ticket, num_bytes), ticket)
-        rows = decode_rows(rows_data(where, frames), dtype, shape)
-    reply = HostReply(ticket, tuple(results), rows)
-    check_reply(reply)
-    return IncomingReply(Address(sender, receiver), reply)
+    if name is None or shape is None:
+        if name is not None or shape is not None or where is not None:
+            raise TransportError(f"header: the fields dtype, shape and rows do not fit together: {name!r:.40}, {shape}")
+        no_more_frames(frames)
+    elif where is None:
+        rows = decode_rows(frames[1:], read_dtype(name), shape)
+    else:
+        no_more_frames(frames)
+        rows = _given_rows(where, read_dtype(name), shape, ticket=ticket, find=find)
+    return IncomingReply(header.address, HostReply(ticket, results, rows))
+
+
+def _given_rows(
+    where: memoryview | bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *,
+    ticket: int,
+    find: Callable[[int, int], memoryview | None] | None,
+) -> Tensor:
+    if isinstance(where, memoryview):
+        return copy_rows(where, dtype, shape)
+    if not where:
+        raise TransportError("header field rows: expected bytes, true or null, found false")
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return decode_rows([found_memory(None if find is None else find(ticket, num_bytes), ticket)], dtype, shape)
+
+
+def _check_requested_rows(ticket: int, segments: tuple[Segment, ...], shape: tuple[int, ...]) -> None:
+    num_rows = 0
+    for segment in segments:
+        num_rows += segment.num_rows
+    if not shape or shape[0] != num_rows:
+        raise TransportError(f"request {ticket}: segments list {num_rows} rows, rows have shape {tuple(shape)}")
+
+
+def _check_good_rows(ticket: int, results: tuple[SegmentResult, ...], shape: tuple[int, ...] | None) -> None:
+    num_rows = 0
+    for result in results:
+        if result.error is None:
+            num_rows += result.num_rows
+    found = 0 if shape is None else shape[0] if shape else -1
+    if found != num_rows:
+        at = None if shape is None else tuple(shape)
+        raise TransportError(f"reply {ticket}: results list {num_rows} good rows, rows have shape {at}")
+
+
+def _with_short_error(result: SegmentResult) -> SegmentResult:
+    error = None if result.error is None else result.error[:MAX_ERROR_CHARACTERS]
+    return msgspec.structs.replace(result, error=error)

@@ -1,151 +1,165 @@
-"""The header of a data plane's message: which items it has, packing them, and reading those of a stranger."""
+"""The header of a data plane's message: which items it has, writing them, and reading those of a stranger.
+
+A header is a msgpack array. One call of msgspec reads it into the values that the service works with, and checks
+every type and range on the way.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, Literal, TypeVar
 
-import msgpack
+import msgspec
 
 from moe_runtime.errors import TransportError
+from moe_runtime.service.ports import NaturalNumber, Segment, SegmentResult
 from moe_runtime.transport.row_frames import DTYPES, MAX_DIMENSIONS, check_size
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
-HEADER_VERSION = 2
+HEADER_VERSION: Final = 3
+MAX_SEGMENTS = 2048
 #: Enough for the reply to any request: the longest ids and errors for the largest number of segments.
 MAX_HEADER_BYTES = 16 << 20
 
-#: What the header's items are, in order. ``rows`` is None where they are frames of their own; their bytes; in a
-#: request their place in shared memory; in a reply True where they lie in the request's place. ``timeout_s`` is the
-#: request's alone.
-FIELDS = ("version", "kind", "ticket", "from", "to", "segments", "dtype", "shape", "rows", "timeout_s")
-#: Items that one segment takes in ``segments``: replica id and rows; in a reply also error and milliseconds.
-REQUEST_ITEMS, REPLY_ITEMS = 2, 4
-
-_NONE = type(None)
-_START = (int, str, int, int, int, list)
-#: Types of the items, for each way in which rows may travel, or in a reply be missing.
-REQUEST_TYPES: frozenset[tuple[object, ...]] = frozenset(
-    (*_START, str, list, rows, float) for rows in (bytes, list, _NONE)
-)
-REPLY_TYPES: frozenset[tuple[object, ...]] = frozenset(
-    [*((*_START, str, list, rows, _NONE) for rows in (bytes, bool, _NONE)), (*_START, _NONE, _NONE, _NONE, _NONE)]
-)
-
-# One for all, since each brings a buffer of 256 KiB. Packing what has no hooks is one step under the interpreter's
-# lock, so that threads may share it.
-_PACKER = msgpack.Packer()
+_Shape = Annotated[tuple[NaturalNumber, ...], msgspec.Meta(min_length=1, max_length=MAX_DIMENSIONS)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e300)]
 
 
-class Address(NamedTuple):
+class Address(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """Which process a message comes from, and which it is meant for, as incarnations."""
 
-    sender: int
-    receiver: int
+    sender: NaturalNumber
+    receiver: NaturalNumber
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """Where in shared memory the rows of a request lie, and how much room is there for those of its reply."""
 
-    segment_id: int
-    offset: int
-    num_bytes: int
+    segment_id: NaturalNumber
+    offset: NaturalNumber
+    num_bytes: NaturalNumber
 
 
-def pack_header(header: Sequence[object]) -> bytes:
+class RequestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A request's header.
+
+    Attributes:
+        version: Of the format.
+        kind: Tells it from a reply's.
+        ticket: The request's.
+        address: From whom to whom.
+        segments: The request's.
+        dtype: Name of the rows' dtype.
+        shape: Of the rows.
+        rows: Their bytes; their place in shared memory; None where they are frames of their own.
+        timeout_s: The request's.
+    """
+
+    version: Literal[3]
+    kind: Literal["request"]
+    ticket: NaturalNumber
+    address: Address
+    segments: Annotated[tuple[Segment, ...], msgspec.Meta(max_length=MAX_SEGMENTS)]
+    dtype: str
+    shape: _Shape
+    rows: memoryview | Place | None
+    timeout_s: _Seconds
+
+
+class ReplyHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A reply's header; where the reply has no rows, ``dtype``, ``shape`` and ``rows`` are None.
+
+    Attributes:
+        version: Of the format.
+        kind: Tells it from a request's.
+        ticket: The request's.
+        address: From whom to whom.
+        results: The reply's.
+        dtype: Name of the rows' dtype.
+        shape: Of the rows.
+        rows: Their bytes; True where they lie in the request's place; None where they are frames of their own.
+    """
+
+    version: Literal[3]
+    kind: Literal["reply"]
+    ticket: NaturalNumber
+    address: Address
+    results: Annotated[tuple[SegmentResult, ...], msgspec.Meta(max_length=MAX_SEGMENTS)]
+    dtype: str | None
+    shape: _Shape | None
+    rows: memoryview | bool | None
+
+
+HeaderT = TypeVar("HeaderT", RequestHeader, ReplyHeader)
+# Its buffer holds few rows; it grows for long headers, and is let go again.
+_ENCODER = msgspec.msgpack.Encoder()
+#: Where in a header msgspec found a mistake, at the end of its message.
+_AT_ITEM = re.compile(r" - at `\$\[(\d+)\]")
+
+
+class HeaderReader(Generic[HeaderT]):
+    """Reads the headers of one kind of message."""
+
+    def __init__(self, header_type: type[HeaderT], *, kind: str) -> None:
+        self._fields = header_type.__struct_fields__
+        self._kind = kind
+        self._decode: Callable[[bytes | memoryview], HeaderT] = msgspec.msgpack.Decoder(header_type).decode
+
+    def read(self, frames: Sequence[bytes | memoryview]) -> HeaderT:
+        """The header that comes first among some frames; bytes in it share the memory of its frame.
+
+        Raises:
+            TransportError: If the first frame is not the header of a message of this kind.
+        """
+        if not frames:
+            raise TransportError("expected a header frame, found none")
+        frame = frames[0]
+        if len(frame) > MAX_HEADER_BYTES:
+            check_size("header", len(frame), MAX_HEADER_BYTES)
+        try:
+            return self._decode(frame)
+        except msgspec.ValidationError as exc:
+            raise TransportError(self._explain(str(exc))) from exc
+        except (ValueError, RecursionError) as exc:
+            raise TransportError(f"header is not msgpack: {exc}") from exc
+
+    def _explain(self, mistake: str) -> str:
+        at_item = _AT_ITEM.search(mistake)
+        field = None if at_item is None else self._fields[int(at_item[1])]
+        if field is None or field in {"version", "kind"}:
+            return f"header: expected {self._kind} of version {HEADER_VERSION}: {mistake}"
+        return f"header field {field}: {mistake}"
+
+
+def pack_header(header: RequestHeader | ReplyHeader) -> bytes:
     """The header frame.
 
     Raises:
         TransportError: If it is too large to travel.
     """
-    packed: bytes = _PACKER.pack(header)
+    packed = _ENCODER.encode(header)
     if len(packed) > MAX_HEADER_BYTES:
-        check_size(f"header of {header[1]} {header[2]}", len(packed), MAX_HEADER_BYTES)
+        check_size(f"header of {header.kind} {header.ticket}", len(packed), MAX_HEADER_BYTES)
     return packed
 
 
-def unpack_header(frames: Sequence[memoryview], kind: str, types: Collection[tuple[object, ...]]) -> list[Any]:
-    """The header's items, each of a type that the kind of message allows.
+def read_dtype(name: str) -> torch.dtype:
+    """The dtype of a name.
 
     Raises:
-        TransportError: If the first frame is not the header of a message of that kind.
-    """
-    if not frames:
-        raise TransportError("expected a header frame, found none")
-    check_size("header", frames[0].nbytes, MAX_HEADER_BYTES)
-    try:
-        header = msgpack.unpackb(frames[0], raw=False, strict_map_key=True)
-    except (ValueError, RecursionError, msgpack.UnpackException) as exc:
-        raise TransportError(f"header is not msgpack: {exc}") from exc
-    if type(header) is not list or len(header) != len(FIELDS):
-        raise TransportError(f"header: expected an array of {len(FIELDS)} items, found {header!r:.80}")
-    if header[0] != HEADER_VERSION or header[1] != kind:
-        found = f"{header[1]!r:.40} of {header[0]!r:.40}"
-        raise TransportError(f"header: expected {kind} of version {HEADER_VERSION}, found {found}")
-    # One comparison where all is well, which is nearly always; only otherwise is it worth asking what is wrong.
-    if tuple(map(type, header)) not in types:
-        raise _misfit(header, types)
-    if header[2] < 0 or header[3] < 0 or header[4] < 0:
-        raise TransportError(f"header fields ticket, from, to: expected at least 0, found {header[2:5]}")
-    return header
-
-
-def _misfit(header: list[Any], types: Collection[tuple[object, ...]]) -> TransportError:
-    for index, (field, item) in enumerate(zip(FIELDS, header, strict=True)):
-        expected = {each[index] for each in types}
-        if type(item) not in expected:
-            names = " or ".join(sorted(str(getattr(each, "__name__", each)) for each in expected))
-            return TransportError(f"header field {field}: expected {names}, found {item!r:.80}")
-    return TransportError(f"header: the fields dtype, shape and rows do not fit together: {header[6:9]!r:.80}")
-
-
-def whole_segments(items: list[Any], num_items: int) -> int:
-    """How many items there are, which is a whole number of segments' worth.
-
-    Raises:
-        TransportError: If it is not.
-    """
-    if len(items) % num_items:
-        raise TransportError(f"header field segments: expected {num_items} items each, found {items!r:.80}")
-    return len(items)
-
-
-def check_segment(replica_id: object, num_rows: object) -> None:
-    """Raise ``TransportError`` unless these are a replica's id and a number of rows."""
-    if type(replica_id) is not str or type(num_rows) is not int or num_rows < 0:
-        found = f"{replica_id!r:.80}, {num_rows!r:.40}"
-        raise TransportError(f"header field segments: expected a replica id and a number of rows, found {found}")
-
-
-def read_dtype(name: str, shape: list[Any]) -> torch.dtype:
-    """The dtype of a name, after a look at the shape that comes with it.
-
-    Raises:
-        TransportError: If there is no such dtype, or the shape has other things than sizes.
+        TransportError: If there is no such dtype.
     """
     dtype = DTYPES.get(name)
     if dtype is None:
         raise TransportError(f"header field dtype: expected one of {[*DTYPES]}, found {name!r:.40}")
-    if not 1 <= len(shape) <= MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
-        raise TransportError(f"header field shape: expected 1 to {MAX_DIMENSIONS} sizes, found {shape!r:.80}")
     return dtype
 
 
-def read_place(found: list[Any]) -> Place:
-    """The place in shared memory that a request names.
-
-    Raises:
-        TransportError: If it is none.
-    """
-    if len(found) != 3 or any(type(number) is not int or number < 0 for number in found):
-        raise TransportError(f"header field rows: expected bytes or a place in shared memory, found {found!r:.80}")
-    return Place(*found)
-
-
-def found_memory(memory: memoryview | None, where: object) -> list[memoryview]:
+def found_memory(memory: memoryview | None, where: object) -> memoryview:
     """Shared memory as the bytes of rows.
 
     Raises:
@@ -153,17 +167,10 @@ def found_memory(memory: memoryview | None, where: object) -> list[memoryview]:
     """
     if memory is None:
         raise TransportError(f"header field rows: no such shared memory here: {where}")
-    return [memory]
+    return memory
 
 
-def rows_data(where: Any, frames: Sequence[memoryview]) -> Sequence[bytes | memoryview]:
-    """The bytes of the rows: those of the frames after the header, unless the header gives them.
-
-    Raises:
-        TransportError: If both do.
-    """
-    if where is None:
-        return frames[1:]
-    if len(frames) > 1 or where is False:
+def no_more_frames(frames: Sequence[Any]) -> None:
+    """Raise ``TransportError`` if there are frames after the header, which gives the rows already."""
+    if len(frames) > 1:
         raise TransportError("header field rows: expected no frames of rows beside the rows that it gives")
-    return [where] if type(where) is bytes else where

@@ -11,11 +11,12 @@ import zmq
 
 from moe_runtime.errors import TransportError
 from moe_runtime.transport.curve import secure_connection
+from moe_runtime.transport.header_fields import Address
 from moe_runtime.transport.link_monitor import LinkMonitor
 from moe_runtime.transport.near_channel import NearChannel
 from moe_runtime.transport.row_frames import MAX_INLINE_BYTES
 from moe_runtime.transport.tickets import OutstandingTickets
-from moe_runtime.transport.zmq_socket import connect_once, open_socket, send_now
+from moe_runtime.transport.zmq_socket import connect_once, open_socket, send_now, sender_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,7 @@ class HostLink:
         endpoint: Endpoint,
         context: zmq.Context[zmq.Socket[bytes]],
         *,
+        incarnation: int,
         node: str,
         keys: KeyPair | None,
         limits: LinkLimits,
@@ -57,6 +59,7 @@ class HostLink:
         Args:
             endpoint: The host's.
             context: Where the socket lives.
+            incarnation: The router's.
             node: The router's node; an endpoint there is reached at its local address.
             keys: The router's, where connections to other nodes are encrypted.
             limits: What the connection may take.
@@ -65,6 +68,9 @@ class HostLink:
             TransportError: If the endpoint has no address for this node, or its keys are not as expected.
         """
         self.endpoint = endpoint
+        #: Of requests to the host, and of its replies.
+        self.to_host = Address(incarnation, endpoint.incarnation)
+        self.from_host = Address(endpoint.incarnation, incarnation)
         self.outstanding = OutstandingTickets()
         self.channel: NearChannel | None = None
         self._limits = limits
@@ -74,6 +80,7 @@ class HostLink:
         is_near = endpoint.node == node and endpoint.local is not None
         self.address = _address_of(endpoint, node=node, is_near=is_near)
         self.socket = open_socket(context, zmq.DEALER, max_queued=limits.max_queued_messages)
+        self._send = sender_of(self.socket)
         self.monitor = LinkMonitor(self.socket)
         try:
             if not is_near:
@@ -114,6 +121,8 @@ class HostLink:
         Raises:
             TransportError: If they were allocated here and have been sent before.
         """
+        if rows.nbytes <= MAX_INLINE_BYTES:
+            return None
         slot = self._allocated.get(rows.data_ptr())
         if slot is not None and slot.is_away:
             raise TransportError("rows that were allocated for one request have been sent before")
@@ -131,7 +140,7 @@ class HostLink:
     def try_send(self, frames: list[Any], *, ticket: int, num_bytes: int, slot: Slot | None) -> bool:
         """Queue a request without waiting; False if the queue is full."""
         try:
-            send_now(self.socket, frames)
+            send_now(self._send, frames)
         except zmq.Again:
             return False
         self.outstanding.add(ticket, num_bytes)

@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import msgspec
 import torch
 
 from moe_runtime.errors import TransportError
@@ -272,7 +273,7 @@ class InProcessHostTransport:
         check_reply(reply)
         if reply.rows is not None and reply.rows.is_inference():
             # Autograd refuses tensors that were made in inference mode; those from a socket are ordinary.
-            reply = dataclasses.replace(reply, rows=reply.rows.clone())
+            reply = msgspec.structs.replace(reply, rows=reply.rows.clone())
         router = self._network.router_of(int.from_bytes(delivery.sender, "big"))
         if router is not None and router.inbox.put(_Reply(self._endpoint, reply)):
             self._counters.num_sent += 1

@@ -6,6 +6,7 @@ import ctypes
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from moe_runtime.errors import TransportError
@@ -35,6 +36,8 @@ DTYPES = {
     "bool": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# numpy has no bfloat16.
+_NUMPY_DTYPES = {dtype: np.dtype("int16" if name == "bfloat16" else name) for name, dtype in DTYPES.items()}
 
 
 def check_size(what: str, num_bytes: int, max_bytes: int) -> None:
@@ -72,40 +75,52 @@ def encode_rows(rows: Tensor) -> list[Any]:
     return [flat[start : start + MAX_FRAME_BYTES] for start in range(0, flat.nbytes, MAX_FRAME_BYTES)]
 
 
-def encode_inline(rows: Tensor) -> bytes:
+def encode_inline(rows: Tensor) -> memoryview:
     """A copy of the bytes of some rows."""
     rows = rows_on_cpu(rows)
     # Through numpy it takes several times as long, and numpy has no bfloat16.
-    return ctypes.string_at(rows.data_ptr(), rows.nbytes)
+    return memoryview(ctypes.string_at(rows.data_ptr(), rows.nbytes))
 
 
-def decode_rows(frames: Sequence[bytes | memoryview], dtype: torch.dtype, shape: list[int]) -> Tensor:
+def copy_rows(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Rows of a shape in memory of their own, from few bytes.
+
+    Raises:
+        TransportError: If there are more or fewer bytes than the rows take.
+    """
+    _check_length(data.nbytes, dtype, shape)
+    if not data.nbytes:
+        return _empty_rows(shape, dtype)
+    # Few bytes: what takes time is the number of calls into torch.
+    rows = torch.from_numpy(np.ndarray(shape, _NUMPY_DTYPES[dtype], bytearray(data)))
+    return rows.view(dtype) if dtype == torch.bfloat16 else rows
+
+
+def decode_rows(frames: Sequence[memoryview], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Rows of a shape from frames; they share the memory of one that is alone, writable and aligned.
 
     Raises:
         TransportError: If the frames have another length than the rows.
     """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    num_found = len(frames[0]) if len(frames) == 1 else sum(map(len, frames))
-    if num_found != num_bytes:
-        raise TransportError(f"rows: {dtype} of shape {shape} are {num_bytes} bytes, the frames have {num_found}")
+    num_bytes = sum(map(len, frames))
+    _check_length(num_bytes, dtype, shape)
     if num_bytes == 0:
         return _empty_rows(shape, dtype)
     if len(frames) > 1:
         return _joined(frames, num_bytes).view(dtype).view(shape)
-    frame = frames[0]
-    if isinstance(frame, bytes):
-        # Few bytes: what takes time is the number of calls into torch.
-        rows = torch.empty(shape, dtype=dtype)
-        ctypes.memmove(rows.data_ptr(), frame, num_bytes)
-        return rows
-    flat = torch.frombuffer(frame, dtype=torch.uint8)
+    flat = torch.frombuffer(frames[0], dtype=torch.uint8)
     if flat.data_ptr() % dtype.itemsize:
         flat = flat.clone()
     return flat.view(dtype).view(shape)
 
 
-def _joined(frames: Sequence[bytes | memoryview], num_bytes: int) -> Tensor:
+def _check_length(num_found: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_found != num_bytes:
+        raise TransportError(f"rows: {dtype} of shape {list(shape)} are {num_bytes} bytes, the frames have {num_found}")
+
+
+def _joined(frames: Sequence[memoryview], num_bytes: int) -> Tensor:
     joined = torch.empty(num_bytes, dtype=torch.uint8)
     start = 0
     for frame in frames:
@@ -115,11 +130,11 @@ def _joined(frames: Sequence[bytes | memoryview], num_bytes: int) -> Tensor:
     return joined
 
 
-def _empty_rows(shape: list[int], dtype: torch.dtype) -> Tensor:
+def _empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # With a size of 0 the others are bounded by nothing above, and torch refuses to multiply huge ones.
     if any(size > MAX_ROWS_BYTES for size in shape):
-        raise TransportError(f"header field shape: expected sizes of at most {MAX_ROWS_BYTES}, found {shape}")
+        raise TransportError(f"header field shape: expected sizes of at most {MAX_ROWS_BYTES}, found {[*shape]}")
     try:
         return torch.empty(shape, dtype=dtype)
     except RuntimeError as exc:
-        raise TransportError(f"header field shape: torch refuses {shape}: {exc}") from exc
+        raise TransportError(f"header field shape: torch refuses {[*shape]}: {exc}") from exc

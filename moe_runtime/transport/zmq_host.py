@@ -20,11 +20,15 @@ from moe_runtime.transport.near_door import NearDoor, ReplySlot
 from moe_runtime.transport.waker import Waker
 from moe_runtime.transport.zmq_socket import (
     DEFAULT_MAX_QUEUED_MESSAGES,
+    DONTWAIT,
+    MAX_MESSAGES_PER_CALL,
+    READABLE,
     bind,
     bind_tcp,
     open_socket,
-    receive_waiting,
+    receive_one,
     send_now,
+    sender_of,
     wait_for_any,
 )
 
@@ -86,14 +90,14 @@ class ZmqHostTransport:
         # Without it an answer to a router that is gone would vanish uncounted.
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._endpoint = self._listen(node, ip, port_range=port_range, encryption=encryption)
+        self._send = sender_of(self._socket)
         self._on_ready: dict[Any, Callable[[], None]] = {
             self._waker.fileno(): self._waker.drain,
             self._doorkeeper.socket: self._answer_the_door,
             self._near_door.fileno(): self._near_door.serve_waiting,
         }
-        self._poller = zmq.Poller()
-        for readable in (self._socket, *self._on_ready):
-            self._poller.register(readable, zmq.POLLIN)
+        self._only_socket = [(self._socket, READABLE)]
+        self._items = [(readable, READABLE) for readable in (self._socket, *self._on_ready)]
 
     @property
     def endpoint(self) -> Endpoint:
@@ -122,15 +126,12 @@ class ZmqHostTransport:
         """
         if self._closed:
             return []
-        deliveries = []
-        for ready in wait_for_any(self._poller, timeout_s):
-            if ready is not self._socket:
+        deliveries: list[Delivery] = []
+        for ready, _ in wait_for_any(self._items, timeout_s):
+            if ready is self._socket:
+                self._accept_waiting(deliveries)
+            else:
                 self._on_ready[ready]()
-                continue
-            for frames in receive_waiting(self._socket):
-                delivery = self._accept(frames)
-                if delivery is not None:
-                    deliveries.append(delivery)
         return deliveries
 
     def reply(self, delivery: Delivery, reply: HostReply) -> None:
@@ -142,15 +143,15 @@ class ZmqHostTransport:
         if self._closed:
             self._counters.num_discarded += 1
             return
-        router, route = delivery.sender[:_INCARNATION_BYTES], delivery.sender[_INCARNATION_BYTES:]
+        sender = delivery.sender
         is_placed = False
         if isinstance(delivery.lease, ReplySlot) and reply.rows is not None:
             check_reply(reply)
             is_placed = delivery.lease.fill(reply.rows)
-        address = Address(self.incarnation, int.from_bytes(router, "big"))
+        address = Address(self.incarnation, int.from_bytes(sender[:_INCARNATION_BYTES], "big"))
         frames = encode_reply(reply, address=address, is_placed=is_placed)
         try:
-            send_now(self._socket, [route, *frames])
+            send_now(self._send, [sender[_INCARNATION_BYTES:], *frames])
         except zmq.ZMQError:
             # EHOSTUNREACH: the router is gone. EAGAIN: it does not drain its queue, and no one may wait for it.
             self._counters.num_discarded += 1
@@ -196,16 +197,32 @@ class ZmqHostTransport:
     def _answer_the_door(self) -> None:
         self._counters.num_strangers += self._doorkeeper.answer_waiting()
 
-    def _accept(self, frames: list[memoryview]) -> Delivery | None:
+    def _accept_waiting(self, deliveries: list[Delivery]) -> None:
+        socket = self._socket
+        for _ in range(MAX_MESSAGES_PER_CALL):
+            try:
+                route = socket.recv(DONTWAIT)
+            except zmq.Again:
+                return
+            # It never comes alone.
+            frames = receive_one(socket)
+            delivery = None if frames is None else self._accept(route, frames)
+            if delivery is not None:
+                deliveries.append(delivery)
+            if not wait_for_any(self._only_socket, 0.0):
+                return
+
+    def _accept(self, route: bytes, frames: list[memoryview]) -> Delivery | None:
         try:
-            incoming = decode_request(frames[1:], find=self._near_door.find)
+            incoming = decode_request(frames, find=self._near_door.find)
         except TransportError:
             self._counters.num_malformed += 1
             return None
-        if incoming.address.receiver != self.incarnation:
+        address, place = incoming.address, incoming.place
+        if address.receiver != self.incarnation:
             self._counters.num_refused += 1
             return None
         self._counters.num_received += 1
-        sender = incoming.address.sender.to_bytes(_INCARNATION_BYTES, "big") + bytes(frames[0])
-        memory = None if incoming.place is None else self._near_door.find(incoming.place)
+        sender = address.sender.to_bytes(_INCARNATION_BYTES, "big") + route
+        memory = None if place is None else self._near_door.find(place)
         return Delivery(sender, incoming.request, None if memory is None else ReplySlot(memory))

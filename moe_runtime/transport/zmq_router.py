@@ -15,11 +15,16 @@ from moe_runtime.service.ports import HostLost
 from moe_runtime.transport.counters import TransportCounters
 from moe_runtime.transport.curve import make_key_pair
 from moe_runtime.transport.header import decode_reply, encode_request
-from moe_runtime.transport.header_fields import Address
 from moe_runtime.transport.host_link import HostLink, LinkLimits
 from moe_runtime.transport.incarnation import mint_incarnation
 from moe_runtime.transport.waker import Waker
-from moe_runtime.transport.zmq_socket import DEFAULT_MAX_QUEUED_MESSAGES, receive_waiting, wait_for_any
+from moe_runtime.transport.zmq_socket import (
+    DEFAULT_MAX_QUEUED_MESSAGES,
+    READABLE,
+    receive_one,
+    receive_waiting,
+    wait_for_any,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -75,19 +80,20 @@ class ZmqTransport:
         self._limits = LinkLimits(max_queued_messages, max_outstanding_bytes, max_shared_bytes)
         self._counters = TransportCounters()
         self._links: dict[Endpoint, HostLink] = {}
-        self._on_ready: dict[Any, Callable[[], None]] = {}
+        self._link_of: dict[Any, HostLink] = {}
         # What the next poll returns, and the losses among it.
         self._arrived: list[HostReply | HostLost] = []
         self._losses: dict[Endpoint, str] = {}
         self._waker = Waker()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
-        self._poller = zmq.Poller()
         # What seldom happens waits behind one descriptor, so that each poll asks the data sockets and little else.
         self._rare = select.epoll()
         self._on_rare: dict[int, Callable[[], None]] = {}
-        self._watch(self._rare.fileno(), self._take_rare)
-        self._watch(self._waker.fileno(), self._take_wake)
+        self._items: list[tuple[Any, int]] = []
+        self._has_near = False
+        self._watch_rarely(self._waker.fileno(), self._take_wake)
+        self._note_links()
         self._woken = False
         self._freezes_checked_at = 0.0
         self._closed = False
@@ -117,7 +123,7 @@ class ZmqTransport:
         """
         if self._closed:
             raise TransportError(f"request {request.ticket}: the transport is closed")
-        if endpoint in self._losses:
+        if self._losses and endpoint in self._losses:
             raise TransportError(f"request {request.ticket}: its host is lost: {self._losses[endpoint]}")
         link = self._links.get(endpoint) or self._connect(endpoint)
         num_bytes = request.rows.nbytes
@@ -125,8 +131,7 @@ class ZmqTransport:
             self._refuse(link, request)
         slot = link.place(request.rows)
         try:
-            address = Address(self.incarnation, endpoint.incarnation)
-            frames = encode_request(request, address=address, place=None if slot is None else slot.place)
+            frames = encode_request(request, address=link.to_host, place=None if slot is None else slot.place)
             if not link.try_send(frames, ticket=request.ticket, num_bytes=num_bytes, slot=slot):
                 self._refuse(link, request)
         except TransportError:
@@ -134,8 +139,10 @@ class ZmqTransport:
                 slot.come_back()
             raise
         self._counters.num_sent += 1
-        self._counters.num_shared += slot is not None
-        self._counters.num_unshared += slot is None and link.wants_to_share(num_bytes)
+        if slot is not None:
+            self._counters.num_shared += 1
+        elif link.wants_to_share(num_bytes):
+            self._counters.num_unshared += 1
 
     def poll(self, timeout_s: float) -> list[HostReply | HostLost]:
         """Replies that have arrived, and hosts that were lost; waits up to ``timeout_s`` for the first.
@@ -146,13 +153,14 @@ class ZmqTransport:
             return []
         give_up_at = time.monotonic() + timeout_s
         while True:
-            self._look_for_frozen_hosts()
-            remaining_s = 0.0 if self._arrived else give_up_at - time.monotonic()
-            ready = wait_for_any(self._poller, min(remaining_s, _FREEZE_CHECK_S) if self._has_near else remaining_s)
-            for each in ready:
-                # Not there any more if its link was closed by another event of this round.
-                if each in self._on_ready:
-                    self._on_ready[each]()
+            now = time.monotonic()
+            if now - self._freezes_checked_at >= _FREEZE_CHECK_S:
+                self._look_for_frozen_hosts(now)
+            remaining_s = 0.0 if self._arrived else give_up_at - now
+            if self._has_near and remaining_s > _FREEZE_CHECK_S:
+                remaining_s = _FREEZE_CHECK_S
+            for ready, _ in wait_for_any(self._items, remaining_s):
+                self._take(ready)
             if self._woken or self._arrived or time.monotonic() >= give_up_at:
                 break
         self._woken = False
@@ -181,10 +189,6 @@ class ZmqTransport:
         self._rare.close()
         self._context.term()
 
-    @property
-    def _has_near(self) -> bool:
-        return any(link.channel is not None for link in self._links.values())
-
     def _refuse(self, link: HostLink, request: HostRequest) -> NoReturn:
         self._look_for_loss(link)
         reason = self._losses.get(link.endpoint)
@@ -194,9 +198,16 @@ class ZmqTransport:
         raise TransportError(f"request {request.ticket}: the queue to {link.address} is full")
 
     def _connect(self, endpoint: Endpoint) -> HostLink:
-        link = HostLink(endpoint, self._context, node=self._node, keys=self._keys, limits=self._limits)
+        link = HostLink(
+            endpoint,
+            self._context,
+            incarnation=self.incarnation,
+            node=self._node,
+            keys=self._keys,
+            limits=self._limits,
+        )
         self._links[endpoint] = link
-        self._watch(link.socket, lambda: self._collect(link))
+        self._note_links()
         self._watch_rarely(link.monitor.fileno(), lambda: self._look_for_loss(link))
         if link.channel is not None:
             self._watch_rarely(link.channel.fileno(), lambda: self._read_channel(link))
@@ -204,17 +215,29 @@ class ZmqTransport:
 
     def _disconnect(self, link: HostLink) -> None:
         del self._links[link.endpoint]
-        del self._on_ready[link.socket]
-        self._poller.unregister(link.socket)
+        self._note_links()
         self._unwatch_rare(link.monitor.fileno())
         if link.channel is not None:
             self._unwatch_rare(link.channel.fileno())
         link.close()
 
-    def _watch(self, readable: Any, on_ready: Callable[[], None]) -> None:
-        self._on_ready[readable] = on_ready
-        # The default would also wait for room to write, which there always is.
-        self._poller.register(readable, zmq.POLLIN)
+    def _note_links(self) -> None:
+        """Prepare what each poll looks at, after a change of the links."""
+        links = self._links.values()
+        self._link_of = {link.socket: link for link in links}
+        self._items = [(readable, READABLE) for readable in (self._rare.fileno(), *self._link_of)]
+        self._has_near = any(link.channel is not None for link in links)
+
+    def _take(self, ready: Any) -> None:
+        # Not there any more if its link was closed by another event of this round.
+        link = self._link_of.get(ready)
+        if link is not None:
+            # One message; most often there are no more, and what there is is seen by the next poll.
+            frames = receive_one(link.socket)
+            if frames is not None:
+                self._accept(link, frames)
+        elif ready == self._items[0][0]:
+            self._take_rare()
 
     def _watch_rarely(self, descriptor: int, on_ready: Callable[[], None]) -> None:
         self._on_rare[descriptor] = on_ready
@@ -238,10 +261,7 @@ class ZmqTransport:
         if link.channel is not None and not link.channel.read():
             self._unwatch_rare(link.channel.fileno())
 
-    def _look_for_frozen_hosts(self) -> None:
-        now = time.monotonic()
-        if now - self._freezes_checked_at < _FREEZE_CHECK_S:
-            return
+    def _look_for_frozen_hosts(self, now: float) -> None:
         self._freezes_checked_at = now
         for link in [*self._links.values()]:
             if link.is_frozen():
@@ -254,15 +274,12 @@ class ZmqTransport:
 
     def _lose(self, link: HostLink, reason: str) -> None:
         """Close a link, after taking the replies that came before."""
-        self._collect(link)
+        for frames in receive_waiting(link.socket):
+            self._accept(link, frames)
         self._disconnect(link)
         self._losses[link.endpoint] = reason
         self._arrived.append(HostLost(link.endpoint, reason))
         self._counters.num_lost += 1
-
-    def _collect(self, link: HostLink) -> None:
-        for frames in receive_waiting(link.socket):
-            self._accept(link, frames)
 
     def _accept(self, link: HostLink, frames: list[memoryview]) -> None:
         try:
@@ -270,7 +287,7 @@ class ZmqTransport:
         except TransportError:
             self._counters.num_malformed += 1
             return
-        if incoming.address != Address(link.endpoint.incarnation, self.incarnation):
+        if incoming.address != link.from_host:
             self._counters.num_refused += 1
         elif not link.take(incoming.reply.ticket):
             self._counters.num_unexpected += 1

@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import pytest
 import ray
 
+from moe_runtime.config.state_folder import STATE_FOLDER_VARIABLE
 from moe_runtime.launch.runtime import Runtime, serve
 from moe_runtime.ray_backend.names import NAMESPACE, belongs_to
 
@@ -99,11 +100,27 @@ def plug_in_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(plug_in_folder: Path) -> Iterator[str]:
+def wheel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where pip, run on the nodes, finds what it is to install."""
+    return tmp_path_factory.mktemp("wheels")
+
+
+@pytest.fixture(scope="session")
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where bundles and fetched weights are kept, instead of the home of whoever runs the tests."""
+    return tmp_path_factory.mktemp("state") / "moe"
+
+
+@pytest.fixture(scope="session")
+def cluster(plug_in_folder: Path, state_folder: Path, wheel_folder: Path) -> Iterator[str]:
     """The address of the session's cluster: 4 CPUs, no GPU, 2 of the custom resource ``fast``."""
     sys.path.insert(0, str(plug_in_folder))
     with pytest.MonkeyPatch.context() as patch:
         paths = [str(plug_in_folder), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        patch.setenv(STATE_FOLDER_VARIABLE, str(state_folder))
+        # What pip installs on the nodes comes from the tests, and goes where the nodes look for plug-ins.
+        for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(wheel_folder)), ("TARGET", str(plug_in_folder))):
+            patch.setenv(f"PIP_{name}", value)
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
         context = ray.init(
             address="local",

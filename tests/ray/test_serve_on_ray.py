@@ -42,8 +42,8 @@ def test_every_expert_has_an_actor_process_of_its_own(runtime, actor_names):
     assert os.getpid() not in pids
     assert actor_names("shared") == [
         "shared/controller",
-        "shared/expert/l/feed_forward-0",
-        "shared/expert/l/feed_forward-1",
+        "shared/expert/l/feed_forward-0/0",
+        "shared/expert/l/feed_forward-1/0",
         "shared/router/0",
     ]
     assert [e["replicas"][0]["state"] for e in description["layers"]["l"]["experts"]] == ["ready", "ready"]
@@ -67,7 +67,7 @@ def test_a_port_that_is_taken_is_told_before_any_expert_starts(runtime, make_con
 def test_an_expert_that_raises_in_its_actor_fails_the_start_with_its_text(make_config, actor_names):
     experts = [{"kind": "picky", "options": {"allowed_pid": os.getpid()}}]
     config = make_config("raises", experts=experts, policy={"kind": "switch"})
-    with pytest.raises(StartError, match=r"expert host l/picky-0 on node .*the licence server is gone"):
+    with pytest.raises(StartError, match=r"expert host l/picky-0/0 on node .*the licence server is gone"):
         serve(config)
     assert actor_names("raises") == []
 

@@ -93,7 +93,9 @@ def test_a_misspelt_key_is_answered_with_the_nearest_one() -> None:
 
 
 def test_an_unknown_key_without_a_neighbour_is_answered_with_all_known_ones() -> None:
-    assert mistakes(runtime(data_plane={"zzz": 1})) == ["data_plane.zzz: unknown key; known are port_range, encryption"]
+    assert mistakes(runtime(data_plane={"zzz": 1})) == [
+        "data_plane.zzz: unknown key; known are port_range, encryption, network"
+    ]
 
 
 def test_a_key_of_one_kind_of_policy_is_known_by_that_kind_alone() -> None:

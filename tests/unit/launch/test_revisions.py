@@ -9,6 +9,7 @@ from moe_runtime.config.load import load_config
 from moe_runtime.experts.weights import save_weights
 from moe_runtime.launch.build import build_router
 from moe_runtime.launch.plans import plan_runtime
+from moe_runtime.launch.weights_recipe import WeightsRecipe
 from moe_runtime.ray_backend.cluster import Cluster
 
 HERE = Cluster("", node_id="n1", num_gpus=0.0, embedded=False, connected_here=False)
@@ -22,7 +23,14 @@ def plan_of(*experts, layer=None, router=None, listed=None, **changes):
     layers = {"l": {"item_shape": [4], "experts": experts or [expert("a"), expert("b")], **(layer or {})}}
     config = {"device": "cpu", "layers": layers, "router": {"address": "127.0.0.1:0", **(router or {})}, **changes}
     loaded = load_config(config)
-    return plan_runtime(loaded.config, build_router(loaded), cluster=HERE, detach=True, listed=listed)
+    weights = WeightsRecipe("default", listed=listed or {})
+    return plan_runtime(loaded.config, build_router(loaded), cluster=HERE, detach=True, weights=weights)
+        loaded.config,
+        build_router(loaded),
+        cluster=HERE,
+        detach=True,
+        weights=WeightsRecipe("default", listed=listed or {}),
+    )
 
 
 def revisions(plan):

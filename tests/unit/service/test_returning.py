@@ -26,12 +26,15 @@ def test_the_first_to_come_back_waits_half_a_batch_for_the_next() -> None:
     assert callers.wait_until(10.005, now=10.005) == pytest.approx(10.025)
 
 
-def test_where_batches_are_quick_the_next_may_take_max_wait() -> None:
-    callers = answered(3, took_s=0.0001)
-    callers.arrived(10.001)
-    assert callers.wait_until(10.001, now=10.001) == pytest.approx(10.003)
-    callers.arrived(10.002)
-    assert callers.wait_until(10.001, now=10.002) == pytest.approx(10.003)
+def test_where_batches_are_quick_the_next_may_take_max_wait_but_no_longer_than_a_batch() -> None:
+    assert answered(3, took_s=0.003).wait_until(10.0, now=10.0) == pytest.approx(10.002)
+    assert answered(3, took_s=0.001).wait_until(10.0, now=10.0) == pytest.approx(10.001)
+
+
+def test_a_long_max_wait_holds_up_nobody_for_longer_than_a_batch() -> None:
+    callers = answered(2, took_s=0.04, max_wait_s=60.0)
+    callers.arrived(10.01)
+    assert callers.wait_until(10.005, now=10.01) == pytest.approx(10.045)
 
 
 def test_nobody_is_missing_once_as_many_have_come_as_were_answered() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from moe_runtime.service.row_buffers import RowBuffers
+from moe_runtime.service.row_buffers import ExpertRows, RowBuffers
 
 LARGE = (512, 1024)
 
@@ -45,3 +46,30 @@ def test_what_is_small_is_not_kept() -> None:
     assert (small.shape, small.dtype) == ((2, 3), torch.bfloat16)
     buffers.give_back(small)
     assert buffers.lend((0, 4), torch.float32).shape == (0, 4)
+
+
+@pytest.mark.parametrize("width", [2, 1 << 16])
+def test_rows_are_collected_in_plan_order_however_they_arrive(width: int) -> None:
+    rows = ExpertRows((4, width), torch.float32, buffers=RowBuffers())
+    every = torch.arange(4.0)[:, None].expand(4, width)
+    rows.place(3, every[3:])
+    rows.place(0, every[:1])
+    rows.place(1, every[1:3])
+    assert torch.equal(rows.collect(), every)
+    rows.release()
+
+
+@pytest.mark.parametrize("width", [2, 1 << 16])
+def test_rows_that_never_arrive_leave_the_others_in_place(width: int) -> None:
+    rows = ExpertRows((3, width), torch.float32, buffers=RowBuffers())
+    rows.place(2, torch.full((1, width), 2.0))
+    rows.place(0, torch.full((1, width), 5.0))
+    collected = rows.collect()
+    assert collected.shape == (3, width)
+    assert collected[[0, 2], 0].tolist() == [5.0, 2.0]
+
+
+def test_rows_of_a_narrower_dtype_are_collected_in_the_layers() -> None:
+    rows = ExpertRows((2, 2), torch.float32, buffers=RowBuffers())
+    rows.place(0, torch.ones(2, 2, dtype=torch.bfloat16))
+    assert rows.collect().dtype == torch.float32

@@ -1,7 +1,6 @@
-import dataclasses
-
 import pytest
 import zmq
+from msgspec.structs import replace
 
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostLost
@@ -45,7 +44,7 @@ def test_malformed_key_is_a_transport_error(key, curve_fabric):
     with pytest.raises(TransportError, match="expected"):
         host.admit([key])
     with pytest.raises(TransportError, match="expected"):
-        curve_fabric.router().send(dataclasses.replace(host.endpoint, public_key=key), curve_fabric.make_request(1))
+        curve_fabric.router().send(replace(host.endpoint, public_key=key), curve_fabric.make_request(1))
 
 
 def test_stranger_who_knows_the_host_s_public_key_is_refused(curve_fabric, stranger):
@@ -79,7 +78,7 @@ def test_router_that_is_admitted_no_more_keeps_its_connection_but_gets_no_other(
 
 def test_wrong_host_key_never_connects(curve_fabric):
     router, host = curve_fabric.router(), curve_fabric.host()
-    wrong = dataclasses.replace(host.endpoint, public_key=make_key_pair().public)
+    wrong = replace(host.endpoint, public_key=make_key_pair().public)
     router.send(wrong, curve_fabric.make_request(1))
     lost = next_loss(curve_fabric, router, host)
     assert lost.endpoint == wrong

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import Endpoint, HostReply, HostRequest, Segment, SegmentResult
@@ -27,7 +27,7 @@ def test_second_reply_to_a_ticket_is_dropped_and_counted(fabric):
 
 def test_request_for_another_incarnation_is_refused_and_counted(fabric):
     router, host = fabric.router(), fabric.host()
-    other = dataclasses.replace(host.endpoint, incarnation=host.endpoint.incarnation ^ 1)
+    other = replace(host.endpoint, incarnation=host.endpoint.incarnation ^ 1)
     router.send(other, fabric.make_request(1))
     fabric.wait_for_counter(host, host.receive, "num_refused", 1)
     fabric.exchange(router, host, 2)

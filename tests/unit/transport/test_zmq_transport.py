@@ -1,4 +1,3 @@
-import dataclasses
 import stat
 import subprocess
 import sys
@@ -7,6 +6,7 @@ from pathlib import Path
 import msgpack
 import pytest
 import zmq
+from msgspec.structs import replace
 
 from moe_runtime.errors import StartError, TransportError
 from moe_runtime.service.ports import Delivery
@@ -22,7 +22,7 @@ GARBAGE = [
     [b"\x80"],
     [msgpack.packb({"version": 1, "kind": "request"}), b"rows"],
     [b"a", b"b", b"c", b"d"],
-    [msgpack.packb([2, "request", 1, 9, 9, ["a", 1], "float32", [1, 1], [1, 2, 3], 1.0])],
+    [msgpack.packb([3, "request", 1, [9, 9], [["a", 1]], "float32", [1, 1], [1, 2, 3], 1.0])],
     [b"\0" * 100_000],
 ]
 
@@ -67,7 +67,7 @@ def test_garbage_at_a_router_is_counted_and_harms_nobody(zmq_fabric, raw_socket)
     port = fake.bind_to_random_port("tcp://127.0.0.1")
     honest = zmq_fabric.host()
     address = f"tcp://127.0.0.1:{port}"
-    endpoint = dataclasses.replace(honest.endpoint, local=None, remote=address)
+    endpoint = replace(honest.endpoint, local=None, remote=address)
     router.send(endpoint, zmq_fabric.make_request(1))
     route = fake.recv_multipart()[0]
     for frames in GARBAGE:
@@ -80,13 +80,13 @@ def test_garbage_at_a_router_is_counted_and_harms_nobody(zmq_fabric, raw_socket)
 def test_reply_between_other_incarnations_is_refused_and_counted(zmq_fabric, raw_socket, wrong):
     router, fake = zmq_fabric.router(), raw_socket(zmq.ROUTER)
     port = fake.bind_to_random_port("tcp://127.0.0.1")
-    endpoint = dataclasses.replace(zmq_fabric.host().endpoint, local=None, remote=f"tcp://127.0.0.1:{port}")
+    endpoint = replace(zmq_fabric.host().endpoint, local=None, remote=f"tcp://127.0.0.1:{port}")
     request = zmq_fabric.make_request(1)
     router.send(endpoint, request)
     route = fake.recv_multipart()[0]
     right = Address(sender=endpoint.incarnation, receiver=router.incarnation)
     reply = zmq_fabric.make_reply(Delivery(b"", request))
-    fake.send_multipart([route, *encode_reply(reply, address=right._replace(**{wrong: 77}))])
+    fake.send_multipart([route, *encode_reply(reply, address=replace(right, **{wrong: 77}))])
     zmq_fabric.wait_for_counter(router, router.poll, "num_refused", 1)
     fake.send_multipart([route, *encode_reply(reply, address=right)])
     assert [reply.ticket for reply in zmq_fabric.poll(router)] == [1]
@@ -106,7 +106,7 @@ def test_message_that_a_socket_sends_again_to_a_successor_is_refused(zmq_fabric,
 
 
 def test_unintelligible_address_is_a_transport_error(zmq_fabric):
-    endpoint = dataclasses.replace(zmq_fabric.host().endpoint, local="nonsense", remote="nonsense")
+    endpoint = replace(zmq_fabric.host().endpoint, local="nonsense", remote="nonsense")
     router = zmq_fabric.router()
     with pytest.raises(TransportError, match="endpoint nonsense: cannot connect"):
         router.send(endpoint, zmq_fabric.make_request(1))
@@ -168,11 +168,11 @@ def test_sweep_removes_what_a_killed_host_left_and_does_not_disturb_the_living(z
 def test_answer_whose_ticket_is_not_awaited_is_counted(zmq_fabric, raw_socket):
     router, fake = zmq_fabric.router(), raw_socket(zmq.ROUTER)
     port = fake.bind_to_random_port("tcp://127.0.0.1")
-    endpoint = dataclasses.replace(zmq_fabric.host().endpoint, local=None, remote=f"tcp://127.0.0.1:{port}")
+    endpoint = replace(zmq_fabric.host().endpoint, local=None, remote=f"tcp://127.0.0.1:{port}")
     request = zmq_fabric.make_request(1)
     router.send(endpoint, request)
     route = fake.recv_multipart()[0]
-    other = dataclasses.replace(zmq_fabric.make_reply(Delivery(b"", request)), ticket=2)
+    other = replace(zmq_fabric.make_reply(Delivery(b"", request)), ticket=2)
     address = Address(sender=endpoint.incarnation, receiver=router.incarnation)
     fake.send_multipart([route, *encode_reply(other, address=address)])
     zmq_fabric.wait_for_counter(router, router.poll, "num_unexpected", 1)
