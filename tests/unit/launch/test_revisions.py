@@ -25,12 +25,6 @@ def plan_of(*experts, layer=None, router=None, listed=None, **changes):
     loaded = load_config(config)
     weights = WeightsRecipe("default", listed=listed or {})
     return plan_runtime(loaded.config, build_router(loaded), cluster=HERE, detach=True, weights=weights)
-        loaded.config,
-        build_router(loaded),
-        cluster=HERE,
-        detach=True,
-        weights=WeightsRecipe("default", listed=listed or {}),
-    )
 
 
 def revisions(plan):
