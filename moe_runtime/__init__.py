@@ -35,7 +35,7 @@ from moe_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from moe_runtime.launch.runtime import Runtime, attach, serve
+    from moe_runtime.launch.runtime import Runtime, attach, serve, upgrade
     from moe_runtime.rpc.aio_client import AsyncMoEClient
     from moe_runtime.rpc.client import MoEClient
     from moe_runtime.rpc.retries import RetryPolicy
@@ -76,6 +76,7 @@ __all__ = [
     "WeightsError",
     "attach",
     "serve",
+    "upgrade",
 ]
 
 _MODULES = {
@@ -88,6 +89,7 @@ _MODULES = {
     "Runtime": "moe_runtime.launch.runtime",
     "attach": "moe_runtime.launch.runtime",
     "serve": "moe_runtime.launch.runtime",
+    "upgrade": "moe_runtime.launch.runtime",
 }
 #: What `pip install 'moe-runtime[runtime]'` adds, by the names that it is imported by.
 _RUNTIME_EXTRA = frozenset({"fsspec", "grpc_health", "ray", "rich", "safetensors", "torch", "typer", "yaml", "zmq"})

@@ -105,7 +105,7 @@ def deploy(config: Mapping[str, Any], *, on_progress: Callable[[int, int], None]
     with serve(config, on_progress=on_progress) as runtime:
         start_s = time.perf_counter() - started
         description = runtime.describe()
-        table = kept_table(description["name"], description["hosts"][0]["host_id"])
+        table = kept_table(description["name"], description["hosts"][0]["key"])
         yield Deployment(runtime, recipe, table, start_s)
 
 

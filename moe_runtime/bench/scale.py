@@ -56,7 +56,7 @@ def _measure(num_tokens: int, deployment: Deployment, smallest: Deployment, *, s
         contenders = [_contender("ours", ours, num_tokens), _contender("smallest", theirs, num_tokens)]
         samples = interleave(contenders, effort=settings.effort)
         stats = ours.engine.stats
-        messages_per_batch = stats.num_messages / sum(layer.num_batches for layer in stats.layers.values())
+        messages_per_batch = stats.num_messages / sum(layer.totals.num_batches for layer in stats.layers.values())
         experts = len(deployment.recipe.experts)
         pids = deployment.host_pids
         memory_mb = sum(_memory_mb(pid) for pid in pids) / len(pids)

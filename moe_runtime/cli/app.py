@@ -110,6 +110,20 @@ def stop(
 
 
 @app.command()
+def upgrade(
+    config: ConfigPath,
+    *,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster it runs on; else RAY_ADDRESS.")
+    ] = None,
+) -> None:
+    """Roll the runtime of this name to another configuration without losing a request. May be repeated."""
+    from moe_runtime.cli.upgrading import upgrade_and_report
+
+    upgrade_and_report(config, ray_address=ray_address)
+
+
+@app.command()
 def deploy(
     config: ConfigPath,
     *,

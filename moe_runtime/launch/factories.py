@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.launch.expert_process import ExpertProcess
-from moe_runtime.launch.router_process import RouterProcess
+from moe_runtime.launch.router_process import RouterProcess, build_setup
 from moe_runtime.ray_backend.interfaces import address_in
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 from moe_runtime.transport.zmq_host import ZmqHostTransport
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.launch.weights_recipe import WeightsRecipe
     from moe_runtime.ray_backend.plan import Location
+    from moe_runtime.service.generations import RouterSetup
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class RouterProcessFactory:
             owns_process=True,
             store=None if self.weights is None else self.weights.store(),
         )
+
+    def prepare(self) -> RouterSetup:
+        """What a router that runs needs to serve the same.
+
+        Raises:
+            ConfigError: If a gate cannot be built.
+        """
+        return build_setup(self.recipe, store=None if self.weights is None else self.weights.store())
 
 
 def _open_host_transport(location: Location, spec: HostSpec) -> ZmqHostTransport:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
 from moe_runtime.launch.packing import plan_hosts
+from moe_runtime.launch.revisions import host_revision, routers_revision
 from moe_runtime.launch.weights_recipe import WeightsRecipe
 from moe_runtime.ray_backend.addresses import is_loopback, split_address
 from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
 
 if TYPE_CHECKING:
     from moe_runtime.config.models import ResourcesConfig
-    from moe_runtime.config.runtime import RouterConfig, RuntimeConfig
+    from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.ray_backend.cluster import Cluster
 
@@ -37,13 +38,16 @@ def plan_runtime(
         cluster: Where it will run.
         detach: Whether it lives without a lease.
         weights: How its processes come by weight files; paths of their nodes and addresses work without.
+
+    Raises:
+        WeightsError: If a weight file cannot be read.
     """
     weights = weights or WeightsRecipe(config.name)
     hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
     return RuntimePlan(
         name=config.name,
-        hosts=tuple(_host_plan(spec, weights) for spec in hosts),
-        routers=_routers_plan(config.router, _router_factory(recipe, weights), node_id=cluster.node_id),
+        hosts=tuple(_host_plan(spec, weights, threads=config.threads) for spec in hosts),
+        routers=_routers_plan(recipe, weights, node_id=cluster.node_id),
         num_threads=None if config.threads == "auto" else config.threads,
         start_timeout_s=config.start_timeout_s,
         lease_s=None if detach else LEASE_S,
@@ -51,7 +55,9 @@ def plan_runtime(
     )
 
 
-def _routers_plan(router: RouterConfig, factory: RouterProcessFactory, *, node_id: str) -> RoutersPlan:
+def _routers_plan(recipe: RouterRecipe, weights: WeightsRecipe, *, node_id: str) -> RoutersPlan:
+    router = recipe.router
+    factory = RouterProcessFactory(recipe, weights.only(layer.gate_weights for layer in recipe.layers))
     host, _ = split_address(router.address)
     # Only this machine reaches a loopback address, and the one who serves is on it, unless labels say otherwise.
     is_pinned = is_loopback(host) and not router.node_labels
@@ -61,14 +67,24 @@ def _routers_plan(router: RouterConfig, factory: RouterProcessFactory, *, node_i
         factory=pickle.dumps(factory),
         node_id=node_id if is_pinned else None,
         node_labels=router.node_labels,
+        revision=routers_revision(recipe, listed=weights.listed),
+        fixed=_fixed(recipe),
+        let_go_s=recipe.limits.max_timeout_s + max(layer.timeout_s for layer in recipe.layers),
     )
 
 
-def _router_factory(recipe: RouterRecipe, weights: WeightsRecipe) -> RouterProcessFactory:
-    return RouterProcessFactory(recipe, weights.only(layer.gate_weights for layer in recipe.layers))
+def _fixed(recipe: RouterRecipe) -> dict[str, str]:
+    """What routers that run cannot change: where they are found, what their server accepts, how hosts know them."""
+    limits = {f"limits.{key}": str(value) for key, value in recipe.limits.model_dump().items()}
+    return {
+        "router.address": recipe.router.address,
+        "router.node_labels": str(dict(sorted(recipe.router.node_labels.items()))),
+        "data_plane.encryption": recipe.encryption,
+        **limits,
+    }
 
 
-def _host_plan(spec: HostSpec, weights: WeightsRecipe) -> HostPlan:
+def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, threads: str | int) -> HostPlan:
     # A host that knows of no other file can fetch no other.
     own_weights = weights.only(hosted.spec.weights for hosted in spec.experts)
     return HostPlan(
@@ -80,6 +96,7 @@ def _host_plan(spec: HostSpec, weights: WeightsRecipe) -> HostPlan:
         factory=pickle.dumps(ExpertProcessFactory(spec, own_weights)),
         strategy=spec.strategy,
         twins=spec.twins,
+        revision=host_revision(spec, threads=threads, listed=weights.listed),
     )
 
 

@@ -12,6 +12,7 @@ from moe_runtime.launch.gates import load_gate
 from moe_runtime.ray_backend.plan import RouterReport
 from moe_runtime.routing.policies import build_policy
 from moe_runtime.rpc.server import RpcServer
+from moe_runtime.service.generations import RouterSetup
 from moe_runtime.service.layer import ExpertInfo, RoutedLayer
 from moe_runtime.service.router_service import RouterService
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 #: How long answers that are ready may take to leave when the server stops.
 _GRACE_S = 2.0
+_ANSWER_TIMEOUT_S = 2.0
 
 
 def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None) -> RoutedLayer:
@@ -69,6 +71,19 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
     )
 
 
+def build_setup(recipe: RouterRecipe, *, store: WeightsStore | None = None) -> RouterSetup:
+    """What a router serves.
+
+    Args:
+        recipe: Its layers and limits.
+        store: Gives the gates' weight files; without one, paths of this machine and addresses work.
+
+    Raises:
+        ConfigError: If a gate cannot be built.
+    """
+    return RouterSetup({layer.name: build_routed_layer(layer, store=store) for layer in recipe.layers}, recipe.router)
+
+
 class RouterProcess:
     """Serves the layers of a runtime over gRPC. Used by one thread at a time; nothing runs before ``start``."""
 
@@ -106,12 +121,12 @@ class RouterProcess:
             ConfigError: If a gate cannot be built.
             StartError: If the address cannot be bound.
         """
-        layers = {layer.name: build_routed_layer(layer, store=self._store) for layer in self._recipe.layers}
+        setup = build_setup(self._recipe, store=self._store)
         transport = self._open_transport()
         service = RouterService(
-            layers,
+            setup.layers,
             transport,
-            router=self._recipe.router,
+            router=setup.router,
             limits=self._recipe.limits,
             node=self._node,
         )
@@ -134,6 +149,22 @@ class RouterProcess:
         """Route by this table from the next batch on, unless a newer one is there."""
         if self._service is not None:
             self._service.set_table(table)
+
+    def replace_setup(self, setup: RouterSetup, table: RoutingTable) -> None:
+        """Serve other layers from the next batch on, by a table that was made for them."""
+        if self._service is not None:
+            self._service.replace_setup(setup, table)
+
+    def oldest_table_version(self) -> int:
+        """The oldest version of the table that a request may still use.
+
+        Raises:
+            StartError: If it was never started.
+            TimeoutError: If the service is too busy to say so.
+        """
+        if self._service is None:
+            raise StartError("expected a started router to say which tables it uses")
+        return self._service.oldest_table_version(_ANSWER_TIMEOUT_S)
 
     def describe(self) -> dict[str, Any]:
         """Layers, experts and replicas, as plain values."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.ray_backend.cluster import Cluster
+    from moe_runtime.ray_backend.roll import Upgraded
 
 #: How long requests in flight may take when a runtime is closed.
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
@@ -152,6 +153,41 @@ def serve(
     return _serve_on_ray(loaded, ray_address=ray_address, detach=detach, on_progress=on_progress)
 
 
+def upgrade(
+    config: str | Path | Mapping[str, Any] | RuntimeConfig,
+    *,
+    ray_address: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Upgraded:
+    """Roll the running runtime of a configuration's name to that configuration, without losing a request.
+
+    What is new or has changed starts beside what runs; then every router goes over to it between two batches; what is
+    old ends when its last request was answered. Unchanged expert hosts are left alone. If anything does not start, the
+    runtime serves on as it did. Interrupted at any moment, this may be repeated.
+
+    Args:
+        config: Path of a YAML file, a mapping of the same form, or a finished configuration.
+        ray_address: Address of the runtime's cluster; ``RAY_ADDRESS``, or Ray as it is initialised, when None.
+        on_progress: Called with the number of actors that are ready, and of all that there will be.
+
+    Raises:
+        ConfigError: If the configuration cannot work, or changes what cannot change in a runtime that runs.
+        PlacementError: If the cluster has no room for what is new beside what runs.
+        StartError: If there is no such cluster or runtime, or something did not start.
+    """
+    loaded = load_config(config)
+    recipe = build_router(loaded)
+    cluster = _join(ray_address)
+    try:
+        from moe_runtime.ray_backend.session import attach as attach_session
+
+        session = attach_session(loaded.config.name)
+        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=True)
+        return session.upgrade(plan, on_progress=on_progress)
+    finally:
+        cluster.disconnect()
+
+
 def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
     """A runtime that runs already, to look at it or to close it; at the end of a ``with`` it is left running.
 
@@ -162,12 +198,7 @@ def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
     Raises:
         StartError: If there is no such cluster, or no runtime of this name on it.
     """
-    if not is_initialised() and existing_address(ray_address) is None:
-        raise StartError(
-            "expected the address of a Ray cluster, found none; "
-            "set RAY_ADDRESS, or give --ray-address (in Python ray_address)"
-        )
-    cluster = connect(ray_address)
+    cluster = _join(ray_address)
     try:
         from moe_runtime.ray_backend.session import attach as attach_session
 
@@ -175,6 +206,16 @@ def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
     except BaseException:
         cluster.disconnect()
         raise
+
+
+def _join(ray_address: str | None) -> Cluster:
+    """Connect to a cluster that is there already."""
+    if not is_initialised() and existing_address(ray_address) is None:
+        raise StartError(
+            "expected the address of a Ray cluster, found none; "
+            "set RAY_ADDRESS, or give --ray-address (in Python ray_address)"
+        )
+    return connect(ray_address)
 
 
 def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], None] | None) -> Runtime:

@@ -11,27 +11,23 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.errors import ConfigError, PlacementError, StartError
-from moe_runtime.ray_backend.addresses import next_address, router_addresses
-from moe_runtime.ray_backend.host_keeper import HostKeeper, Pace
+from moe_runtime.errors import StartError
+from moe_runtime.ray_backend.board import CALL_TIMEOUT_S, Board
+from moe_runtime.ray_backend.fleet import Fleet, ready_handles
+from moe_runtime.ray_backend.host_keeper import Pace
 from moe_runtime.ray_backend.node_choice import NodeChooser
-from moe_runtime.ray_backend.plan import Snapshot
-from moe_runtime.ray_backend.router_keeper import RouterKeeper
+from moe_runtime.ray_backend.retirement import Retirement, StrayHost, StrayRouter
+from moe_runtime.ray_backend.roll import Roll, Upgraded, check_fixed, completed, is_same
 from moe_runtime.ray_backend.seat import Tools
-from moe_runtime.ray_backend.spawner import within
-from moe_runtime.service.routing_table import ReplicaState, RoutingTable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine, Iterable
+    from collections.abc import Coroutine, Iterable, Sequence
 
-    from moe_runtime.ray_backend.plan import Location, RuntimePlan
-    from moe_runtime.ray_backend.spawner import ActorHandle, AsyncClock, Spawner
-    from moe_runtime.service.routing_table import Replica
+    from moe_runtime.ray_backend.fleet import Keeper
+    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.spawner import AsyncClock, Spawner
 
 _LOG = logging.getLogger(__name__)
-
-#: Bounds what is asked of actors that may hang: handing them a table, asking what they keep, ending them.
-_CALL_TIMEOUT_S = 5.0
 
 
 class Controller:
@@ -44,27 +40,20 @@ class Controller:
         """Start nothing yet.
 
         Args:
-            plan: The desired state.
+            plan: The desired state, until an upgrade brings another.
             spawner: Creates and finds actors.
             clock: Tells the time and waits.
             pace: Timeouts and backoff; its ``start_timeout_s`` is replaced by the plan's.
         """
-        self._plan = plan
         self._clock = clock
-        pace = replace(pace or Pace(), start_timeout_s=plan.start_timeout_s)
-        self._dirty = asyncio.Event()
-        self._chooser = NodeChooser(spawner.nodes, clock=clock)
-        tools = Tools(spawner, self._chooser, clock, pace)
-        self._hosts = [
-            HostKeeper(host, tools=tools, threads_on=self._threads_on, on_change=self._dirty.set) for host in plan.hosts
-        ]
-        self._routers = [
-            RouterKeeper(plan.routers, index, tools=tools, new_address=self._new_address, on_change=self._dirty.set)
-            for index in range(plan.routers.count)
-        ]
-        self._keepers: list[HostKeeper | RouterKeeper] = [*self._hosts, *self._routers]
-        self._snapshot = Snapshot()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._spawner = spawner
+        self._tools = Tools(spawner, NodeChooser(spawner.nodes, clock=clock), clock, pace or Pace())
+        self._board = Board(clock)
+        self._board.fleet = self._make_fleet(plan)
+        self._loops: list[asyncio.Task[Any]] = []
+        self._watches: dict[Keeper, asyncio.Task[None]] = {}
+        self._changing = asyncio.Lock()
+        self._roll: Roll | None = None
         self._lease_until = clock.now() + (plan.lease_s or 0.0)
         self._ended = asyncio.Event()
 
@@ -75,35 +64,76 @@ class Controller:
             PlacementError: If the cluster has no room for an actor in time.
             StartError: If an actor did not start; the message holds every actor's error. Nothing is left behind.
         """
-        self._chooser.plan(self._plan.actors)
         try:
-            await self._all_or_nothing([keeper.place() for keeper in self._keepers])
-            addresses = self._addresses()
-            # Only now: with threads: auto a host's share of its node depends on who else is there.
-            await self._all_or_nothing(
-                [keeper.start() for keeper in self._hosts]
-                + [keeper.start(a) for keeper, a in zip(self._routers, addresses, strict=True)]
-            )
+            await self._fleet.bring_up()
         except StartError:
             await self.close(drain_timeout_s=0.0)
             raise
-        await self._publish()
+        await self._board.publish()
         # Whoever asked for the start renews from its end on, and it may have taken longer than a lease.
         self.renew()
         self._supervise()
 
     async def resume(self) -> None:
-        """Take over what an earlier controller of this runtime left running, and go on supervising."""
+        """Take over what an earlier controller of this runtime left running, and go on supervising.
+
+        The plan is that of the newest snapshot: an upgrade may have brought one since this controller was made.
+        """
+        hosts, routers = self._spawner.others(None)
+        # An actor that hangs must not hold up the rest, nor a router that Ray is restarting.
+        await self._board.adopt_newest([*hosts, *routers])
+        snapshot = self._board.snapshot
+        if snapshot.plan is not None:
+            self._board.fleet = self._make_fleet(snapshot.plan)
         self.renew()
-        # A host that hangs must not hold up the rest: its keeper tries again by itself.
-        await self._bounded((keeper.adopt() for keeper in self._hosts), _CALL_TIMEOUT_S)
+        strays = self._strays()
+        await self._board.bounded(keeper.adopt() for keeper in self._fleet.hosts)
         await self._adopt_routers()
-        await self._publish()
+        await self._board.publish()
         self._supervise()
+        # Before any upgrade, which may need their names.
+        await self._changing.acquire()
+        self._run(self._retire(*strays))
+
+    async def upgrade(self, plan: RuntimePlan) -> Upgraded:
+        """Roll to another plan while requests go on; when it returns, only what that plan has is left.
+
+        One at a time. Failed or interrupted, it leaves either the old plan serving or the new one, and may be
+        repeated; there is nothing to do where the plan is the one that runs.
+
+        Raises:
+            ConfigError: If the plan changes what cannot change while a runtime runs; nothing was done.
+            PlacementError: If the cluster has no room for new actors beside those that run.
+            StartError: If something new did not start. Then as before, the old plan serves.
+        """
+        async with self._changing:
+            running = self.plan
+            check_fixed(running, plan)
+            plan = completed(running, plan)
+            if is_same(running, plan):
+                return Upgraded(kept=tuple(host.host_id for host in plan.hosts), num_routers=plan.routers.count)
+            self._roll = Roll(
+                self._make_fleet(plan, before=self._fleet),
+                board=self._board,
+                clock=self._clock,
+                supervise=self._watch,
+                release=self._release,
+            )
+            # A task of its own: `close` cancels it.
+            rolling: asyncio.Task[Upgraded] = asyncio.create_task(self._roll.run())
+            self._loops.append(rolling)
+            try:
+                return await rolling
+            except asyncio.CancelledError as exc:
+                if rolling.cancelled():
+                    raise StartError(f"runtime {plan.name}: it was ended before its upgrade was") from exc
+                raise
+            finally:
+                self._roll = None
 
     def renew(self) -> None:
         """Extend the lease from now on."""
-        self._lease_until = self._clock.now() + (self._plan.lease_s or 0.0)
+        self._lease_until = self._clock.now() + (self.plan.lease_s or 0.0)
 
     async def wait_ended(self) -> None:
         """Return when the lease has run out and everything was torn down, or after ``close``."""
@@ -113,170 +143,124 @@ class Controller:
         """Drain the routers, then end every actor of the runtime; whether every request was answered."""
         for task in self._tasks:
             task.cancel()
-        routers = _ready(self._routers)
+        # An upgrade that is under way first ends what is new.
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        fleet, bounded = self._fleet, self._board.bounded
+        routers = ready_handles(fleet.routers)
         drained = True
         if drain_timeout_s > 0:
-            limit_s = drain_timeout_s + _CALL_TIMEOUT_S
-            results = await self._bounded((router.drain(drain_timeout_s) for router in routers), limit_s)
+            limit_s = drain_timeout_s + CALL_TIMEOUT_S
+            results = await bounded((router.drain(drain_timeout_s) for router in routers), limit_s)
             drained = all(result is True for result in results)
         # Routers first: a host that stops under a router would look like a failure.
-        await self._bounded((router.stop() for router in routers), _CALL_TIMEOUT_S)
-        await self._bounded((host.stop() for host in _ready(self._hosts)), _CALL_TIMEOUT_S)
-        await asyncio.gather(*(keeper.handle.kill() for keeper in self._keepers if keeper.handle is not None))
-        for host in self._hosts:
+        await bounded(router.stop() for router in routers)
+        await bounded(host.stop() for host in ready_handles(fleet.hosts))
+        await asyncio.gather(*(keeper.handle.kill() for keeper in fleet.keepers if keeper.handle is not None))
+        for host in fleet.hosts:
             host.clean_up()
+        await asyncio.gather(*(stray.end() for strays in self._strays() for stray in strays))
         self._ended.set()
         return drained
 
     def progress(self) -> tuple[int, int]:
-        """Number of actors that are ready, and of all."""
-        num_ready = sum(keeper.life.state is ReplicaState.READY for keeper in self._keepers)
-        return num_ready, len(self._keepers)
+        """Number of actors that are ready, and of all; during an upgrade, of those that there will be."""
+        return (self._fleet if self._roll is None else self._roll.coming).progress()
 
     def addresses(self) -> list[str]:
         """Where clients find the routers that were started."""
-        return [keeper.address for keeper in self._routers if keeper.address is not None]
+        return self._fleet.addresses()
 
     async def describe(self) -> dict[str, Any]:
         """Layers as a router sees them, and hosts and routers with their states, as plain values."""
         return {
-            "name": self._plan.name,
-            "deployment": self._plan.deployment,
-            "table_version": self._snapshot.table.version,
+            "name": self.plan.name,
+            "deployment": self.plan.deployment,
+            "table_version": self._board.snapshot.table.version,
             "addresses": self.addresses(),
             "layers": await self._describe_layers(),
-            "hosts": [keeper.describe() for keeper in self._hosts],
-            "routers": [keeper.describe() for keeper in self._routers],
+            **self._fleet.describe(),
+            "upgrade": None if self._roll is None else self._roll.describe(),
         }
 
+    @property
+    def plan(self) -> RuntimePlan:
+        """The desired state: that of the last upgrade, if there was one."""
+        return self._fleet.plan
+
+    @property
+    def _tasks(self) -> list[asyncio.Task[Any]]:
+        return [*self._loops, *self._watches.values()]
+
+    @property
+    def _fleet(self) -> Fleet:
+        return self._board.fleet
+
+    def _make_fleet(self, plan: RuntimePlan, *, before: Fleet | None = None) -> Fleet:
+        tools = replace(self._tools, pace=replace(self._tools.pace, start_timeout_s=plan.start_timeout_s))
+        return Fleet(plan, tools=tools, on_change=self._board.changed.set, before=before)
+
     def _supervise(self) -> None:
-        loops: list[Coroutine[Any, Any, None]] = [keeper.keep() for keeper in self._keepers]
-        loops.append(self._publish_changes())
-        if self._plan.lease_s is not None:
-            loops.append(self._watch_lease())
-        self._tasks = [asyncio.create_task(loop) for loop in loops]
-        for task in self._tasks:
+        self._watch(self._fleet.keepers)
+        self._run(self._board.publish_changes())
+        if self.plan.lease_s is not None:
+            self._run(self._watch_lease())
+
+    def _watch(self, keepers: Iterable[Keeper]) -> None:
+        """Have keepers watch their actors from now on."""
+        for keeper in keepers:
+            self._watches[keeper] = task = asyncio.create_task(keeper.keep())
             task.add_done_callback(_log_failure)
 
-    def _threads_on(self, location: Location) -> int:
-        if self._plan.num_threads is not None:
-            return self._plan.num_threads
-        num_experts = sum(
-            len(keeper.plan.replicas)
-            for keeper in self._hosts
-            if keeper.location is not None and keeper.location.node == location.node
-        )
-        return max(1, location.num_cores // max(1, num_experts))
+    def _release(self, keepers: Iterable[Keeper]) -> None:
+        """Have keepers watch their actors no longer."""
+        for keeper in keepers:
+            self._watches.pop(keeper).cancel()
 
-    def _addresses(self) -> list[str]:
-        places = [keeper.location for keeper in self._routers if keeper.location is not None]
-        nodes, ips = [place.node for place in places], [place.ip for place in places]
-        try:
-            return router_addresses(self._plan.routers.address, nodes, ips=ips)
-        except ConfigError as exc:
-            raise StartError(str(exc)) from exc
-
-    def _new_address(self, location: Location) -> str:
-        """For a router that comes to a place where others may be."""
-        here = [k for k in self._routers if k.location is not None and k.location.node == location.node]
-        taken = [k.bound for k in here if k.bound is not None and k.life.state is ReplicaState.READY]
-        try:
-            return next_address(self._plan.routers.address, ip=location.ip, taken=taken)
-        except ConfigError as exc:
-            raise StartError(str(exc)) from exc
-
-    async def _all_or_nothing(self, starts: Iterable[Awaitable[None]]) -> None:
-        results = await asyncio.gather(*starts, return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if not errors:
-            return
-        for error in errors:
-            if not isinstance(error, StartError):
-                raise error
-        # One line per distinct error: many hosts that fail alike should not hide the one that fails otherwise.
-        text = "\n".join(dict.fromkeys(str(error) for error in errors))
-        kind = PlacementError if all(isinstance(error, PlacementError) for error in errors) else StartError
-        raise kind(text) from errors[0]
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._loops.append(task)
+        task.add_done_callback(_log_failure)
 
     async def _describe_layers(self) -> dict[str, Any]:
-        routers = _ready(self._routers)[:1]
-        for description in await self._bounded((router.describe() for router in routers), _CALL_TIMEOUT_S):
+        routers = ready_handles(self._fleet.routers)[:1]
+        for description in await self._board.bounded(router.describe() for router in routers):
             if isinstance(description, dict):
                 layers: dict[str, Any] = description.get("layers", {})
                 return layers
         return {}
 
     async def _adopt_routers(self) -> None:
-        """Find the routers and take over the newest snapshot that any actor keeps."""
-        # Nor must a router that Ray is restarting.
-        await self._bounded((keeper.place() for keeper in self._routers), _CALL_TIMEOUT_S)
-        handles = [keeper.handle for keeper in self._keepers if keeper.handle is not None]
-        kept = await self._bounded((handle.kept() for handle in handles), _CALL_TIMEOUT_S)
-        snapshots = [snapshot for snapshot in kept if isinstance(snapshot, Snapshot)]
-        self._snapshot = max((*snapshots, self._snapshot), key=lambda snapshot: snapshot.table.version)
-        for keeper in self._routers:
-            keeper.bound = self._snapshot.addresses.get(keeper.index)
+        snapshot, routers = self._board.snapshot, self._fleet.routers
+        await self._board.bounded(keeper.place() for keeper in routers)
+        for keeper in routers:
+            keeper.bound = snapshot.addresses.get(keeper.index)
             # Until it says itself: hosts would forget the key of a router that does not answer just now.
-            keeper.public_key = self._snapshot.public_keys.get(keeper.index)
-        await self._bounded(
-            (keeper.start(keeper.bound) for keeper in self._routers if keeper.handle and keeper.bound),
-            _CALL_TIMEOUT_S,
-        )
+            keeper.public_key = snapshot.public_keys.get(keeper.index)
+        here = {keeper.index for keeper in routers}
+        self._board.leaving_keys = {i: key for i, key in snapshot.public_keys.items() if i not in here}
+        await self._board.bounded(keeper.start(keeper.bound) for keeper in routers if keeper.handle and keeper.bound)
 
-    async def _publish_changes(self) -> None:
-        while True:
-            await self._dirty.wait()
-            await self._publish()
+    def _strays(self) -> tuple[list[StrayHost], list[StrayRouter]]:
+        """What an upgrade has left behind whose controller died."""
+        hosts, routers = self._spawner.others(self.plan)
+        return [StrayHost(each, self._clock) for each in hosts], [StrayRouter(each, self._clock) for each in routers]
 
-    async def _publish(self) -> None:
-        """Make the next version of the table, and hand it to every actor."""
-        self._dirty.clear()
-        await self._introduce_routers()
-        replicas: dict[tuple[str, int], tuple[Replica, ...]] = {}
-        for keeper in self._hosts:
-            for plan, replica in keeper.replicas():
-                key = (plan.layer, plan.expert_id)
-                replicas[key] = (*replicas.get(key, ()), replica)
-        addresses = {keeper.index: keeper.bound for keeper in self._routers if keeper.bound is not None}
-        table = RoutingTable(self._snapshot.table.version + 1, replicas)
-        self._snapshot = Snapshot(table, addresses, self._public_keys())
-        handles: list[ActorHandle] = [keeper.handle for keeper in self._routers if keeper.handle is not None]
-        handles += [
-            keeper.handle for keeper in self._hosts if keeper.life.state is ReplicaState.READY and keeper.handle
-        ]
-        await self._bounded((handle.keep(self._snapshot) for handle in handles), _CALL_TIMEOUT_S)
-
-    async def _introduce_routers(self) -> None:
-        """Have every ready host admit every router: whoever is in the table must not turn a router away."""
-        # More than once, where a host or a router comes back meanwhile.
-        while True:
-            public_keys = frozenset(self._public_keys().values())
-            hosts = [keeper for keeper in self._hosts if keeper.has_to_admit(public_keys)]
-            if not hosts:
-                return
-            await asyncio.gather(*(keeper.admit(public_keys) for keeper in hosts))
-
-    def _public_keys(self) -> dict[int, str]:
-        return {keeper.index: keeper.public_key for keeper in self._routers if keeper.public_key is not None}
+    async def _retire(self, hosts: Sequence[StrayHost], routers: Sequence[StrayRouter]) -> None:
+        version, let_go_s = self._board.snapshot.table.version, self.plan.routers.let_go_s
+        try:
+            await Retirement(self._board, self._clock).run(hosts, routers, version=version, let_go_s=let_go_s)
+        finally:
+            self._changing.release()
 
     async def _watch_lease(self) -> None:
         while (remaining_s := self._lease_until - self._clock.now()) > 0:
             await self._clock.sleep(remaining_s)
-        _LOG.warning("runtime %s: its lease ran out; tearing it down", self._plan.name)
+        _LOG.warning("runtime %s: its lease ran out; tearing it down", self.plan.name)
         # Not in this task, which `close` cancels.
-        self._tasks.remove(asyncio.current_task())  # type: ignore[arg-type]  # a loop's task is never None here
+        self._loops.remove(asyncio.current_task())  # type: ignore[arg-type]  # a loop's task is never None here
         await self.close(drain_timeout_s=0.0)
 
-    async def _bounded(self, calls: Iterable[Any], timeout_s: float) -> list[Any]:
-        """The calls' results or errors, each within a time."""
-        return await asyncio.gather(*(within(self._clock, timeout_s, call) for call in calls), return_exceptions=True)
 
-
-def _ready(keepers: Iterable[HostKeeper | RouterKeeper]) -> list[Any]:
-    """Handles of what serves; the others would not answer."""
-    return [k.handle for k in keepers if k.life.state is ReplicaState.READY and k.handle is not None]
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
+def _log_failure(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         _LOG.error("a supervising task of the controller failed", exc_info=error)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from moe_runtime.errors import StartError
+from moe_runtime.errors import MoERuntimeError, StartError
 from moe_runtime.ray_backend.controller import Controller
 from moe_runtime.ray_backend.deployment import DeploymentStanding, Phase
 from moe_runtime.ray_backend.names import controller_name
@@ -20,6 +20,7 @@ from moe_runtime.ray_backend.spawner import LoopClock
 
 if TYPE_CHECKING:
     from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.roll import Upgraded
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ class ControllerActor:
     async def __init__(self, plan: RuntimePlan) -> None:  # type: ignore[misc]  # Ray awaits it, in the loop
         """Make the controller of a plan; the first one waits for ``start``."""
         self._name = plan.name
-        self._deployment = plan.deployment
         self._phase = Phase.NEW
         self._warnings = _WarningKeeper()
         logging.getLogger("moe_runtime").addHandler(self._warnings)
@@ -72,7 +72,7 @@ class ControllerActor:
     async def standing(self) -> DeploymentStanding:
         """From which deployment it is, and how far: whoever started it may be gone."""
         await self._resumed()
-        return DeploymentStanding(self._deployment, self._phase)
+        return DeploymentStanding(self._controller.plan.deployment, self._phase)
 
     async def renew(self) -> list[str]:
         """Extend the lease; what the controller has warned of since the last time."""
@@ -92,6 +92,14 @@ class ControllerActor:
         """Layers, hosts and routers with their states, as plain values."""
         await self._resumed()
         return {**await self._controller.describe(), "controller_pid": os.getpid()}
+
+    async def upgrade(self, plan: RuntimePlan) -> Upgraded | Failure:
+        """Roll to another plan; what was done, or why it was not."""
+        await self._resumed()
+        try:
+            return await self._controller.upgrade(plan)
+        except MoERuntimeError as exc:
+            return Failure(type(exc).__name__, str(exc))
 
     async def close(self, drain_timeout_s: float) -> bool:
         """Drain, then end every actor but this one; whether every request was answered."""

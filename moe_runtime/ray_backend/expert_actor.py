@@ -14,7 +14,8 @@ from moe_runtime.ray_backend.whereabouts import locate
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from moe_runtime.ray_backend.plan import HostFactory, HostProcess, HostReport, Location
+    from moe_runtime.ray_backend.plan import HostReport, Location
+    from moe_runtime.ray_backend.processes import HostFactory, HostProcess
 
 
 class ExpertActor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import MoERuntimeError, PlacementError, StartError
@@ -16,6 +17,7 @@ from moe_runtime.service.routing_table import Replica, ReplicaState
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from moe_runtime.ray_backend.placer import ActorDemand
     from moe_runtime.ray_backend.plan import HostPlan, HostReport, Location, ReplicaPlan
     from moe_runtime.ray_backend.seat import Tools
     from moe_runtime.ray_backend.spawner import HostHandle
@@ -80,12 +82,18 @@ class HostKeeper:
         self._threads_on = threads_on
         self._on_change = on_change
         self._seat: Seat[HostHandle] = Seat(
-            plan.actor,
-            spawn=lambda node_id: tools.spawner.spawn_host(plan, node_id=node_id),
+            replace(plan.actor, actor_id=plan.key),
+            # The plan of that time: a newer one may have changed where it is in its layer.
+            spawn=lambda node_id: tools.spawner.spawn_host(self.plan, node_id=node_id),
             tools=tools,
         )
         self._report: HostReport | None = None
         self._admitted: frozenset[str] = frozenset()
+
+    @property
+    def actor(self) -> ActorDemand:
+        """What the actor asks for."""
+        return self._seat.actor
 
     @property
     def handle(self) -> HostHandle | None:
@@ -101,9 +109,14 @@ class HostKeeper:
         """How messages name this host."""
         return f"expert host {self.plan.host_id}"
 
+    def follow(self, plan: HostPlan, *, threads_on: Callable[[Location], int]) -> None:
+        """Keep the same host under a newer plan, which may give its experts other places in their layer."""
+        self.plan = plan
+        self._threads_on = threads_on
+
     def find(self) -> bool:
         """Take over the living actor of this host, if there is one; whether there is."""
-        self._seat.handle = self._spawner.find_host(self.plan.host_id)
+        self._seat.handle = self._spawner.find_host(self.plan)
         return self._handle is not None
 
     async def place(self) -> None:
@@ -181,6 +194,14 @@ class HostKeeper:
             else:
                 await self._fail(await self._watch())
 
+    async def end(self) -> None:
+        """Stop the host, end its actor, and remove what it leaves behind; for a host that nobody keeps any more."""
+        if self._handle is not None:
+            with contextlib.suppress(TimeoutError):
+                await within(self._clock, self._pace.kill_timeout_s, self._handle.stop())
+        await self._seat.leave()
+        self.clean_up()
+
     def clean_up(self) -> None:
         """Remove what the host that was ready last left behind; for when it is dead, or killed."""
         if self._report is not None:
@@ -207,6 +228,7 @@ class HostKeeper:
         """State, place and history, as plain values."""
         return {
             "host_id": self.plan.host_id,
+            "key": self.plan.key,
             "state": str(self.life.state),
             "reason": self.life.reason,
             "retry_in_s": None if self.life.retry_at is None else max(0.0, self.life.retry_at - self._clock.now()),

@@ -10,9 +10,21 @@ def controller_name(runtime: str) -> str:
     return f"{runtime}/controller"
 
 
-def expert_name(runtime: str, host_id: str) -> str:
-    """Name of an expert actor."""
-    return f"{runtime}/expert/{host_id}"
+def expert_name(runtime: str, host_key: str) -> str:
+    """Name of an expert actor; ``HostPlan.key`` tells two revisions of one host apart."""
+    return f"{runtime}/expert/{host_key}"
+
+
+def expert_key(actor_name: str, runtime: str) -> str | None:
+    """The key of the host that an actor of this name is; None for any other actor."""
+    prefix = expert_name(runtime, "")
+    return actor_name.removeprefix(prefix) if actor_name.startswith(prefix) else None
+
+
+def router_index(actor_name: str, runtime: str) -> int | None:
+    """The index of the router that an actor of this name is; None for any other actor."""
+    prefix = f"{runtime}/router/"
+    return int(actor_name.removeprefix(prefix)) if actor_name.startswith(prefix) else None
 
 
 def router_name(runtime: str, index: int) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from moe_runtime.ray_backend.placer import ActorDemand
 from moe_runtime.service.routing_table import RoutingTable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from moe_runtime.ray_backend.placer import Strategy
     from moe_runtime.service.ports import Endpoint
@@ -97,82 +97,6 @@ class Failure:
         return f"{self.error}: {self.message}"
 
 
-class HostProcess(Protocol):
-    """An expert host: what an expert actor runs. ``start`` is called once, from a thread of its own."""
-
-    def start(self) -> HostReport:
-        """Load the experts, listen, and begin to serve in a thread of its own.
-
-        Raises:
-            MoERuntimeError: If an expert cannot be built, or nothing can be bound.
-        """
-        ...
-
-    def admit(self, public_keys: Collection[str]) -> None:
-        """Let routers with these keys connect from other nodes, and no others. Thread-safe.
-
-        Raises:
-            MoERuntimeError: If it was not started, or a key is malformed.
-        """
-        ...
-
-    def join(self) -> str:
-        """Wait until serving has ended, and say why."""
-        ...
-
-    def stop(self) -> None:
-        """Stop after the run that is under way, and stop listening. Thread-safe, safe to call twice."""
-        ...
-
-
-class RouterProcess(Protocol):
-    """A router: what a router actor runs. Every method is called from a thread that may block."""
-
-    def start(self, address: str) -> RouterReport:
-        """Bind and serve.
-
-        Raises:
-            MoERuntimeError: If a gate cannot be built, or the address cannot be bound.
-        """
-        ...
-
-    def set_table(self, table: RoutingTable) -> None:
-        """Route by this table from the next batch on, unless a newer one is there."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Layers, experts and replicas, as plain values."""
-        ...
-
-    def status(self) -> dict[str, Any]:
-        """Counters and load, as plain values."""
-        ...
-
-    def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for those in flight; whether all were answered in time."""
-        ...
-
-    def close(self) -> None:
-        """Stop serving. Safe to call twice."""
-        ...
-
-
-class HostFactory(Protocol):
-    """Makes a host's process where the actor runs; picklable."""
-
-    def __call__(self, location: Location, *, num_threads: int) -> HostProcess:
-        """The process, not yet started."""
-        ...
-
-
-class RouterFactory(Protocol):
-    """Makes a router's process where the actor runs; picklable."""
-
-    def __call__(self, location: Location) -> RouterProcess:
-        """The process, not yet started."""
-        ...
-
-
 @dataclass(frozen=True)
 class ReplicaPlan:
     """One replica of an expert: ``replica_id`` is ``<layer>/<expert name>/<n>``."""
@@ -194,6 +118,7 @@ class HostPlan:
             whose node lacks a module says so.
         strategy: Whether the actors of its layer are spread or packed.
         twins: Common to the hosts that serve replicas of the same experts; empty for one without.
+        revision: Hash of everything that makes it what it is; two plans' hosts of equal id and revision are one.
     """
 
     host_id: str
@@ -202,6 +127,12 @@ class HostPlan:
     factory: bytes
     strategy: Strategy = "spread"
     twins: str = ""
+    revision: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its id and revision: unique among the hosts of two plans, of which one takes the other's place."""
+        return f"{self.host_id}@{self.revision}" if self.revision else self.host_id
 
     @property
     def actor(self) -> ActorDemand:
@@ -220,6 +151,9 @@ class RoutersPlan:
         factory: A pickled ``RouterFactory``.
         node_id: Ray's id of the node that all of them must run on; None spreads them over those that match.
         node_labels: Labels that their nodes must have.
+        revision: Hash of what they serve; the same in two plans where a router need not change.
+        fixed: What a router that runs cannot change, as text, by its key in the configuration.
+        let_go_s: How long requests that were taken in before a change may take to be answered.
     """
 
     count: int
@@ -227,6 +161,9 @@ class RoutersPlan:
     factory: bytes
     node_id: str | None = None
     node_labels: Mapping[str, str] = field(default_factory=dict)
+    revision: str = ""
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    let_go_s: float = 330.0
 
     @property
     def demand(self) -> Demand:
@@ -279,11 +216,13 @@ class Snapshot:
         table: The routing table.
         addresses: Bound address per router index, which a restarted router binds again.
         public_keys: Key per router index, if routers have some; every host that is ready in the table admits them.
+        plan: The desired state that the table belongs to: an upgrade changes both at once.
     """
 
     table: RoutingTable = field(default_factory=RoutingTable)
     addresses: Mapping[int, str] = field(default_factory=dict)
     public_keys: Mapping[int, str] = field(default_factory=dict)
+    plan: RuntimePlan | None = None
 
     def is_for(self, public_key: str | None) -> bool:
         """Whether a router with this key may route by the table: hosts would refuse one that they do not know."""

@@ -9,7 +9,7 @@ from ray.exceptions import ActorUnschedulableError, RayError
 
 from moe_runtime.errors import StartError
 from moe_runtime.ray_backend.expert_actor import ExpertActor
-from moe_runtime.ray_backend.names import NAMESPACE, expert_name, router_name
+from moe_runtime.ray_backend.names import NAMESPACE, belongs_to, expert_key, expert_name, router_index, router_name
 from moe_runtime.ray_backend.nodes import living_nodes
 from moe_runtime.ray_backend.placement import actor_options, explain_unmet, place_options
 from moe_runtime.ray_backend.plan import Failure
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Location,
         RouterReport,
         RoutersPlan,
+        RuntimePlan,
         Snapshot,
     )
     from moe_runtime.service.ports import Endpoint
@@ -115,10 +116,19 @@ class RayHost(RayActor):
 class RayRouter(RayActor):
     """One router actor; implements ``RouterHandle``."""
 
-    async def start(self, address: str) -> RouterReport:
+    async def start(self, address: str, plan: RoutersPlan) -> RouterReport:
         """Start it, once, and get its bound address and its key."""
-        report: RouterReport = await self._call(self._actor.start.remote(address))
+        report: RouterReport = await self._call(self._actor.start.remote(address, plan))
         return report
+
+    async def prepare(self, plan: RoutersPlan) -> None:
+        """Have it build what a plan's routers serve, while it serves on."""
+        await self._call(self._actor.prepare.remote(plan))
+
+    async def oldest_table_version(self) -> int | None:
+        """The oldest version of the table that a request may still use; None if it does not know, or is gone."""
+        version: int | None = await self._ask(self._actor.oldest_table_version.remote())
+        return version
 
     async def describe(self) -> dict[str, Any] | None:
         """Its layers, experts and replicas; None if it is gone."""
@@ -142,10 +152,23 @@ class RaySpawner:
         """Serve the runtime of that name."""
         self._name = name
 
-    def find_host(self, host_id: str) -> RayHost | None:
-        """The living actor of a host, if there is one."""
-        actor = find_actor(expert_name(self._name, host_id))
+    def find_host(self, plan: HostPlan) -> RayHost | None:
+        """The living actor of a host, of this revision, if there is one."""
+        actor = find_actor(expert_name(self._name, plan.key))
         return None if actor is None else RayHost(actor)
+
+    def others(self, plan: RuntimePlan | None) -> tuple[list[RayHost], list[RayRouter]]:
+        """Living hosts and routers of the runtime that a plan does not name; all of them where there is no plan."""
+        known = set() if plan is None else {expert_name(self._name, host.key) for host in plan.hosts}
+        num_routers = 0 if plan is None else plan.routers.count
+        names = [name for name in actor_names(self._name) if name not in known]
+        hosts = [name for name in names if expert_key(name, self._name) is not None]
+        indices = {name: router_index(name, self._name) for name in names}
+        routers = [name for name, index in indices.items() if index is not None and index >= num_routers]
+        return (
+            [RayHost(actor) for actor in map(find_actor, hosts) if actor is not None],
+            [RayRouter(actor) for actor in map(find_actor, routers) if actor is not None],
+        )
 
     def nodes(self) -> tuple[NodeShape, ...]:
         """The nodes that are alive, and what is free on them."""
@@ -155,7 +178,7 @@ class RaySpawner:
         """A new expert actor, which dies once: the controller replaces it."""
         place = place_options(plan.demand, node_id=node_id, spread=plan.strategy == "spread")
         options = {**_DETACHED, **actor_options(plan.demand), **place, "max_restarts": 0}
-        return RayHost(_create(ExpertActor, plan.factory, name=expert_name(self._name, plan.host_id), options=options))
+        return RayHost(_create(ExpertActor, (plan.factory,), name=expert_name(self._name, plan.key), options=options))
 
     def find_router(self, index: int) -> RayRouter | None:
         """The living actor of a router, restarting ones included, if there is one."""
@@ -166,7 +189,7 @@ class RaySpawner:
         """A new router actor, which Ray restarts for ever, as long as its node lives."""
         place = place_options(plan.demand, node_id=node_id, spread=True)
         options = {**_DETACHED, **actor_options(plan.demand), **place, "max_restarts": -1}
-        return RayRouter(_create(RouterActor, plan.factory, name=router_name(self._name, index), options=options))
+        return RayRouter(_create(RouterActor, (), name=router_name(self._name, index), options=options))
 
     def explain(self, demand: Demand) -> str:
         """The demand in words, and what the cluster has."""
@@ -195,9 +218,15 @@ def find_actor(name: str) -> Any:
         return None
 
 
-def _create(actor_class: type, factory: bytes, *, name: str, options: dict[str, Any]) -> Any:
+def actor_names(runtime: str) -> list[str]:
+    """The names of a runtime's living actors."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [a["name"] for a in actors if a["namespace"] == NAMESPACE and belongs_to(a["name"], runtime)]
+
+
+def _create(actor_class: type, arguments: tuple[Any, ...], *, name: str, options: dict[str, Any]) -> Any:
     try:
-        return ray.remote(actor_class).options(name=name, **options).remote(factory)
+        return ray.remote(actor_class).options(name=name, **options).remote(*arguments)
     except (ValueError, TypeError, RayError) as exc:
         raise StartError(f"actor {name} could not be created: {exc}") from exc
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,10 @@ from moe_runtime.ray_backend.plan import Failure, Snapshot
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_runtime.ray_backend.plan import Location, RouterFactory, RouterProcess, RouterReport
+    from moe_runtime.ray_backend.plan import Location, RouterReport, RoutersPlan
+    from moe_runtime.ray_backend.processes import RouterFactory, RouterProcess
+
+_LOG = logging.getLogger(__name__)
 
 
 class RouterActor:
@@ -21,7 +25,6 @@ class RouterActor:
 
     def __init__(
         self,
-        factory: bytes,
         *,
         locate: Callable[[], Location] = whereabouts.locate,
         watch_node: Callable[[], None] = watch_own_node,
@@ -29,17 +32,19 @@ class RouterActor:
         """Start nothing yet.
 
         Args:
-            factory: The pickled factory of the router's process.
             locate: Tells where it runs.
             watch_node: Called once it serves; ends this process when its node is given up: clients that still reach
                 it would be served by the experts of a lost node only.
         """
-        self._factory = factory
         self._locate = locate
         self._watch_node = watch_node
         self._process: RouterProcess | None = None
         self._report: RouterReport | None = None
-        self._starting = asyncio.Lock()
+        #: Of what it serves, and of what it could.
+        self._revision = ""
+        self._prepared: tuple[str, Any] | None = None
+        self._changing = asyncio.Lock()
+        self._preparing = asyncio.Lock()
         self._ended = asyncio.Event()
         self._snapshot: Snapshot | None = None
 
@@ -47,25 +52,51 @@ class RouterActor:
         """Where this process runs."""
         return self._locate()
 
-    async def start(self, address: str) -> RouterReport | Failure:
+    async def start(self, address: str, plan: RoutersPlan) -> RouterReport | Failure:
         """Bind and serve; a router that serves already just reports."""
-        async with self._starting:
+        async with self._changing:
             if self._report is None:
-                return await asyncio.to_thread(self._start, address)
-            return self._report
+                outcome = await asyncio.to_thread(self._start, address, plan)
+                if isinstance(outcome, Failure):
+                    return outcome
+                self._report, self._revision = outcome, plan.revision
+            report = self._report
+        await self._follow()
+        return report
+
+    async def prepare(self, plan: RoutersPlan) -> Failure | None:
+        """Build what a newer plan's routers serve, so that the change to it takes no time; None, or why it cannot."""
+        async with self._preparing:
+            prepared = None if self._prepared is None else self._prepared[0]
+            if plan.revision in (self._revision, prepared):
+                return None
+            outcome = await asyncio.to_thread(_prepare, plan)
+            if isinstance(outcome, Failure):
+                return outcome
+            self._prepared = (plan.revision, outcome)
+        return None
 
     async def ping(self) -> None:
         """Answer."""
 
     async def keep(self, snapshot: Snapshot) -> None:
-        """Route by the snapshot's table from now on, unless a newer one is here, or hosts do not know this router."""
+        """Serve by the snapshot from now on, unless a newer one is here, or hosts do not know this router."""
         if self._snapshot is None or snapshot.table.version >= self._snapshot.table.version:
             self._snapshot = snapshot
-            self._hand_on_table()
+            await self._follow()
 
     async def kept(self) -> Snapshot | None:
         """The newest snapshot."""
         return self._snapshot
+
+    async def oldest_table_version(self) -> int | None:
+        """The oldest version of the table that a request may still use; None if that is not known just now."""
+        if self._process is None:
+            return None
+        try:
+            return await asyncio.to_thread(self._process.oldest_table_version)
+        except TimeoutError:
+            return None
 
     async def describe(self) -> dict[str, Any]:
         """Layers, experts and replicas, as plain values."""
@@ -90,22 +121,44 @@ class RouterActor:
             await asyncio.to_thread(self._process.close)
         self._ended.set()
 
-    def _start(self, address: str) -> RouterReport | Failure:
+    def _start(self, address: str, plan: RoutersPlan) -> RouterReport | Failure:
         try:
-            factory: RouterFactory = pickle.loads(self._factory)
+            factory: RouterFactory = pickle.loads(plan.factory)
             process = factory(self._locate())
             report = process.start(address)
         except Exception as exc:
             # As a value: the one who started it wants the error's text, not a remote traceback.
             return Failure(type(exc).__name__, str(exc))
-        self._process, self._report = process, report
+        self._process = process
         self._watch_node()
-        self._hand_on_table()
         return report
 
-    def _hand_on_table(self) -> None:
-        if self._process is None or self._report is None or self._snapshot is None:
-            return
-        # A snapshot that was meant for this router's predecessor waits for the one that knows its own key.
-        if self._snapshot.is_for(self._report.public_key):
-            self._process.set_table(self._snapshot.table)
+    async def _follow(self) -> None:
+        """Bring the process up to the newest snapshot: its table, and what it serves where that has changed."""
+        async with self._changing:
+            snapshot = self._snapshot
+            if self._process is None or self._report is None or snapshot is None:
+                return
+            # A snapshot that was meant for this router's predecessor waits for the one that knows its own key.
+            if not snapshot.is_for(self._report.public_key):
+                return
+            routers = None if snapshot.plan is None else snapshot.plan.routers
+            if routers is None or routers.revision == self._revision:
+                self._process.set_table(snapshot.table)
+                return
+            failure = await self.prepare(routers)
+            if failure is not None or self._prepared is None:
+                # Not the table alone: its experts may have other places than these layers give them.
+                _LOG.warning("the router serves on as it did: %s", failure)
+                return
+            (self._revision, setup), self._prepared = self._prepared, None
+            self._process.replace_setup(setup, snapshot.table)
+
+
+def _prepare(plan: RoutersPlan) -> Any:
+    try:
+        factory: RouterFactory = pickle.loads(plan.factory)
+        return factory.prepare()
+    except Exception as exc:
+        # As a value: the one who asked wants the error's text, not a remote traceback.
+        return Failure(type(exc).__name__, str(exc))

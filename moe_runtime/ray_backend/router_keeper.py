@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from moe_runtime.service.routing_table import ReplicaState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moe_runtime.ray_backend.placer import ActorDemand
     from moe_runtime.ray_backend.plan import Location, RoutersPlan
     from moe_runtime.ray_backend.seat import Tools
     from moe_runtime.ray_backend.spawner import RouterHandle
@@ -66,9 +68,14 @@ class RouterKeeper:
         self._bound_on: str | None = None
         self._seat: Seat[RouterHandle] = Seat(
             plan.actor(index),
-            spawn=lambda node_id: tools.spawner.spawn_router(plan, index, node_id=node_id),
+            spawn=lambda node_id: tools.spawner.spawn_router(self._plan, index, node_id=node_id),
             tools=tools,
         )
+
+    @property
+    def actor(self) -> ActorDemand:
+        """What the actor asks for."""
+        return self._seat.actor
 
     @property
     def handle(self) -> RouterHandle | None:
@@ -85,6 +92,11 @@ class RouterKeeper:
         if self.bound is None or self.location is None:
             return None
         return public_address(self.bound, self.location.ip)
+
+    def follow(self, plan: RoutersPlan, *, new_address: Callable[[Location], str]) -> None:
+        """Keep the same router under a newer plan; it learns of it by a snapshot, or when it starts again."""
+        self._plan = plan
+        self._new_address = new_address
 
     async def place(self) -> None:
         """Find or create the actor, and wait until it runs somewhere.
@@ -113,7 +125,7 @@ class RouterKeeper:
             raise StartError(f"router {self.index}: expected to be placed before it is started")
         timeout_s = self._pace.start_timeout_s
         try:
-            report = await within(self._clock, timeout_s, self._handle.start(address))
+            report = await within(self._clock, timeout_s, self._handle.start(address, self._plan))
         except TimeoutError as exc:
             raise StartError(f"router {self.index}: not ready {timeout_s:g} s after its placement") from exc
         except MoERuntimeError as exc:
@@ -130,6 +142,16 @@ class RouterKeeper:
                 self._fail(await self._handle.wait())
             else:
                 await self._bring_up()
+
+    async def end(self, *, drain_timeout_s: float = 0.0) -> None:
+        """Drain the router, stop it and end its actor; for a router that nobody keeps any more."""
+        if self._handle is not None:
+            with contextlib.suppress(TimeoutError):
+                if drain_timeout_s > 0:
+                    limit_s = drain_timeout_s + self._pace.kill_timeout_s
+                    await within(self._clock, limit_s, self._handle.drain(drain_timeout_s))
+                await within(self._clock, self._pace.kill_timeout_s, self._handle.stop())
+        await self._seat.leave()
 
     def describe(self) -> dict[str, Any]:
         """State, place and history, as plain values."""

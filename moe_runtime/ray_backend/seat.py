@@ -49,6 +49,7 @@ class Seat(Generic[HandleT]):
     """Holds the actor of one keeper, and brings it onto a node.
 
     Attributes:
+        actor: What the actor asks for.
         handle: The actor that was found or created last; None where there is none.
     """
 
@@ -61,7 +62,7 @@ class Seat(Generic[HandleT]):
             tools: Gives chooser, clock, and how long a killed actor may take to be gone.
         """
         self.handle: HandleT | None = None
-        self._actor = actor
+        self.actor = actor
         self._spawn = spawn
         self._chooser = tools.chooser
         self._clock = tools.clock
@@ -79,32 +80,32 @@ class Seat(Generic[HandleT]):
         while True:
             was_found, node = self.handle is not None, None
             if self.handle is None:
-                node = self._chooser.choose(self._actor, avoiding=_avoided(refusals))
+                node = self._chooser.choose(self.actor, avoiding=_avoided(refusals))
                 self.handle = self._spawn(None if node is None else node.node_id)
             try:
                 location = await within(self._clock, deadline - self._clock.now(), self.handle.locate())
             except StartError as exc:
                 if not self._may_try_elsewhere(exc, node, was_found=was_found):
                     raise
-                _LOG.info("%s: chooses another node: %s", self._actor.actor_id, exc)
+                _LOG.info("%s: chooses another node: %s", self.actor.actor_id, exc)
                 refusals.update(() if node is None else (node.name,))
                 await self.leave()
                 await self._clock.sleep(min(_PAUSE_S, deadline - self._clock.now()))
             else:
-                self._chooser.settle(self._actor, location.node)
+                self._chooser.settle(self.actor, location.node)
                 return location
 
     async def leave(self) -> None:
         """End the actor, and wait until its name is free."""
         handle, self.handle = self.handle, None
-        self._chooser.leave(self._actor)
+        self._chooser.leave(self.actor)
         if handle is None:
             return
         await handle.kill()
         try:
             await within(self._clock, self._kill_timeout_s, handle.wait())
         except TimeoutError:
-            _LOG.warning("%s: its old actor is not gone yet", self._actor.actor_id)
+            _LOG.warning("%s: its old actor is not gone yet", self.actor.actor_id)
 
     def _may_try_elsewhere(self, error: StartError, node: NodeShape | None, *, was_found: bool) -> bool:
         """Whether it is the node's fault that the actor runs nowhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -10,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
-from moe_runtime.errors import AlreadyRunningError, PlacementError, StartError
+from moe_runtime.errors import AlreadyRunningError, ConfigError, MoERuntimeError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
 from moe_runtime.ray_backend.depot import start_depot
-from moe_runtime.ray_backend.names import NAMESPACE, belongs_to, controller_name
+from moe_runtime.ray_backend.names import NAMESPACE, controller_name
 from moe_runtime.ray_backend.nodes import on_head
+from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
-from moe_runtime.ray_backend.ray_spawner import find_actor
+from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moe_runtime.ray_backend.deployment import DepotPlan
-    from moe_runtime.ray_backend.plan import Failure, RuntimePlan
+    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.roll import Upgraded
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ _POLL_EVERY_S = 0.05
 #: Beyond what the controller allows itself.
 _SPARE_S = 30.0
 _GONE_WITHIN_S = 10.0
+_UPGRADE_ERRORS: dict[str, type[MoERuntimeError]] = {"ConfigError": ConfigError, "PlacementError": PlacementError}
 
 
 class RaySession:
@@ -69,6 +73,33 @@ class RaySession:
         description: dict[str, Any] = self._ask("describe")
         return description
 
+    def upgrade(self, plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None = None) -> Upgraded:
+        """Roll the runtime to another plan while requests go on, and return when nothing else of the old one is left.
+
+        A controller that is restarted meanwhile is asked again.
+
+        Args:
+            plan: The desired state.
+            on_progress: Called with the number of actors that are ready, and of all that there will be.
+
+        Raises:
+            ConfigError: If the plan changes what cannot change while a runtime runs.
+            PlacementError: If the cluster has no room for it beside what runs.
+            StartError: If it did not start, or the controller does not answer. The runtime serves in any case.
+        """
+        is_over = threading.Event()
+        watcher = threading.Thread(target=self._show_progress, args=(on_progress, is_over), daemon=True)
+        watcher.start()
+        try:
+            outcome = self._ask("upgrade", plan, timeout_s=2 * plan.start_timeout_s + plan.routers.let_go_s + _SPARE_S)
+        finally:
+            is_over.set()
+            watcher.join()
+        if isinstance(outcome, Failure):
+            raise _UPGRADE_ERRORS.get(outcome.error, StartError)(outcome.message)
+        upgraded: Upgraded = outcome
+        return upgraded
+
     def close(self, *, drain_timeout_s: float) -> bool:
         """Drain and end the runtime; whether every request was answered. Safe to call twice."""
         if self._closed.is_set():
@@ -103,6 +134,11 @@ class RaySession:
             is_renewed = True
             for warning in warnings:
                 _LOG.warning("runtime %s: %s", self.name, warning)
+
+    def _show_progress(self, on_progress: Callable[[int, int], None] | None, is_over: threading.Event) -> None:
+        while on_progress is not None and not is_over.wait(_PROGRESS_EVERY_S):
+            with contextlib.suppress(RayError):
+                on_progress(*ray.get(self._controller.progress.remote(), timeout=_SPARE_S))
 
     def _ask(self, method: str, *arguments: Any, timeout_s: float = _SPARE_S) -> Any:
         """The controller's answer, also if Ray restarts it meanwhile: everything asked here may be asked twice."""
@@ -164,13 +200,13 @@ def attach(name: str) -> RaySession:
 
 def has_actors(name: str) -> bool:
     """Whether any actor of a runtime is there."""
-    return bool(_actor_names(name))
+    return bool(actor_names(name))
 
 
 def end_actors(name: str, *, but: str | None = None) -> None:
     """Kill every actor of a runtime, the controller first, and wait until their names are free."""
     deadline = time.monotonic() + _GONE_WITHIN_S
-    while names := [actor for actor in _actor_names(name) if actor != but]:
+    while names := [actor for actor in actor_names(name) if actor != but]:
         # The controller first: it would replace the others.
         for actor_name in sorted(names, key=lambda actor: actor != controller_name(name)):
             actor = find_actor(actor_name)
@@ -180,11 +216,6 @@ def end_actors(name: str, *, but: str | None = None) -> None:
             _LOG.warning("runtime %s: still there after %g s: %s", name, _GONE_WITHIN_S, ", ".join(names))
             return
         time.sleep(_POLL_EVERY_S)
-
-
-def _actor_names(name: str) -> list[str]:
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    return [a["name"] for a in actors if a["namespace"] == NAMESPACE and belongs_to(a["name"], name)]
 
 
 def create_controller(plan: RuntimePlan) -> Any:

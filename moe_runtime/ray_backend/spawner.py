@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Location,
         RouterReport,
         RoutersPlan,
+        RuntimePlan,
         Snapshot,
     )
     from moe_runtime.service.ports import Endpoint
@@ -136,12 +137,24 @@ class HostHandle(ActorHandle, Protocol):
 class RouterHandle(ActorHandle, Protocol):
     """A router actor."""
 
-    async def start(self, address: str) -> RouterReport:
+    async def start(self, address: str, plan: RoutersPlan) -> RouterReport:
         """Start it, and get its bound address and its key; a router that is started already just reports.
 
         Raises:
             StartError: If it cannot, with its error's text, or died.
         """
+        ...
+
+    async def prepare(self, plan: RoutersPlan) -> None:
+        """Have it build what a plan's routers serve, while it serves on; a snapshot of that plan then takes no time.
+
+        Raises:
+            StartError: If it cannot, with its error's text, or died.
+        """
+        ...
+
+    async def oldest_table_version(self) -> int | None:
+        """The oldest version of the table that a request may still use; None if it does not know, or is gone."""
         ...
 
     async def describe(self) -> dict[str, Any] | None:
@@ -160,15 +173,19 @@ class RouterHandle(ActorHandle, Protocol):
 class Spawner(Protocol):
     """Creates and finds the actors of one runtime.
 
-    Guarantees: nothing here waits for a placement; at most one living actor per host id and router index.
+    Guarantees: nothing here waits for a placement; at most one living actor per key of a host and router index.
     """
 
     def nodes(self) -> Sequence[NodeShape]:
         """The nodes that are alive, and what is free on them."""
         ...
 
-    def find_host(self, host_id: str) -> HostHandle | None:
-        """The living actor of a host, if there is one."""
+    def find_host(self, plan: HostPlan) -> HostHandle | None:
+        """The living actor of a host, of this revision, if there is one."""
+        ...
+
+    def others(self, plan: RuntimePlan | None) -> tuple[Sequence[HostHandle], Sequence[RouterHandle]]:
+        """Living hosts and routers of the runtime that a plan does not name; all of them where there is no plan."""
         ...
 
     def spawn_host(self, plan: HostPlan, *, node_id: str | None) -> HostHandle:

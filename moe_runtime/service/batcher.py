@@ -84,6 +84,11 @@ class Batcher:
         self._budget = budget
         self._clock = clock
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, and no batch is under way."""
+        return not any(queue.waiting or queue.num_in_flight for queue in self._queues.values())
+
     def add(self, queued: QueuedRequest) -> None:
         """Put a request, whose place in the budget is reserved, at the end of its layer's queue."""
         queue = self._queues[queued.request.layer]

@@ -30,6 +30,11 @@ class QueueBudget:
         self.num_tokens = 0
         self.num_bytes = 0
 
+    def resize(self, *, max_tokens: int, max_bytes: int) -> None:
+        """Other limits from now on; what waits already may exceed them."""
+        with self._lock:
+            self._max_tokens, self._max_bytes = max_tokens, max_bytes
+
     def reserve(self, num_tokens: int, num_bytes: int) -> None:
         """Take a place in the queue.
 

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_runtime.service.layer import ExpertInfo, RoutedLayer
+    from moe_runtime.service.lineup import Lineup
     from moe_runtime.service.routing_table import Replica, RoutingTable
+
+
+def describe_lineup(lineup: Lineup) -> dict[str, Any]:
+    """All layers, and the version of the table."""
+    table = lineup.table
+    layers = {name: describe_layer(layer, table) for name, layer in lineup.layers.items()}
+    return {"table_version": table.version, "layers": layers}
 
 
 def describe_layer(layer: RoutedLayer, table: RoutingTable) -> dict[str, Any]:

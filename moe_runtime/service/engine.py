@@ -17,10 +17,10 @@ from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
 from moe_runtime.service.flight import Flight, SentMessage
+from moe_runtime.service.lineup import Lineup
 from moe_runtime.service.ports import HostLost, HostReply, HostRequest, MonotonicClock
-from moe_runtime.service.routing_table import RoutingTable
 from moe_runtime.service.row_buffers import ExpertRows, RowBuffers
-from moe_runtime.service.stats import LayerStats, RouterStats
+from moe_runtime.service.stats import RouterStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moe_runtime.service.dispatch import HostMessage
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.ports import Clock, Endpoint, Transport
+    from moe_runtime.service.routing_table import RoutingTable
 
 #: Up to this many bytes of a batch, one pass over its rows is quicker than one per host.
 _GATHER_AT_ONCE_BYTES = 64 << 10
@@ -60,9 +61,9 @@ class RouterEngine:
         node: str = "",
         clock: Clock | None = None,
     ) -> None:
-        self.layers = dict(layers)
-        self.stats = RouterStats({name: LayerStats.for_layer(layer) for name, layer in self.layers.items()})
-        self.table = RoutingTable()
+        self.lineup = Lineup.of(layers)
+        self.stats = RouterStats(self.lineup.stats)
+        self._replaced: list[Lineup] = []
         self._transport = transport
         self._node = node
         self._clock = clock or MonotonicClock()
@@ -79,6 +80,11 @@ class RouterEngine:
         """Batches submitted and not yet returned."""
         return len(self._flights)
 
+    @property
+    def table(self) -> RoutingTable:
+        """The one for the batches to come."""
+        return self.lineup.table
+
     def set_table(self, table: RoutingTable) -> None:
         """Use a table for the batches to come; an older one than the present is ignored.
 
@@ -87,27 +93,43 @@ class RouterEngine:
         """
         if table.version < self.table.version:
             return
-        self.table = table
+        self.lineup.table = table
         for endpoint in table.out_endpoints():
             self._give_up(endpoint, "its host is out")
-        waiting_for = {sent.message.endpoint for sent in self._sent.values()}
-        self._transport.retain(table.endpoints() | waiting_for)
+        self._retain()
+
+    def replace_layers(self, layers: Mapping[str, RoutedLayer], table: RoutingTable) -> None:
+        """Use other layers, and their table, for the batches to come; the old line-up works until it is ``let_go``."""
+        self._replaced.append(self.lineup)
+        self.lineup = self.lineup.replaced_by(layers)
+        self.stats.layers = self.lineup.stats
+        self.set_table(table)
+
+    def let_go(self, lineup: Lineup) -> None:
+        """Nothing more will be submitted with a line-up that was replaced."""
+        self._replaced.remove(lineup)
+        self._retain()
+
+    def oldest_table_version(self) -> int:
+        """The oldest version that a batch in flight uses, or a batch to come may use."""
+        lineups = (self.lineup, *self._replaced)
+        return min([each.table.version for each in lineups] + [each.table.version for each in self._flights.values()])
 
     @torch.inference_mode()
-    def submit(self, batch: Batch) -> int:
-        """Route a batch and send its rows to the experts.
+    def submit(self, batch: Batch, lineup: Lineup | None = None) -> int:
+        """Route a batch, by the present line-up or a replaced one, and send its rows to the experts.
 
         Returns:
             The batch's id, which comes back in its result.
         """
-        started_at = self._clock.now()
-        layer = self.layers[batch.layer]
+        started_at, lineup = self._clock.now(), lineup or self.lineup
+        layer = lineup.layers[batch.layer]
         gate_input = batch.tokens.flatten(1) if batch.gate_input is None else batch.gate_input
         router_logits = layer.gate(gate_input)
         assignments = layer.policy.assign(router_logits, k=batch.k, mask=batch.mask)
         admission = admit(assignments, layer.capacity, row_seeds=batch.row_seeds)
         plan = plan_dispatch(admission)
-        flight = self._take_off(batch, layer, plan, started_at)
+        flight = self._take_off(batch, lineup, plan, started_at)
         self._dispatch(flight)
         return flight.batch_id
 
@@ -123,14 +145,19 @@ class RouterEngine:
         answered, self._answered = self._answered, []
         return [self._finish(flight) for flight in answered]
 
-    def _take_off(self, batch: Batch, layer: RoutedLayer, plan: DispatchPlan, started_at: float) -> Flight:
-        now = self._clock.now()
+    def _retain(self) -> None:
+        endpoints = {sent.message.endpoint for sent in self._sent.values()}
+        self._transport.retain(endpoints.union(*(each.table.endpoints() for each in (self.lineup, *self._replaced))))
+
+    def _take_off(self, batch: Batch, lineup: Lineup, plan: DispatchPlan, started_at: float) -> Flight:
+        now, layer = self._clock.now(), lineup.layers[batch.layer]
         flight = Flight(
             batch_id=next(self._batch_ids),
             batch=batch,
             layer=layer,
             plan=plan,
-            table=self.table,
+            table=lineup.table,
+            stats=lineup.stats[layer.name],
             expert_rows=ExpertRows((plan.num_planned, *layer.out_shape), layer.dtype, buffers=self._row_buffers),
             gate_s=now - started_at,
             dispatched_at=now,
@@ -194,7 +221,7 @@ class RouterEngine:
         if fault is not None:
             flight.fail(segments, fault)
             return
-        stats = self.stats.layers[flight.layer.name]
+        stats = flight.stats
         if len(segments) == 1 and reply.rows is not None:
             flight.expert_rows.place(segments[0].start, reply.rows)
             stats.count_product(segments[0].expert_id, reply.results[0].compute_ms)
@@ -269,5 +296,5 @@ class RouterEngine:
             failures=flight.failures,
             overflowed=None if layer.allow_non_finite else non_finite_rows(combined.outputs),
         )
-        self.stats.layers[layer.name].count_batch(result)
+        flight.stats.count_batch(result)
         return result

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.routing_table import RoutingTable
     from moe_runtime.service.row_buffers import ExpertRows
+    from moe_runtime.service.stats import LayerStats
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class Flight:
     layer: RoutedLayer
     plan: DispatchPlan
     table: RoutingTable
+    stats: LayerStats
     expert_rows: ExpertRows
     gate_s: float
     dispatched_at: float

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.errors import MoERuntimeError
+    from moe_runtime.service.generations import Generation
     from moe_runtime.service.requests import LayerRequest
     from moe_runtime.wire.messages import Report
 
@@ -39,6 +40,7 @@ class PendingRequest:
         on_done: Gets the one answer.
         arrived_at: Clock time of its arrival.
         deadline: Clock time after which nobody waits for it.
+        generation: What it was checked against, and is served by.
         warnings: What its report will say about its options.
     """
 
@@ -47,6 +49,7 @@ class PendingRequest:
     on_done: OnDone
     arrived_at: float
     deadline: float
+    generation: Generation
     warnings: tuple[str, ...] = ()
     _parts: list[tuple[PartReport, Tensor]] = field(default_factory=list)
     _num_rows: int = 0

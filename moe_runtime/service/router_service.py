@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,29 +13,30 @@ import torch
 from moe_runtime.errors import (
     DeadlineExceededError,
     InternalError,
+    MoERuntimeError,
     OverloadedError,
-    RequestCancelledError,
     UnavailableError,
-    UnknownLayerError,
 )
-from moe_runtime.service.batcher import Batcher, QueuedRequest
+from moe_runtime.service.batcher import QueuedRequest
 from moe_runtime.service.budget import QueueBudget
-from moe_runtime.service.describe import describe_layer
+from moe_runtime.service.describe import describe_lineup
 from moe_runtime.service.engine import RouterEngine
+from moe_runtime.service.generations import Generations
 from moe_runtime.service.inbox import Inbox
+from moe_runtime.service.open_requests import OpenRequests
 from moe_runtime.service.pending import PendingRequest, Ticket
 from moe_runtime.service.ports import MonotonicClock
 from moe_runtime.service.report import BatchLedger, empty_report
 from moe_runtime.service.requests import LayerAnswer
-from moe_runtime.service.validation import unused_options, validate_request
+from moe_runtime.service.validation import unused_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_runtime.config.runtime import LimitsConfig, RouterConfig
-    from moe_runtime.errors import MoERuntimeError
     from moe_runtime.service.batch import BatchResult
     from moe_runtime.service.batcher import JoinedBatch
+    from moe_runtime.service.generations import Generation, RouterSetup
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.pending import OnDone
     from moe_runtime.service.ports import Clock, Transport
@@ -73,17 +75,16 @@ class RouterService:
         clock: Clock | None = None,
     ) -> None:
         self._clock = clock or MonotonicClock()
-        self._router = router
         self._limits = limits
         self._transport = transport
         self._engine = RouterEngine(layers, transport, node=node, clock=self._clock)
         self._budget = QueueBudget(
             max_tokens=router.max_queued_tokens, max_bytes=router.max_queued_bytes, clock=self._clock
         )
-        self._batcher = Batcher(layers, router=router, budget=self._budget, clock=self._clock)
+        self._generations = Generations(self._engine.lineup, router, budget=self._budget, clock=self._clock)
         self._inbox = Inbox(transport.wake, max_open_requests=limits.max_concurrent_requests)
-        self._pending: dict[int, PendingRequest] = {}
-        self._batches: dict[int, JoinedBatch] = {}
+        self._requests = OpenRequests(self._engine.stats, clock=self._clock, on_answered=self._inbox.answered)
+        self._batches: dict[int, tuple[JoinedBatch, Generation]] = {}
         self._keys = itertools.count(1)
         self._stopping = threading.Event()
         self._started_at = self._clock.now()
@@ -119,11 +120,28 @@ class RouterService:
 
     def cancel(self, ticket: Ticket) -> None:
         """Withdraw a request; its ``on_done`` gets ``RequestCancelledError`` unless it was answered already."""
-        self._inbox.post(lambda: self._withdraw(ticket.request_key))
+        self._inbox.post(lambda: self._requests.withdraw(ticket.request_key))
 
     def set_table(self, table: RoutingTable) -> None:
         """Use a routing table from the next batch on; an older one than the present is ignored."""
         self._inbox.post(lambda: self._engine.set_table(table))
+
+    def replace_setup(self, setup: RouterSetup, table: RoutingTable) -> None:
+        """Serve other layers from the next batch on, by a table that was made for them.
+
+        Requests that were taken in before are finished by the layers that they were checked against.
+        """
+        self._inbox.post(lambda: self._replace_setup(setup, table))
+
+    def oldest_table_version(self, timeout_s: float) -> int:
+        """The oldest version of the table that a request may still use.
+
+        Raises:
+            TimeoutError: If the service's thread does not say so in time, because it is busy or has ended.
+        """
+        version: Future[int] = Future()
+        self._inbox.post(lambda: version.set_result(self._engine.oldest_table_version()))
+        return version.result(timeout_s)
 
     def layer(self, name: str) -> RoutedLayer:
         """The layer of that name.
@@ -131,25 +149,18 @@ class RouterService:
         Raises:
             UnknownLayerError: If there is none.
         """
-        try:
-            return self._engine.layers[name]
-        except KeyError:
-            known = ", ".join(sorted(self._engine.layers))
-            raise UnknownLayerError(f"expected one of the layers {known}, found {name!r}") from None
+        return self._generations.current.lineup.layer(name)
 
     def describe(self) -> dict[str, Any]:
         """Layers, experts and their replicas, as plain values."""
-        table = self._engine.table
-        return {
-            "table_version": table.version,
-            "layers": {name: describe_layer(layer, table) for name, layer in self._engine.layers.items()},
-        }
+        return describe_lineup(self._generations.current.lineup)
 
     def status(self) -> dict[str, Any]:
         """Counters, queue depths and uptime, as plain values."""
         snapshot = self._engine.stats.snapshot()
-        for name, layer in snapshot["layers"].items():
-            layer.update(self._batcher.depth(name))
+        generation = self._generations.current
+        for name in snapshot["layers"].keys() & generation.lineup.layers.keys():
+            snapshot["layers"][name].update(generation.batcher.depth(name))
         return {
             **snapshot,
             "table_version": self._engine.table.version,
@@ -174,13 +185,14 @@ class RouterService:
             self._thread.join()
 
     def _accept(self, request: LayerRequest, on_done: OnDone) -> Ticket:
-        layer = self.layer(request.layer)
-        validate_request(request, layer, limits=self._limits, router=self._router)
+        generation = self._generations.current
+        generation.check(request, self._limits)
         now = self._clock.now()
         deadline = now + self._limits.default_timeout_s if request.deadline is None else request.deadline
         if deadline <= now:
             raise DeadlineExceededError(f"request {request.request_id}: its deadline passed before it was queued")
-        pending = PendingRequest(next(self._keys), request, on_done, now, deadline, unused_options(request))
+        key = next(self._keys)
+        pending = PendingRequest(key, request, on_done, now, deadline, generation, unused_options(request))
         self._inbox.take_in(
             lambda: self._queue(pending),
             reserve=lambda: self._budget.reserve(int(request.tokens.shape[0]), request.tokens.nbytes),
@@ -200,47 +212,68 @@ class RouterService:
 
     def _turn(self) -> None:
         self._inbox.run_all()
-        self._expire()
-        while (joined := self._batcher.next_batch()) is not None:
-            self._dispatch(joined)
+        self._requests.expire()
+        while (due := self._generations.next_batch()) is not None:
+            self._dispatch(*due)
         for result in self._engine.poll(self._patience()):
             self._finish(result)
+        for generation in self._generations.take_finished():
+            self._engine.let_go(generation.lineup)
+
+    def _replace_setup(self, setup: RouterSetup, table: RoutingTable) -> None:
+        self._engine.replace_layers(setup.layers, table)
+        self._generations.replace(self._engine.lineup, setup.router)
 
     def _queue(self, pending: PendingRequest) -> None:
-        self._engine.stats.num_requests += 1
-        self._pending[pending.request_key] = pending
+        self._requests.add(pending)
+        if pending.generation is not self._generations.current and not self._moves_on(pending):
+            return
         if pending.request.tokens.shape[0] == 0:
             self._answer_empty(pending)
         else:
-            self._batcher.add(QueuedRequest(pending.request_key, pending.request, pending.arrived_at))
+            queued = QueuedRequest(pending.request_key, pending.request, pending.arrived_at)
+            pending.generation.batcher.add(queued)
+
+    def _moves_on(self, pending: PendingRequest) -> bool:
+        """Whether a request that was on its way while its layers were replaced is right for the new ones too."""
+        request, generation = pending.request, self._generations.current
+        try:
+            generation.check(request, self._limits)
+        except MoERuntimeError as exc:
+            self._budget.release(int(request.tokens.shape[0]), request.tokens.nbytes)
+            self._requests.fail(pending.request_key, exc)
+            return False
+        pending.generation = generation
+        return True
 
     def _answer_empty(self, pending: PendingRequest) -> None:
-        layer = self._engine.layers[pending.request.layer]
+        layer = pending.generation.lineup.layer(pending.request.layer)
         report = empty_report(pending.request, table_version=self._engine.table.version, warnings=pending.warnings)
         outputs = pending.request.tokens.new_empty((0, *layer.out_shape))
-        self._answer(pending.request_key, LayerAnswer(outputs, report))
+        self._requests.answer(pending.request_key, LayerAnswer(outputs, report))
 
-    def _dispatch(self, joined: JoinedBatch) -> None:
+    def _dispatch(self, joined: JoinedBatch, generation: Generation) -> None:
         try:
-            batch_id = self._engine.submit(joined.batch)
+            batch_id = self._engine.submit(joined.batch, generation.lineup)
         except Exception:
             # A gate that raises must not take the other layers' requests with it.
             _LOG.exception("layer %s: a batch could not be routed", joined.batch.layer)
-            self._batcher.batch_done(joined.batch.layer)
+            generation.batcher.batch_done(joined.batch.layer)
+            error = InternalError("the batch could not be routed; see the router's log")
             for part in joined.parts:
-                self._fail(part.request_key, InternalError("the batch could not be routed; see the router's log"))
+                self._requests.fail(part.request_key, error)
             return
-        self._batches[batch_id] = joined
+        self._batches[batch_id] = joined, generation
 
     def _finish(self, result: BatchResult) -> None:
-        joined = self._batches.pop(result.batch_id, None)
-        if joined is None:
+        if result.batch_id not in self._batches:
             # Its submission failed half-way, and its requests were answered then.
             return
-        self._batcher.batch_answered(joined)
-        ledger = BatchLedger(result, self._engine.layers[joined.batch.layer])
+        joined, generation = self._batches.pop(result.batch_id)
+        generation.batcher.batch_answered(joined)
+        ledger = BatchLedger(result, generation.lineup.layer(joined.batch.layer))
         for part in joined.parts:
-            pending = self._pending.get(part.request_key)
+            pending = self._requests.get(part.request_key)
             if pending is None:
                 continue
             last_row = part.offset + part.stop - part.start
@@ -251,48 +284,14 @@ class RouterService:
                 return_routing=part.return_routing,
             )
             if pending.add_part(part.start, result.outputs[part.offset : last_row], report):
-                self._answer(part.request_key, pending.answer(self._clock.now()))
-
-    def _expire(self) -> None:
-        now = self._clock.now()
-        for key in [key for key, pending in self._pending.items() if pending.deadline <= now]:
-            self._engine.stats.num_deadline_exceeded += 1
-            waited_ms = (now - self._pending[key].arrived_at) * 1000.0
-            self._fail(key, DeadlineExceededError(f"the deadline passed after {waited_ms:.0f} ms in the router"))
-
-    def _withdraw(self, request_key: int) -> None:
-        if request_key in self._pending:
-            self._engine.stats.num_cancelled += 1
-            self._fail(request_key, RequestCancelledError("the request was cancelled by its caller"))
-
-    def _fail(self, request_key: int, error: MoERuntimeError) -> None:
-        pending = self._pending.get(request_key)
-        if pending is not None:
-            self._engine.stats.num_failed += 1
-            self._batcher.remove(request_key, pending.request.layer)
-            self._answer(request_key, error)
-
-    def _answer(self, request_key: int, answer: LayerAnswer | MoERuntimeError) -> None:
-        pending = self._pending.pop(request_key)
-        if isinstance(answer, LayerAnswer):
-            self._engine.stats.num_answered += 1
-        try:
-            pending.on_done(answer)
-        except Exception:
-            _LOG.exception("request %s: its caller could not take the answer", pending.request.request_id)
-        self._inbox.answered()
+                self._requests.answer(part.request_key, pending.answer(self._clock.now()))
 
     def _patience(self) -> float:
-        now = self._clock.now()
-        waits = [_LONGEST_POLL_S, *(pending.deadline - now for pending in self._pending.values())]
-        due_in = self._batcher.seconds_to_next()
-        if due_in is not None:
-            waits.append(due_in)
-        return max(0.0, min(waits))
+        waits = (self._generations.seconds_to_next(), self._requests.seconds_to_next_deadline())
+        return max(0.0, min([_LONGEST_POLL_S, *(wait_s for wait_s in waits if wait_s is not None)]))
 
     def _shut(self) -> None:
         self._inbox.close()
         self._inbox.run_rest()
-        for key in list(self._pending):
-            self._fail(key, UnavailableError("the router was shut down before the answer was ready"))
+        self._requests.fail_all(UnavailableError("the router was shut down before the answer was ready"))
         self._transport.close()

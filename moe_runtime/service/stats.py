@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.routing.assignments import count_per_expert
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from moe_runtime.service.batch import BatchResult
     from moe_runtime.service.layer import RoutedLayer
 
@@ -24,25 +26,40 @@ class ExpertStats:
 
 
 @dataclass
-class LayerStats:
-    """Counters of one layer."""
+class LayerTotals:
+    """Counters of one layer as a whole."""
 
     num_batches: int = 0
     num_tokens: int = 0
     num_rerouted: int = 0
-    experts: list[ExpertStats] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Counters of one layer; ``experts`` in the order of its gate's rows."""
+
+    totals: LayerTotals
+    experts: tuple[ExpertStats, ...]
 
     @classmethod
     def for_layer(cls, layer: RoutedLayer) -> LayerStats:
         """Counters at zero, one per expert."""
-        return cls(experts=[ExpertStats() for _ in layer.experts])
+        return cls(LayerTotals(), tuple(ExpertStats() for _ in layer.experts))
+
+    def carried_to(self, layer: RoutedLayer, *, from_layer: RoutedLayer) -> LayerStats:
+        """The same counters for a layer that takes the place of another: experts of one name count on.
+
+        Batches of both layers may be counted side by side.
+        """
+        known = {expert.name: stats for expert, stats in zip(from_layer.experts, self.experts, strict=True)}
+        return LayerStats(self.totals, tuple(known.get(expert.name) or ExpertStats() for expert in layer.experts))
 
     def count_batch(self, result: BatchResult) -> None:
         """Add a finished batch."""
         plan, admission = result.plan, result.plan.admission
         assignments = admission.assignments
-        self.num_batches += 1
-        self.num_tokens += assignments.num_tokens
+        self.totals.num_batches += 1
+        self.totals.num_tokens += assignments.num_tokens
         for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):
             expert.num_served += num_rows
         if result.failures:
@@ -54,7 +71,7 @@ class LayerStats:
             full = count_per_expert(assignments.expert_ids[~admission.admitted], num_experts=len(self.experts))
             for expert, num_full in zip(self.experts, full, strict=True):
                 expert.num_dropped_capacity += num_full
-            self.num_rerouted += int(admission.rerouted.sum())
+            self.totals.num_rerouted += int(admission.rerouted.sum())
 
     def count_product(self, expert_id: int, compute_ms: float) -> None:
         """Add one matrix product of an expert."""
@@ -65,9 +82,9 @@ class LayerStats:
 
 @dataclass
 class RouterStats:
-    """Counters of one router process."""
+    """Counters of one router process; ``layers`` are those of the layers that it serves now."""
 
-    layers: dict[str, LayerStats]
+    layers: Mapping[str, LayerStats]
     num_requests: int = 0
     num_answered: int = 0
     num_refused: int = 0
@@ -82,12 +99,7 @@ class RouterStats:
         """All counters as plain values, for the status page."""
         totals = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         layers = {
-            name: {
-                "num_batches": layer.num_batches,
-                "num_tokens": layer.num_tokens,
-                "num_rerouted": layer.num_rerouted,
-                "experts": [dict(vars(expert)) for expert in layer.experts],
-            }
+            name: {**vars(layer.totals), "experts": [dict(vars(expert)) for expert in layer.experts]}
             for name, layer in self.layers.items()
         }
         return {**totals, "layers": layers}

@@ -21,9 +21,12 @@ from moe_runtime.launch.runtime import Runtime, serve
 from moe_runtime.ray_backend.names import NAMESPACE, belongs_to
 
 DEADLINE_S = 45.0
-#: A plug-in whose expert builds in one process only: the configuration is fine, the actor fails.
+#: A plug-in with an expert that builds in one process only: the configuration is fine, the actor fails; and with one
+#: that takes its time: to be built until a file is there, and to compute while another one is.
 PLUG_IN = """
 import os
+import time
+from pathlib import Path
 
 from torch import nn
 
@@ -51,6 +54,34 @@ def build(in_shape, options):
 
 
 KIND = ExpertKind("picky", Options, build)
+
+
+class PatientOptions(StrictModel):
+    quick_pid: int
+    built_when: str | None = None
+    busy_while: str | None = None
+
+
+class Patient(nn.Module):
+    def __init__(self, shape, options):
+        super().__init__()
+        self.contract = ExpertContract(shape, shape)
+        self.options = options
+
+    def forward(self, rows):
+        while self.options.busy_while is not None and Path(self.options.busy_while).exists():
+            time.sleep(0.01)
+        return rows
+
+
+def build_patiently(in_shape, options):
+    is_quick = os.getpid() == options.quick_pid or options.built_when is None
+    while not is_quick and not Path(options.built_when).exists():
+        time.sleep(0.01)
+    return Patient(in_shape, options)
+
+
+PATIENT = ExpertKind("patient", PatientOptions, build_patiently)
 """
 
 
@@ -62,7 +93,9 @@ def plug_in_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = folder / "picky_expert-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: picky-expert\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[moe_runtime.experts]\npicky = picky_expert:KIND\n")
+    (info / "entry_points.txt").write_text(
+        "[moe_runtime.experts]\npicky = picky_expert:KIND\npatient = picky_expert:PATIENT\n"
+    )
     return folder
 
 

@@ -39,8 +39,9 @@ def session(cluster, make_config):
     session.close(drain_timeout_s=0.0)
 
 
-def kept_keys(name):
-    actor = ray.get_actor(expert_name(name, "l/identity-0/0"), namespace=NAMESPACE)
+def kept_keys(session):
+    (host,) = session.describe()["hosts"]
+    actor = ray.get_actor(expert_name(session.name, host["key"]), namespace=NAMESPACE)
     return ray.get(actor.kept.remote()).public_keys
 
 
@@ -53,17 +54,17 @@ def test_restarted_routers_hosts_and_controllers_still_know_each_other(session, 
 
         assert client.describe()["node"] == "elsewhere"
         assert is_served()
-        first_keys = kept_keys(session.name)
+        first_keys = kept_keys(session)
         assert len(first_keys) == 1
         before = session.describe()
         os.kill(before["routers"][0]["pid"], signal.SIGKILL)
-        eventually(lambda: kept_keys(session.name) != first_keys)
+        eventually(lambda: kept_keys(session) != first_keys)
         eventually(is_served)
         # The new host must be told by the new controller, which asks the router that was not restarted again.
-        second_keys = kept_keys(session.name)
+        second_keys = kept_keys(session)
         os.kill(before["controller_pid"], signal.SIGKILL)
         eventually(lambda: session.describe()["controller_pid"] != before["controller_pid"])
         os.kill(before["hosts"][0]["pid"], signal.SIGKILL)
         eventually(lambda: session.describe()["hosts"][0]["pid"] != before["hosts"][0]["pid"])
         eventually(is_served)
-        assert kept_keys(session.name) == second_keys
+        assert kept_keys(session) == second_keys

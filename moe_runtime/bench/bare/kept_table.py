@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from moe_runtime.service.routing_table import RoutingTable
 
 
-def kept_table(runtime: str, host_id: str) -> RoutingTable:
+def kept_table(runtime: str, host_key: str) -> RoutingTable:
     """The table that the controller published; every actor keeps it.
 
     Args:
         runtime: The runtime's name.
-        host_id: One of its expert hosts.
+        host_key: The key of one of its expert hosts.
 
     Raises:
         BenchError: If the actor keeps none.
     """
-    actor = ray.get_actor(expert_name(runtime, host_id), namespace=NAMESPACE)
+    actor = ray.get_actor(expert_name(runtime, host_key), namespace=NAMESPACE)
     snapshot: Any = ray.get(actor.kept.remote())
     if snapshot is None:
-        raise BenchError(f"expert host {host_id}: expected it to keep a routing table, found none")
+        raise BenchError(f"expert host {host_key}: expected it to keep a routing table, found none")
     table: RoutingTable = snapshot.table
     return table

@@ -153,19 +153,38 @@ class FakeHost(FakeActor):
         self.introductions.append(f"{self.name} admits {', '.join(sorted(public_keys))}")
 
 
+@dataclass
 class FakeRouter(FakeActor):
+    refuses_to_prepare: str | None = None
+    prepared: list[str] = field(default_factory=list)
+    served: str = ""
+    #: A version that a request in flight still uses.
+    holds: int | None = None
+
     @property
     def public_key(self) -> str | None:
         return f"key-{self.pid}" if self.behaviour.has_key else None
 
-    async def start(self, address: str) -> RouterReport:
+    async def start(self, address: str, plan: RoutersPlan) -> RouterReport:
         self.starts.append(address)
         self._alive()
+        self.served = plan.revision
         return RouterReport(address.replace(":0", ":7777"), self.public_key)
 
     async def keep(self, snapshot: Snapshot) -> bool:
         self.introductions.append(f"{self.name} gets version {snapshot.table.version}")
         return await super().keep(snapshot)
+
+    async def prepare(self, plan: RoutersPlan) -> None:
+        self._alive()
+        if self.refuses_to_prepare is not None:
+            raise StartError(self.refuses_to_prepare)
+        self.prepared.append(plan.revision)
+
+    async def oldest_table_version(self) -> int | None:
+        self._alive()
+        newest = self.snapshots[-1].table.version if self.snapshots else None
+        return newest if self.holds is None else self.holds
 
     async def describe(self) -> dict[str, Any] | None:
         return {"layers": {"l": {}}}
@@ -190,14 +209,27 @@ class FakeSpawner:
         self.num_sweeps = 0
         self.cleaned_up: list[Endpoint] = []
 
-    def find_host(self, host_id: str) -> Any:
-        return self._living(host_id)
+    def find_host(self, plan: HostPlan) -> Any:
+        return self._living(plan.key)
+
+    def others(self, plan: RuntimePlan | None) -> tuple[list[Any], list[Any]]:
+        known = set() if plan is None else {host.key for host in plan.hosts}
+        known |= set() if plan is None else {f"router-{index}" for index in range(plan.routers.count)}
+        living = [actor for name in self.spawned if name not in known and (actor := self._living(name))]
+        return (
+            [actor for actor in living if isinstance(actor, FakeHost)],
+            [actor for actor in living if isinstance(actor, FakeRouter)],
+        )
+
+    def living(self) -> set[str]:
+        """The names of the actors that live."""
+        return {name for name in self.spawned if self._living(name)}
 
     def nodes(self) -> list[NodeShape]:
         return self.cluster
 
     def spawn_host(self, plan: HostPlan, *, node_id: str | None) -> Any:
-        return self._spawn(FakeHost, plan.host_id, node_id)
+        return self._spawn(FakeHost, plan.key, node_id)
 
     def find_router(self, index: int) -> Any:
         return self._living(f"router-{index}")
