@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from cluster.ray_cluster import RayCluster, prepare, set_labels
 NUM_HOSTS = 4
 #: The first test waits for the cluster.
 TIMEOUT_S = 300
+#: Names a file for the seconds that each step took, as JSON.
+FIGURES_VARIABLE = "CLUSTER_FIGURES"
+LAST = "test_cluster_down.py"
 _SECONDS = pytest.StashKey[dict[str, float]]()
 
 
@@ -29,12 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if needs_lab and Path(__file__).parent in item.path.parents:
             item.add_marker("cluster")
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
+    # Whoever comes after it has no cluster.
+    items.sort(key=lambda item: item.path.name == LAST)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if seconds := config.stash.get(_SECONDS, {}):
         steps = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
         terminalreporter.write_line(f"cluster: {steps}")
+        if file := os.environ.get(FIGURES_VARIABLE):
+            Path(file).write_text(json.dumps(seconds, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -57,4 +65,5 @@ def ray_cluster(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RayCluster
     set_labels(cluster.workers[1], {"ray.io/accelerator-type": "L4"})
     cluster.up()
     yield cluster
-    cluster.down()
+    if cluster.is_up:
+        cluster.down()
