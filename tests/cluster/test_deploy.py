@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from cluster.shipped import (
     traces,
     traces_when_ended,
 )
+from moe_runtime.launch.bundle import collect_bundle
 
 UNDER_WAY_WITHIN_S = 120.0
 
@@ -47,7 +47,8 @@ def deployed(submission: Submission) -> Iterator[Submission]:
     with submission.cluster.timed("first answer"):
         submission.call()
     yield submission
-    submission.teardown()
+    if actors(submission) != {host: before.pids for host, before in submission.before.items()}:
+        submission.teardown()
 
 
 def replicas(deployed: Submission) -> list[tuple[int, str]]:
@@ -87,10 +88,7 @@ def test_a_client_of_a_machine_that_is_no_node_gets_what_the_weight_files_comput
 
 def test_each_host_fetched_the_files_of_its_own_experts_and_gates_and_no_others(deployed: Submission) -> None:
     head, *workers = deployed.nodes
-    outcome = json.loads(
-        deployed.run("deploy", "digits/config.yaml", "--cluster", str(deployed.cluster.file), "--json").stdout
-    )
-    fetched = deployed.served_by_depot(outcome["deployment"])
+    fetched = deployed.served_by_depot(collect_bundle(deployed.folder / "config.yaml").id)
     placed = replicas(deployed)
     for worker in workers:
         needed = [deployed.expert_files[expert_id] for expert_id, host in placed if host == worker.address]
@@ -161,23 +159,29 @@ def test_teardown_leaves_nothing_on_any_host(deployed: Submission) -> None:
     assert deployed.teardown() == "digits: nothing to tear down\n"
 
 
-def kill_as_soon_as(submission: Submission, is_there: Callable[[Host], bool]) -> None:
-    """Deploy, and kill the submitting process when the head has come to some point."""
+def kill_as_soon_as(submission: Submission, is_there: Callable[[Submission], bool]) -> None:
+    """Deploy, and kill the submitting process when the cluster has come to some point."""
     with submission.start_deploying() as deployer:
         give_up_at = time.monotonic() + UNDER_WAY_WITHIN_S
-        while not is_there(submission.cluster.head):
+        while not is_there(submission):
             assert deployer.poll() is None, "it ended before"
             assert time.monotonic() < give_up_at
             time.sleep(0.02)
         deployer.kill()
 
 
-def has_bundle(host: Host) -> bool:
-    return any(Path(host.folder, "root/.moe_runtime/bundles").glob("*/files"))
+def has_bundle(submission: Submission) -> bool:
+    return any(Path(submission.cluster.head.folder, "root/.moe_runtime/bundles").glob("*/files"))
 
 
-def has_controller(host: Host) -> bool:
-    return any(words.startswith("ray::ControllerActor") for words in host.pids().values())
+def has_controller(submission: Submission) -> bool:
+    return "ControllerActor" in kinds_of_actors(submission)
+
+
+def kinds_of_actors(submission: Submission) -> Counter[str]:
+    """How many processes there are of each class of actors, on all nodes together."""
+    titles = (words for host in submission.nodes for words in host.pids().values() if words.startswith(TITLES))
+    return Counter(title.removeprefix("ray::").split()[0].partition(".")[0] for title in titles)
 
 
 def test_a_deployment_that_is_killed_twice_on_its_way_serves_when_repeated(submission: Submission) -> None:
@@ -186,10 +190,13 @@ def test_a_deployment_that_is_killed_twice_on_its_way_serves_when_repeated(submi
     submission.text = submission.deploy().stdout
     try:
         np.testing.assert_allclose(submission.call(), expected_outputs(submission), rtol=1e-4, atol=1e-5)
-        titles = [words for host in submission.nodes for words in host.pids().values() if words.startswith(TITLES)]
-        # Of each kind as many as were asked for: nothing is left of the attempts before.
-        assert len(titles) == sum(len(pids) for pids in actors(submission).values())
-        assert Counter(title.partition(".")[0].partition(":")[2] for title in titles)[":ExpertActor"] == NUM_EXPERTS + 1
+        # As many as were asked for: nothing is left of the attempts before.
+        assert kinds_of_actors(submission) == {
+            "ControllerActor": 1,
+            "Depot": 1,
+            "ExpertActor": NUM_EXPERTS + 1,
+            "RouterActor": 2,
+        }
     finally:
         submission.teardown(NAME)
     assert {h.name: traces_when_ended(h, submission.before[h.name]) for h in submission.nodes} == submission.before
