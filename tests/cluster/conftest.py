@@ -28,13 +28,15 @@ _SECONDS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
+    ours = [index for index, item in enumerate(items) if Path(__file__).parent in item.path.parents]
+    # Whoever comes after the last one has no cluster.
+    ordered = sorted((items[index] for index in ours), key=lambda item: item.path.name == LAST)
+    for index, item in zip(ours, ordered, strict=True):
+        items[index] = item
         needs_lab = {"lab", "ray_cluster"} & set(getattr(item, "fixturenames", ()))
-        if needs_lab and Path(__file__).parent in item.path.parents:
+        if needs_lab:
             item.add_marker("cluster")
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
-    # Whoever comes after it has no cluster.
-    items.sort(key=lambda item: item.path.name == LAST)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
