@@ -135,12 +135,15 @@ def deploy(
     wheel: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A wheel of moe-runtime, for --install.", exists=True)
     ] = None,
+    nodes: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Wait for so many nodes; for all that the --cluster file lists.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Bring a configuration and its files to a cluster, and leave it serving there. May be repeated."""
     from moe_runtime.cli.deploying import Asked, deploy_and_report
 
-    asked = Asked(config, cluster=cluster, ray_address=ray_address, install=install, wheel=wheel)
+    asked = Asked(config, cluster, ray_address, install=install, wheel=wheel, num_nodes=nodes)
     deploy_and_report(asked, as_json=as_json)
 
 

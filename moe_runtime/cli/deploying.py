@@ -38,6 +38,7 @@ class Asked:
     ray_address: str | None = None
     install: bool = False
     wheel: Path | None = None
+    num_nodes: int = 1
 
 
 def deploy_and_report(asked: Asked, *, as_json: bool) -> None:
@@ -52,6 +53,7 @@ def deploy_and_report(asked: Asked, *, as_json: bool) -> None:
         options = DeployOptions(
             install=asked.install,
             wheel=asked.wheel,
+            num_nodes=asked.num_nodes,
             on_step=progress.step,
             on_progress=progress.actors,
         )

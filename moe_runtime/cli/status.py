@@ -14,7 +14,7 @@ from moe_runtime.errors import MoERuntimeError, UnavailableError
 from moe_runtime.rpc.client import MoEClient
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from rich.console import Console
 
@@ -112,31 +112,38 @@ def _layer_table(name: str, layer: Mapping[str, Any], loads: list[Mapping[str, A
     nodes = {replica["node"] for expert in layer["experts"] for replica in expert["replicas"]}
     for index, expert in enumerate(layer["experts"]):
         counters = [load["experts"][index] for load in loads]
-        table.add_row(*_expert_cells(expert, counters, name_nodes=len(nodes) > 1))
+        for row in _expert_rows(expert, counters, nodes=_node_texts(nodes)):
+            table.add_row(*row)
     return table
 
 
-def _expert_cells(expert: Mapping[str, Any], loads: list[Mapping[str, Any]], *, name_nodes: bool) -> list[str]:
+def _expert_rows(
+    expert: Mapping[str, Any], loads: list[Mapping[str, Any]], *, nodes: Mapping[str, str]
+) -> list[list[str]]:
+    """A row per replica, the first of which has the expert's name and counters."""
     replicas = expert["replicas"]
     served, full, failed, products, compute_ms = (
         sum(load[key] for load in loads)
         for key in ("num_served", "num_dropped_capacity", "num_dropped_failure", "num_products", "compute_ms")
     )
-    return [
-        expert["name"],
-        "\n".join(_styled(replica["state"]) for replica in replicas) or _styled("out"),
-        "\n".join(_place(replica, name_node=name_nodes) for replica in replicas),
-        "\n".join(replica["weights_version"][:8] for replica in replicas),
-        str(served),
-        str(full),
-        str(failed),
-        f"{compute_ms / products:.2f}" if products else "",
-    ]
+    places = [
+        [_styled(replica["state"]), _place(replica, nodes), replica["weights_version"][:8]] for replica in replicas
+    ] or [[_styled("out"), "", ""]]
+    mean_ms = f"{compute_ms / products:.2f}" if products else ""
+    first = [expert["name"], *places[0], str(served), str(full), str(failed), mean_ms]
+    return [first, *(["", *place] for place in places[1:])]
 
 
-def _place(replica: Mapping[str, Any], *, name_node: bool) -> str:
-    # Eight characters tell nodes apart; Ray's ids of them have 56.
-    return f"{replica['device']} pid {replica['pid']}" + (f" {replica['node'][:8]}" if name_node else "")
+def _place(replica: Mapping[str, Any], nodes: Mapping[str, str]) -> str:
+    return f"{replica['device']} pid {replica['pid']} {nodes[replica['node']]}".rstrip()
+
+
+def _node_texts(nodes: Collection[str]) -> dict[str, str]:
+    """What each node is called in a table: nothing where there is one, its address if that tells it apart."""
+    addresses = {node: node.partition("/")[0] for node in nodes}
+    if len(nodes) <= 1:
+        return dict.fromkeys(nodes, "")
+    return addresses if len(set(addresses.values())) == len(nodes) else {node: node for node in nodes}
 
 
 def _styled(state: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _CHECK_TIMEOUT_S = 60.0
 _INSTALL_TIMEOUT_S = 600.0
+_LOOK_FOR_NODES_EVERY_S = 0.2
 
 
 def _ignore_step(_line: str) -> None:
@@ -45,12 +47,14 @@ class DeployOptions:
     Attributes:
         install: Install on the nodes, with pip, what they lack.
         wheel: A wheel of this package to install there.
+        num_nodes: Nodes to wait for, at most ``start_timeout_s``, where the runtime is not there yet.
         on_step: Called with a line for people after each step.
         on_progress: Called with the number of actors that are ready, and of all, a few times a second.
     """
 
     install: bool = False
     wheel: Path | None = None
+    num_nodes: int = 1
     on_step: Callable[[str], None] = _ignore_step
     on_progress: Callable[[int, int], None] = _ignore_progress
 
@@ -151,9 +155,8 @@ class _Deployment:
     def _prepare_nodes(self) -> int:
         """Check every node, and install there what may be installed; the number of nodes."""
         from moe_runtime.ray_backend.node_calls import installed_on
-        from moe_runtime.ray_backend.nodes import living_nodes
 
-        nodes = living_nodes()
+        nodes = self._await_nodes()
         expected = expectation(self.loaded.config.plug_ins)
         answers = installed_on(nodes, expected.distributions, timeout_s=_CHECK_TIMEOUT_S)
         lacks = lacking(expected, answers)
@@ -168,6 +171,25 @@ class _Deployment:
         check(expected, answers)
         self.options.on_step(f"checked {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}")
         return len(nodes)
+
+    def _await_nodes(self) -> tuple[NodeShape, ...]:
+        """The nodes that are there, when there are as many as was asked for; else, in the end, those that are."""
+        from moe_runtime.ray_backend.nodes import living_nodes
+
+        wanted, timeout_s = self.options.num_nodes, self.loaded.config.start_timeout_s
+        nodes = living_nodes()
+        if len(nodes) < wanted:
+            self.options.on_step(f"{len(nodes)} of {wanted} nodes have joined; waiting for the others")
+        give_up_at = time.monotonic() + timeout_s
+        while len(nodes) < wanted:
+            if time.monotonic() > give_up_at:
+                self.options.on_step(
+                    f"{len(nodes)} of {wanted} nodes have joined within {timeout_s:g} s; going on without the others"
+                )
+                break
+            time.sleep(_LOOK_FOR_NODES_EVERY_S)
+            nodes = living_nodes()
+        return nodes
 
     def _install(self, node: NodeShape, lacks: tuple[str, ...], expected: Expectation) -> None:
         from moe_runtime.ray_backend.node_calls import install_on

@@ -62,7 +62,8 @@ class _Relay:
 def deploy_from_afar(config: Path, *, cluster: Path, options: DeployOptions) -> Deployed:
     """Bring a configuration and its files to the head of a cluster, and deploy it there.
 
-    Files that the head has already are not sent again.
+    Files that the head has already are not sent again. Where the file lists its machines, all of them are waited for:
+    `ray up` returns before the head has started the others.
 
     Args:
         config: The YAML file, on this machine.
@@ -81,6 +82,7 @@ def deploy_from_afar(config: Path, *, cluster: Path, options: DeployOptions) -> 
         num_bytes = ship_bundle(bundle, config.expanduser().absolute().parent, head)
         options.on_step(f"sent {size_text(num_bytes)} to the head {head.name}")
         arguments = ["deploy", f"{_HOME}/bundles/{bundle.id}.{MANIFEST_FILE}"]
+        arguments += ["--nodes", str(max(options.num_nodes, machines.num_listed))]
         arguments += ["--install"] if options.install else []
         if options.install and options.wheel is not None:
             arguments += ["--wheel", _install_on_head(head, options.wheel)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,9 @@ def clean_node(name: str) -> Cleaned:
     folder = default_ipc_folder()
     # The dead of this runtime bound theirs long ago; a moment's grace is for hosts of others that are binding now.
     num_sockets = sweep_ipc(folder, min_age_s=1.0)
+    with suppress(OSError):
+        # Not empty: another runtime's, or none at all.
+        folder.rmdir()
     return Cleaned(weights, bundles, num_sockets)
 
 

@@ -87,6 +87,11 @@ def connect(ray_address: str | None = None, *, total_cpus: float = 0.0) -> Clust
         try:
             _init(address, total_cpus=total_cpus)
         except (ConnectionError, RuntimeError, ValueError, OSError) as exc:
+            if address == "auto" and isinstance(exc, ConnectionError):
+                raise StartError(
+                    f"no Ray runs on {socket.gethostname()}: start the cluster with `ray up FILE`, or with "
+                    f"`ray start --head`"
+                ) from exc
             where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
             raise StartError(f"{where}: {exc}") from exc
     context = ray.get_runtime_context()

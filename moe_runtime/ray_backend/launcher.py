@@ -144,6 +144,11 @@ class Machines:
         settings = self._config["provider"]
         return bool(settings["type"] == _LOCAL and "head_ip" in settings)
 
+    @property
+    def num_listed(self) -> int:
+        """How many machines the file lists; with others the head alone is certain to be there."""
+        return 1 + len(self._config["provider"]["worker_ips"]) if self.is_local else 1
+
     def head(self) -> Machine:
         """The head.
 

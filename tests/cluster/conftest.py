@@ -23,14 +23,21 @@ from cluster.served import Served, serve
 NUM_HOSTS = 4
 #: The first test waits for the cluster.
 TIMEOUT_S = 300
+#: Names a file for the seconds that each step took, as JSON.
+FIGURES_VARIABLE = "CLUSTER_FIGURES"
+LAST = "test_cluster_down.py"
 _SECONDS = pytest.StashKey[dict[str, float]]()
 _FIGURES = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
+    ours = [index for index, item in enumerate(items) if Path(__file__).parent in item.path.parents]
+    # Whoever comes after the last one has no cluster.
+    ordered = sorted((items[index] for index in ours), key=lambda item: item.path.name == LAST)
+    for index, item in zip(ours, ordered, strict=True):
+        items[index] = item
         needs_lab = {"lab", "ray_cluster", "served"} & set(getattr(item, "fixturenames", ()))
-        if needs_lab and Path(__file__).parent in item.path.parents:
+        if needs_lab:
             item.add_marker("cluster")
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
@@ -41,6 +48,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"cluster: {steps}")
     if figures := config.stash.get(_FIGURES, {}):
         terminalreporter.write_line(f"cluster figures: {json.dumps(figures, indent=1)}")
+    if (file := os.environ.get(FIGURES_VARIABLE)) and seconds:
+        Path(file).write_text(json.dumps({"seconds": seconds, "figures": figures}, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -63,16 +72,15 @@ def ray_cluster(lab: Lab, request: pytest.FixtureRequest) -> Iterator[RayCluster
     set_labels(cluster.workers[1], {"ray.io/accelerator-type": "L4"})
     cluster.up()
     yield cluster
-    cluster.down()
+    if cluster.is_up:
+        cluster.down()
 
 
 @pytest.fixture(scope="session")
-def served(
-    ray_cluster: RayCluster, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+def served(ray_cluster: RayCluster, request: pytest.FixtureRequest) -> Iterator[Served]:
     """A runtime with two routers and six experts on these nodes; tests leave it healthy, and may move it."""
     served = serve(ray_cluster)
     request.config.stash[_FIGURES] = served.figures
     yield served
-    tmp_path_factory.mktemp("figures").joinpath("cluster.json").write_text(json.dumps(served.figures, indent=1))
-    served.stop()
+    if ray_cluster.is_up:
+        served.stop()

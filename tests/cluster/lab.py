@@ -27,6 +27,8 @@ NETWORK = "198.18.77"
 #: Not below /tmp, which each host has to itself.
 FOLDERS = Path("/var/tmp")
 PREFIX = "moe-lab-"
+#: What a host alone has installed; need not exist.
+OWN_PACKAGES = "/root/plug-ins"
 #: Program -> the Debian package that has it.
 PROGRAMS = {
     "sshd": "openssh-server",
@@ -203,7 +205,7 @@ def _environment() -> dict[str, str]:
         "TERM": "xterm",
         "PATH": f"{sys.prefix}/bin:{SYSTEM_PATH}",
         # The package is installed on the hosts, so to speak.
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": f"{REPOSITORY}:{OWN_PACKAGES}",
     }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -19,9 +21,17 @@ from cluster.lab import REPOSITORY, Lab
 
 TEMPLATE = REPOSITORY / "cluster" / "local.yaml"
 UP_TIMEOUT_S = 180.0
-DOWN_TIMEOUT_S = 60.0
+DOWN_TIMEOUT_S = 120.0
 JOIN_TIMEOUT_S = 150.0
 PROGRAM_TIMEOUT_S = 90.0
+#: Where it is not installed, as beside a source tree, its entry point is called.
+MOE_RUNTIME = (
+    ["moe-runtime"]
+    if shutil.which("moe-runtime", path=f"{sys.prefix}/bin")
+    else ["python", "-c", "from moe_runtime.cli import main; main()"]
+)
+#: What the command lines of Ray's own processes, and of its workers, have in common.
+RAY_PROCESSES = ("ray::", "/ray/", "ray start")
 #: Prints the living nodes as JSON when there are as many as the first argument says, or after the second one's seconds.
 LIST_NODES = """
 import json, sys, time
@@ -45,12 +55,14 @@ class RayCluster:
         file: The filled in cluster file, at the same path on every host.
         token: What a client of Ray has to know.
         seconds: How long each step took.
+        is_up: Whether it was started, and not taken down since.
     """
 
     lab: Lab
     file: Path
     token: str
     seconds: dict[str, float] = field(default_factory=dict)
+    is_up: bool = False
 
     @property
     def head(self) -> Host:
@@ -63,6 +75,11 @@ class RayCluster:
         return self.lab.hosts[1:-1]
 
     @property
+    def node_hosts(self) -> tuple[Host, ...]:
+        """All hosts that are nodes of the Ray cluster."""
+        return (self.head, *self.workers)
+
+    @property
     def operator(self) -> Host:
         """The machine that calls ``ray up``; clients are there as well."""
         return self.lab.hosts[-1]
@@ -73,6 +90,7 @@ class RayCluster:
         Raises:
             LabError: If it fails, or a worker does not join; with what was printed.
         """
+        self.is_up = True
         began = time.monotonic()
         self.ray("up", "--yes", "--no-config-cache", timeout_s=UP_TIMEOUT_S)
         self.seconds["ray up"] = time.monotonic() - began
@@ -80,14 +98,22 @@ class RayCluster:
         self.seconds["all nodes"] = time.monotonic() - began
 
     def down(self) -> None:
-        """Run ``ray down``, which stops the head and leaves the workers to themselves.
+        """Run ``moe-runtime cluster down``.
 
         Raises:
             LabError: If it fails; with what it printed.
         """
+        with self.timed("cluster down" if self.is_up else "cluster down again"):
+            argv = [*MOE_RUNTIME, "cluster", "down", "--yes", str(self.file)]
+            self.operator.run(argv, timeout_s=DOWN_TIMEOUT_S)
+        self.is_up = False
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Keep how long a step takes."""
         began = time.monotonic()
-        self.ray("down", "--yes", timeout_s=DOWN_TIMEOUT_S)
-        self.seconds["ray down"] = time.monotonic() - began
+        yield
+        self.seconds[step] = time.monotonic() - began
 
     def ray(self, verb: str, *arguments: str, timeout_s: float = UP_TIMEOUT_S) -> CompletedProcess[str]:
         """What a command of Ray's cluster launcher gave, run by the operator in the root of the repository."""
@@ -130,6 +156,11 @@ class RayCluster:
             ).stdout
             raise LabError(f"expected {expected} nodes within {within_s:g} s, found {len(listed)}\n{log}")
         return listed
+
+
+def ray_processes(host: Host) -> list[str]:
+    """The command lines of Ray's processes on a host."""
+    return [words for words in host.pids().values() if any(part in words for part in RAY_PROCESSES)]
 
 
 def prepare(lab: Lab) -> RayCluster:

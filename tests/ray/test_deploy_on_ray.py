@@ -220,3 +220,22 @@ def test_a_plug_in_that_nodes_lack_is_installed_there_when_asked_for(write_confi
     assert serves(deployed.addresses[0]) == 1
     assert [step for step in steps if step.startswith("installing fresh-expert==1.0 on node ")]
     teardown("fresh")
+
+
+@pytest.mark.timeout(240)
+def test_nodes_that_do_not_join_are_waited_for_as_long_as_a_start_may_take_and_then_done_without(write_config):
+    config = write_config("patient")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "start_timeout_s": 60.0, "plug_ins": ["nowhere"]}))
+    steps: list[str] = []
+    # Where as many are there as was asked for, nothing is waited for, or said.
+    with pytest.raises(PlugInError):
+        deploy(config, options=DeployOptions(num_nodes=1, on_step=steps.append))
+    assert not [step for step in steps if "have joined" in step]
+    config.write_text(json.dumps({**json.loads(config.read_text()), "start_timeout_s": 0.5}))
+    with pytest.raises(PlugInError):
+        deploy(config, options=DeployOptions(num_nodes=2, on_step=steps.append))
+    assert [step for step in steps if "have joined" in step] == [
+        "1 of 2 nodes have joined; waiting for the others",
+        "1 of 2 nodes have joined within 0.5 s; going on without the others",
+    ]
+    teardown("patient")

@@ -73,6 +73,16 @@ def test_each_replica_of_an_expert_has_its_own_line() -> None:
     assert "n2" in lines[index + 1]
 
 
+def test_nodes_are_told_apart_by_their_addresses_where_these_differ() -> None:
+    view = router("h:1", served=1, compute_ms=1.0, products=1)
+    layer = view.description["layers"]["digits"]
+    nodes = ["198.18.77.11/0a", "198.18.77.12/0b"]
+    layer["experts"][0]["replicas"] = [replica("ready", node=node) for node in nodes]
+    assert [line.split()[-2] for line in printed(view).splitlines() if "198.18" in line][1:] == ["198.18.77.12"]
+    layer["experts"][0]["replicas"] = [replica("ready", node=node) for node in ("h/0a", "h/0b")]
+    assert "cpu pid 7 h/0b" in printed(view)
+
+
 def test_an_expert_without_replicas_is_out_and_has_no_mean_time() -> None:
     text = printed(router("h:1", served=10, compute_ms=6.0, products=4))
     assert cells(text, "lost-0") == ["lost-0", "out", "10", "1", "2"]
