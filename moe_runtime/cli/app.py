@@ -47,6 +47,12 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The runtime'
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", metavar="FILE", help="The cluster of this `ray up` file, from anywhere.")
 ]
+Install = Annotated[
+    bool, typer.Option("--install", help="Install with pip what nodes lack: plug-ins, and the --wheel.")
+]
+Wheel = Annotated[
+    Path | None, typer.Option("--wheel", metavar="PATH", help="A wheel of moe-runtime, for --install.", exists=True)
+]
 JoinedCluster = Annotated[
     str | None,
     typer.Option("--ray-address", metavar="ADDRESS", help="The Ray cluster that this machine is in; else RAY_ADDRESS."),
@@ -113,14 +119,17 @@ def stop(
 def upgrade(
     config: ConfigPath,
     *,
-    ray_address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster it runs on; else RAY_ADDRESS.")
-    ] = None,
+    cluster: ClusterFile = None,
+    ray_address: JoinedCluster = None,
+    install: Install = False,
+    wheel: Wheel = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Roll the runtime of this name to another configuration without losing a request. May be repeated."""
+    from moe_runtime.cli.deploying import Asked
     from moe_runtime.cli.upgrading import upgrade_and_report
 
-    upgrade_and_report(config, ray_address=ray_address)
+    upgrade_and_report(Asked(config, cluster, ray_address, install=install, wheel=wheel), as_json=as_json)
 
 
 @app.command()
@@ -129,12 +138,8 @@ def deploy(
     *,
     cluster: ClusterFile = None,
     ray_address: JoinedCluster = None,
-    install: Annotated[
-        bool, typer.Option("--install", help="Install with pip what nodes lack: plug-ins, and the --wheel.")
-    ] = False,
-    wheel: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A wheel of moe-runtime, for --install.", exists=True)
-    ] = None,
+    install: Install = False,
+    wheel: Wheel = None,
     nodes: Annotated[
         int, typer.Option(metavar="N", min=1, help="Wait for so many nodes; for all that the --cluster file lists.")
     ] = 1,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What ``moe-runtime deploy`` was asked for; see its options."""
+    """What ``moe-runtime deploy`` or ``upgrade`` was asked for; see their options."""
 
     config: Path
     cluster: Path | None = None
@@ -48,8 +48,8 @@ def deploy_and_report(asked: Asked, *, as_json: bool) -> None:
         ConfigError: If the configuration cannot work.
         StartError: If it was not deployed; what of it is there is cleared away or taken up by the next attempt.
     """
-    _expect_one(asked.cluster, asked.ray_address)
-    with _progress(f"Deploying {asked.config.name}", as_json=as_json) as progress:
+    expect_one(asked.cluster, asked.ray_address)
+    with showing_progress(f"Deploying {asked.config.name}", as_json=as_json) as progress:
         options = DeployOptions(
             install=asked.install,
             wheel=asked.wheel,
@@ -62,7 +62,7 @@ def deploy_and_report(asked: Asked, *, as_json: bool) -> None:
         else:
             outcome = deploy(asked.config, ray_address=asked.ray_address, options=options)
     if as_json:
-        _print_json(asdict(outcome))
+        print_json(asdict(outcome))
     else:
         _print_deployed(outcome, asked)
 
@@ -73,14 +73,14 @@ def tear_down_and_report(name: str, *, cluster: Path | None, ray_address: str | 
     Raises:
         StartError: If the cluster cannot be reached, or a node could not be cleaned.
     """
-    _expect_one(cluster, ray_address)
-    with _progress(f"Tearing down {name}", as_json=as_json) as progress:
+    expect_one(cluster, ray_address)
+    with showing_progress(f"Tearing down {name}", as_json=as_json) as progress:
         if cluster is not None:
             outcome = teardown_from_afar(name, cluster=cluster, on_step=progress.step)
         else:
             outcome = teardown(name, ray_address=ray_address, on_step=progress.step)
     if as_json:
-        _print_json(asdict(outcome))
+        print_json(asdict(outcome))
     else:
         stdout_console().print(_teardown_text(outcome), markup=False, soft_wrap=True)
     if outcome.unreachable:
@@ -93,17 +93,18 @@ def take_cluster_down(cluster: Path) -> None:
     Raises:
         StartError: If a machine could not be reached.
     """
-    with _progress(f"Stopping the cluster of {cluster}", as_json=False) as progress:
+    with showing_progress(f"Stopping the cluster of {cluster}", as_json=False) as progress:
         cluster_down(cluster, on_step=progress.step)
     stdout_console().print(f"{cluster}: its cluster is down", markup=False, soft_wrap=True)
 
 
-def _expect_one(cluster: Path | None, ray_address: str | None) -> None:
+def expect_one(cluster: Path | None, ray_address: str | None) -> None:
+    """Raise ``StartError`` where the cluster is named in two ways."""
     if cluster is not None and ray_address is not None:
         raise StartError(f"expected --cluster or --ray-address, found both: {cluster} and {ray_address}")
 
 
-class _Progress:
+class Progress:
     """Says how far it is: lines that stay, and one that changes; where there is no terminal, now and then a line."""
 
     def __init__(self, console: Console, doing: str, show: Callable[[str], None], *, prefix: str) -> None:
@@ -126,13 +127,14 @@ class _Progress:
 
 
 @contextmanager
-def _progress(doing: str, *, as_json: bool) -> Iterator[_Progress]:
+def showing_progress(doing: str, *, as_json: bool) -> Iterator[Progress]:
+    """Shows on the terminal what is being done; SIGTERM and SIGHUP are an orderly way out of it."""
     # With --json, stdout is for the one who parses it, and steps are told from what else is on stderr.
     # The streams as they are now: Ray's launcher code is silenced by redirecting stdout.
     console = Console(file=sys.stderr if as_json else sys.stdout, highlight=False)
     leave_on_signals()
     with console.status(doing) as status:
-        yield _Progress(console, doing, status.update, prefix=STEP_PREFIX if as_json else "")
+        yield Progress(console, doing, status.update, prefix=STEP_PREFIX if as_json else "")
 
 
 def _print_deployed(outcome: Deployed, asked: Asked) -> None:
@@ -162,5 +164,6 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _print_json(values: dict[str, Any]) -> None:
+def print_json(values: dict[str, Any]) -> None:
+    """Print an outcome for programs, as one line on stdout."""
     sys.stdout.write(json.dumps(values) + "\n")

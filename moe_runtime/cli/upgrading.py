@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moe_runtime.cli.consoles import stdout_console
-from moe_runtime.launch.runtime import upgrade
+from moe_runtime.cli.deploying import expect_one, print_json, showing_progress
+from moe_runtime.launch.deploy import DeployOptions, upgrade
+from moe_runtime.launch.remote import upgrade_from_afar
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
+    from moe_runtime.cli.deploying import Asked
     from moe_runtime.ray_backend.roll import Upgraded
 
 
-def upgrade_and_report(config: Path, *, ray_address: str | None) -> None:
+def upgrade_and_report(asked: Asked, *, as_json: bool) -> None:
     """Roll the runtime of the configuration's name to it.
 
     Raises:
         ConfigError: If the configuration cannot work, or changes what cannot change in a runtime that runs.
         StartError: If something did not start; the runtime serves as before.
     """
-    console = stdout_console()
-    with console.status(f"Upgrading to {config.name}") as upgrading:
-
-        def show(num_ready: int, num_actors: int) -> None:
-            upgrading.update(f"Upgrading to {config.name}: {num_ready} of {num_actors} actors are ready")
-
-        outcome = upgrade(config, ray_address=ray_address, on_progress=show)
-    print_outcome(outcome, console=console)
+    expect_one(asked.cluster, asked.ray_address)
+    with showing_progress(f"Upgrading to {asked.config.name}", as_json=as_json) as progress:
+        options = DeployOptions(
+            install=asked.install, wheel=asked.wheel, on_step=progress.step, on_progress=progress.actors
+        )
+        if asked.cluster is not None:
+            outcome = upgrade_from_afar(asked.config, cluster=asked.cluster, options=options)
+        else:
+            outcome = upgrade(asked.config, ray_address=asked.ray_address, options=options)
+    if as_json:
+        print_json(asdict(outcome))
+    else:
+        print_outcome(outcome, console=stdout_console())
 
 
 def print_outcome(outcome: Upgraded, *, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""``deploy``: a configuration and its files become a detached runtime on a cluster, whatever was done before."""
+"""``deploy`` and ``upgrade``: a configuration and its files become what runs on a cluster, whatever was done before."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from moe_runtime.launch.weights_recipe import WeightsRecipe
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.launch.bundle_store import StoredBundle
     from moe_runtime.launch.node_checks import Expectation
     from moe_runtime.ray_backend.cluster import Cluster
+    from moe_runtime.ray_backend.deployment import DepotPlan
     from moe_runtime.ray_backend.placer import NodeShape
+    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.roll import Upgraded
     from moe_runtime.ray_backend.session import RaySession
 
 _CHECK_TIMEOUT_S = 60.0
@@ -99,14 +102,27 @@ def deploy(config: str | Path, *, ray_address: str | None = None, options: Deplo
         PlacementError: If the cluster has no room for an actor within ``start_timeout_s``.
         StartError: If there is no such cluster, a node lacks something, or something did not start.
     """
-    expect_cluster(ray_address)
-    stored = BundleStore().store(Path(config))
-    loaded = load_config(stored.config)
-    cluster = connect(ray_address)
-    try:
-        return _Deployment(stored, loaded, cluster, options or DeployOptions()).run()
-    finally:
-        cluster.disconnect()
+    with _deployment(config, ray_address, options) as deployment:
+        return deployment.run()
+
+
+def upgrade(config: str | Path, *, ray_address: str | None = None, options: DeployOptions | None = None) -> Upgraded:
+    """Roll the running runtime of a configuration's name to that configuration and its files, without losing a request.
+
+    Bundles and checks as ``deploy`` does; then ``moe_runtime.upgrade`` says what happens. May be repeated.
+
+    Args:
+        config: As for ``deploy``.
+        ray_address: As for ``deploy``.
+        options: As for ``deploy``.
+
+    Raises:
+        ConfigError: If the configuration cannot work, or changes what cannot change in a runtime that runs.
+        PlacementError: If the cluster has no room for what is new beside what runs.
+        StartError: If there is no such cluster or runtime, a node lacks something, or something did not start.
+    """
+    with _deployment(config, ray_address, options) as deployment:
+        return deployment.upgrade()
 
 
 def expect_cluster(ray_address: str | None) -> None:
@@ -130,9 +146,22 @@ def expect_cluster(ray_address: str | None) -> None:
         )
 
 
+@contextmanager
+def _deployment(config: str | Path, ray_address: str | None, options: DeployOptions | None) -> Iterator[_Deployment]:
+    """A configuration, bundled on this machine, and the cluster that it is for."""
+    expect_cluster(ray_address)
+    stored = BundleStore().store(Path(config))
+    loaded = load_config(stored.config)
+    cluster = connect(ray_address)
+    try:
+        yield _Deployment(stored, loaded, cluster, options or DeployOptions())
+    finally:
+        cluster.disconnect()
+
+
 @dataclass(frozen=True)
 class _Deployment:
-    """One run of ``deploy``, on a connected cluster."""
+    """One run of ``deploy`` or ``upgrade``, on a connected cluster."""
 
     stored: StoredBundle
     loaded: LoadedConfig
@@ -144,13 +173,33 @@ class _Deployment:
         from moe_runtime.ray_backend.standing import join_deployment
 
         bundle = self.stored.bundle
-        self.options.on_step(f"bundle {bundle.id[:12]}: {len(bundle.files)} files, {size_text(bundle.num_bytes)}")
+        self._say_bundle()
         timeout_s = 2 * self.loaded.config.start_timeout_s
         session = join_deployment(bundle.runtime, bundle.id, timeout_s=timeout_s, on_progress=self.options.on_progress)
         if session is not None:
             return self._outcome(session, num_nodes=0)
         num_nodes = self._prepare_nodes()
         return self._outcome(self._launch(), num_nodes=num_nodes)
+
+    def upgrade(self) -> Upgraded:
+        # Not before: Ray reads how to authenticate when it is imported.
+        from moe_runtime.ray_backend.depot import end_depots, start_depot
+        from moe_runtime.ray_backend.session import attach
+
+        runtime = self.stored.bundle.runtime
+        self._say_bundle()
+        session = attach(runtime)
+        self._prepare_nodes()
+        start_depot(runtime, self._depot())
+        try:
+            return session.upgrade(self._plan(), on_progress=self.options.on_progress)
+        finally:
+            # Of the old one and the new one, that which the runtime does not need; it says itself which.
+            end_depots(runtime, but=session.describe()["deployment"])
+
+    def _say_bundle(self) -> None:
+        bundle = self.stored.bundle
+        self.options.on_step(f"bundle {bundle.id[:12]}: {len(bundle.files)} files, {size_text(bundle.num_bytes)}")
 
     def _prepare_nodes(self) -> int:
         """Check every node, and install there what may be installed; the number of nodes."""
@@ -206,20 +255,20 @@ class _Deployment:
             raise StartError(f"node {node.name}: expected pip to install {', '.join(requirements)}, found: {error}")
 
     def _launch(self) -> RaySession:
-        from moe_runtime.ray_backend.deployment import DepotPlan
         from moe_runtime.ray_backend.session import launch
 
+        return launch(self._plan(), depot=self._depot(), on_progress=self.options.on_progress)
+
+    def _plan(self) -> RuntimePlan:
         bundle = self.stored.bundle
+        weights = WeightsRecipe(bundle.runtime, bundle.id, self.stored.listed)
         recipe = build_router(self.loaded, nodes_have_paths=True)
-        plan = plan_runtime(
-            self.loaded.config,
-            recipe,
-            cluster=self.cluster,
-            detach=True,
-            weights=WeightsRecipe(bundle.runtime, bundle.id, self.stored.listed),
-        )
-        depot = DepotPlan(bundle.id, self.stored.paths, node_id=self.cluster.node_id)
-        return launch(plan, depot=depot, on_progress=self.options.on_progress)
+        return plan_runtime(self.loaded.config, recipe, cluster=self.cluster, detach=True, weights=weights)
+
+    def _depot(self) -> DepotPlan:
+        from moe_runtime.ray_backend.deployment import DepotPlan
+
+        return DepotPlan(self.stored.bundle.id, self.stored.paths, node_id=self.cluster.node_id)
 
     def _outcome(self, session: RaySession, *, num_nodes: int) -> Deployed:
         return Deployed(

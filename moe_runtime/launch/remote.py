@@ -1,4 +1,4 @@
-"""``deploy``, ``teardown`` and ``cluster down`` from any machine that has the ``ray up`` file of the cluster.
+"""``deploy``, ``upgrade``, ``teardown`` and ``cluster down`` from any machine that has the ``ray up`` file of the cluster.
 
 The submitting machine brings the bundle to the head, and runs the same command there, on the cluster.
 """
@@ -22,6 +22,7 @@ from moe_runtime.experts.weights_cache import Removed
 from moe_runtime.launch.bundle import MANIFEST_FILE, collect_bundle
 from moe_runtime.launch.deploy import Deployed, DeployOptions, size_text
 from moe_runtime.launch.teardown import Cleaned, TornDown
+from moe_runtime.ray_backend.roll import Upgraded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,6 +75,29 @@ def deploy_from_afar(config: Path, *, cluster: Path, options: DeployOptions) -> 
         ConfigError: If the configuration or a file that it names cannot be bundled.
         StartError: If the head cannot be reached, or with what ``deploy`` says there.
     """
+    outcome = _roll_out("deploy", config, cluster=cluster, options=options)
+    outcome["addresses"], outcome["layers"] = tuple(outcome["addresses"]), tuple(outcome["layers"])
+    return Deployed(**outcome)
+
+
+def upgrade_from_afar(config: Path, *, cluster: Path, options: DeployOptions) -> Upgraded:
+    """Bring a configuration and its files to the head of a cluster, and roll the runtime of its name to it.
+
+    Args:
+        config: The YAML file, on this machine.
+        cluster: The cluster's ``ray up`` file.
+        options: As for ``upgrade``.
+
+    Raises:
+        ConfigError: If the configuration or a file that it names cannot be bundled.
+        StartError: If the head cannot be reached, or with what ``upgrade`` says there.
+    """
+    outcome = _roll_out("upgrade", config, cluster=cluster, options=options)
+    return Upgraded(**{key: tuple(value) if isinstance(value, list) else value for key, value in outcome.items()})
+
+
+def _roll_out(command: str, config: Path, *, cluster: Path, options: DeployOptions) -> dict[str, Any]:
+    """The outcome of a command on a configuration that was brought to the head."""
     from moe_runtime.ray_backend.launcher import machines_of
 
     bundle = collect_bundle(config)
@@ -81,14 +105,13 @@ def deploy_from_afar(config: Path, *, cluster: Path, options: DeployOptions) -> 
         head = machines.head()
         num_bytes = ship_bundle(bundle, config.expanduser().absolute().parent, head)
         options.on_step(f"sent {size_text(num_bytes)} to the head {head.name}")
-        arguments = ["deploy", f"{_HOME}/bundles/{bundle.id}.{MANIFEST_FILE}"]
-        arguments += ["--nodes", str(max(options.num_nodes, machines.num_listed))]
+        arguments = [command, f"{_HOME}/bundles/{bundle.id}.{MANIFEST_FILE}"]
+        # An upgrade makes do with the nodes that are there.
+        arguments += ["--nodes", str(max(options.num_nodes, machines.num_listed))] if command == "deploy" else []
         arguments += ["--install"] if options.install else []
         if options.install and options.wheel is not None:
             arguments += ["--wheel", _install_on_head(head, options.wheel)]
-        outcome = run_on_head(head, arguments, on_step=options.on_step)
-    outcome["addresses"], outcome["layers"] = tuple(outcome["addresses"]), tuple(outcome["layers"])
-    return Deployed(**outcome)
+        return run_on_head(head, arguments, on_step=options.on_step)
 
 
 def teardown_from_afar(name: str, *, cluster: Path, on_step: Callable[[str], None]) -> TornDown:

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_runtime.errors import WeightsError
 from moe_runtime.ray_backend.names import NAMESPACE, depot_name
-from moe_runtime.ray_backend.ray_spawner import find_actor
+from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
 from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def start_depot(runtime: str, plan: DepotPlan) -> None:
     """Start the depot of a runtime beside its bundle, to live as long as the runtime."""
     options: dict[str, Any] = {
         "name": depot_name(runtime, plan.deployment),
+        # An upgrade that was interrupted has started it already.
+        "get_if_exists": True,
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "num_cpus": 0,
@@ -81,6 +83,16 @@ def start_depot(runtime: str, plan: DepotPlan) -> None:
         "scheduling_strategy": NodeAffinitySchedulingStrategy(plan.node_id, soft=False),
     }
     ray.remote(Depot).options(**options).remote(plan.files)
+
+
+def end_depots(runtime: str, *, but: str | None) -> None:
+    """End every depot of a runtime but that of one deployment."""
+    kept = None if but is None else depot_name(runtime, but)
+    for name in actor_names(runtime):
+        if name.startswith(depot_name(runtime, "")) and name != kept:
+            depot = find_actor(name)
+            if depot is not None:
+                ray.kill(depot, no_restart=True)
 
 
 def read_from_depot(runtime: str, deployment: str, sha256: str, file: BinaryIO) -> None:
