@@ -20,6 +20,7 @@ class TransportCounters:
         num_lost: Connections that ended by themselves, or never came about.
         num_shared: Messages whose rows lay in shared memory.
         num_unshared: Messages whose rows could have lain there, had there been room.
+        num_near: Messages sent through a Unix socket of their router and host, not through ZeroMQ.
         num_strangers: Connections that were not let in, because of their key.
     """
 
@@ -33,4 +34,5 @@ class TransportCounters:
     num_lost: int = 0
     num_shared: int = 0
     num_unshared: int = 0
+    num_near: int = 0
     num_strangers: int = 0

@@ -82,15 +82,19 @@ class HostLink:
         self.socket = open_socket(context, zmq.DEALER, max_queued=limits.max_queued_messages)
         self._send = sender_of(self.socket)
         self.monitor = LinkMonitor(self.socket)
+        #: Whether the host has answered through the socket: then it knows the way, should a reply be too long.
+        self._is_known = False
         try:
-            if not is_near:
+            if is_near:
+                self.channel = NearChannel.open(endpoint, max_bytes=limits.max_shared_bytes)
+            else:
                 _secure(self.socket, endpoint, keys)
+            if self.channel is not None:
+                self.socket.set(zmq.ROUTING_ID, self.channel.route)
             connect_once(self.socket, self.address)
         except (zmq.ZMQError, TransportError) as exc:
             self.close()
             raise TransportError(f"endpoint {self.address}: cannot connect: {exc}") from exc
-        if is_near:
-            self.channel = NearChannel.open(endpoint, max_bytes=limits.max_shared_bytes)
 
     def has_credit(self, num_bytes: int) -> bool:
         """Whether the host may be given so many more bytes; a host with nothing to do may be given any number."""
@@ -141,17 +145,34 @@ class HostLink:
         """Whether rows of this size are meant to travel in shared memory."""
         return self.channel is not None and num_bytes > MAX_INLINE_BYTES and self._limits.max_shared_bytes > 0
 
-    def try_send(self, frames: list[Any], *, ticket: int, num_bytes: int, slot: Slot | None) -> bool:
-        """Queue a request without waiting; False if the queue is full."""
+    def try_send_near(self, frames: list[Any]) -> bool:
+        """Send a short request through the channel; False if it must go through the socket."""
+        channel = self.channel
+        return self._is_known and channel is not None and len(frames) == 1 and channel.try_send(frames[0])
+
+    def try_send(self, frames: list[Any]) -> bool:
+        """Queue a request in the socket without waiting; False if its queue is full."""
         try:
             send_now(self._send, frames)
         except zmq.Again:
             return False
+        return True
+
+    def expect(self, ticket: int, *, num_bytes: int, slot: Slot | None) -> None:
+        """Note that a request was sent."""
         self.outstanding.add(ticket, num_bytes)
         if slot is not None:
             slot.is_unsent, slot.is_away = False, True
             self._away[ticket] = slot
-        return True
+
+    def note_known(self) -> None:
+        """Note that a reply came through the socket."""
+        self._is_known = True
+
+    def hung_up(self) -> bool:
+        """Give up the channel, which the host has closed; whether requests went with it."""
+        self._is_known = False
+        return len(self.outstanding) > 0
 
     def find(self, ticket: int, num_bytes: int) -> memoryview | None:
         """The first bytes of the slot that a ticket's request lies in; None if it lies in none so large."""

@@ -10,6 +10,8 @@ import zmq
 _NUMBERS = itertools.count()
 #: First frame of a monitor's message: the event, and a value that depends on it.
 _EVENT = struct.Struct("=HI")
+#: Why a link that was up is lost.
+LINK_ENDED = "its process ended, froze, or was cut off"
 _HANDSHAKE_FAILURES: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the host does not admit this router's key",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed: the host speaks another protocol or has another key",
@@ -71,7 +73,7 @@ class LinkMonitor:
         elif event in _HANDSHAKE_FAILURES:
             self._failure = _HANDSHAKE_FAILURES[event]
         elif self._is_up:
-            self._loss = "its process ended, froze, or was cut off"
+            self._loss = LINK_ENDED
         elif event == zmq.EVENT_CLOSED:
             self._loss = "nobody listens at its address"
         else:

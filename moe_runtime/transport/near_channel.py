@@ -1,4 +1,8 @@
-"""The router's side of a Unix socket to a host on its node: hands over shared memory, and sees a frozen process."""
+"""The router's side of a Unix socket to a host on its node.
+
+It carries short messages, which takes no other thread at either end, hands over shared memory for long ones, and
+tells of a frozen process.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,15 @@ if TYPE_CHECKING:
     from moe_runtime.service.ports import Endpoint
     from moe_runtime.transport.arena import Slot
 
+#: Longest message; what is longer, or finds no room in the kernel's buffer, goes through ZeroMQ.
+MAX_PACKET_BYTES = 64 << 10
+#: What each end may have in the kernel's buffer, which may grant less.
+BUFFER_BYTES = 1 << 20
+#: A router's first packet: how the host's ZeroMQ socket knows it. The first byte must not be 0.
+ROUTE_BYTES = 17
 #: What a router says of a segment, beside its descriptor: id and bytes.
 OFFER = struct.Struct("=QQ")
-#: What the host says of it: id, and whether it can use it.
+#: What the host says of it: id, and whether it can use it. No message is so short.
 ANSWER = struct.Struct("=Q?")
 _CREDENTIALS = struct.Struct("=iII")
 _MIN_SEGMENT_BYTES = 1 << 20
@@ -34,6 +44,7 @@ class NearChannel:
 
     def __init__(self, connection: socket.socket, *, max_bytes: int) -> None:
         self.arena = Arena()
+        self.route = b"r" + secrets.token_bytes(ROUTE_BYTES - 1)
         self._connection = connection
         self._max_bytes = max_bytes
         self._offered: tuple[int, memoryview] | None = None
@@ -50,11 +61,14 @@ class NearChannel:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.setblocking(False)
         try:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
             connection.connect(os.fsencode(near_path(path)))
+            channel = cls(connection, max_bytes=max_bytes)
+            connection.send(channel.route)
         except OSError:
             connection.close()
             return None
-        return cls(connection, max_bytes=max_bytes)
+        return channel
 
     def fileno(self) -> int:
         """The descriptor to poll for reading."""
@@ -76,19 +90,32 @@ class NearChannel:
             self._grow(num_bytes)
         return slot
 
-    def read(self) -> bool:
-        """Take the host's answers; False once it has hung up, and nobody need poll any more."""
+    def try_send(self, message: bytes) -> bool:
+        """Whether the host gets a message this way, unless it ends before; False if there is no room for it."""
+        if len(message) > MAX_PACKET_BYTES:
+            return False
+        try:
+            self._connection.send(message)
+        except OSError:
+            return False
+        return True
+
+    def read(self, buffer: memoryview) -> memoryview | None:
+        """The host's next message, in ``buffer``; empty if there is none; None once the host has hung up."""
         while True:
             try:
-                answer = self._connection.recv(ANSWER.size)
+                num_bytes = self._connection.recv_into(buffer)
             except BlockingIOError:
-                return True
+                return buffer[:0]
             except OSError:
-                answer = b""
-            if len(answer) != ANSWER.size:
+                num_bytes = 0
+            if num_bytes > ANSWER.size:
+                return buffer[:num_bytes]
+            if num_bytes < ANSWER.size:
                 self._hang_up()
-                return False
-            self._take(*ANSWER.unpack(answer))
+                return None
+            # The host may have hung up since: then what it answered holds no more.
+            self._take(*ANSWER.unpack(buffer[:num_bytes]))
 
     def close(self) -> None:
         """Let go of the memory, at both ends; tensors that lie in it keep what they need."""

@@ -1,4 +1,4 @@
-"""The host's side of the Unix sockets from routers on its node: maps the memory that they share with it."""
+"""The host's side of the Unix sockets from routers on its node: short messages, and the memory that they share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import os
 import select
 import socket
-from typing import TYPE_CHECKING
+import struct
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from moe_runtime.errors import StartError
-from moe_runtime.transport.near_channel import ANSWER, OFFER
+from moe_runtime.transport.near_channel import ANSWER, BUFFER_BYTES, MAX_PACKET_BYTES, OFFER, ROUTE_BYTES
 from moe_runtime.transport.shared_memory import map_segment
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.transport.header_fields import Place
+
+_DESCRIPTOR = struct.Struct("=i")
+_ONE_DESCRIPTOR = socket.CMSG_LEN(_DESCRIPTOR.size)
 
 
 class ReplySlot:
@@ -41,11 +45,45 @@ class ReplySlot:
         return True
 
 
+class Visitor:
+    """A router's connection.
+
+    Attributes:
+        route: How the host's ZeroMQ socket knows that router; None until it has said so.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.route: bytes | None = None
+        self.segment_ids: list[int] = []
+        self.connection = connection
+
+    def try_send(self, message: bytes) -> bool:
+        """Whether the router gets a message this way, unless it ends before; False if there is no room for it."""
+        if len(message) > MAX_PACKET_BYTES:
+            return False
+        try:
+            self.connection.send(message)
+        except OSError:
+            return False
+        return True
+
+
+class Heard(NamedTuple):
+    """A message, until the next one is heard, and whose it is."""
+
+    visitor: Visitor
+    message: memoryview
+
+
 class NearDoor:
     """Listens beside the ipc socket of a host; owned by the host's thread, and waits for nobody."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, epoll: select.epoll) -> None:
         """Listen.
+
+        Args:
+            path: Where.
+            epoll: Watches this descriptor, and those of the routers that are let in.
 
         Raises:
             StartError: If the path cannot be bound.
@@ -59,23 +97,31 @@ class NearDoor:
         except OSError as exc:
             self._listener.close()
             raise StartError(f"cannot listen at {path}: {exc}") from exc
-        self._routers: dict[int, socket.socket] = {}
+        self._visitors: dict[int, Visitor] = {}
         self._segments: dict[int, memoryview] = {}
-        self._segments_of: dict[int, list[int]] = {}
-        self._epoll = select.epoll()
+        self._packet = memoryview(bytearray(MAX_PACKET_BYTES))
+        self._epoll = epoll
         self._epoll.register(self._listener, select.EPOLLIN)
 
-    def fileno(self) -> int:
-        """The descriptor to poll for reading."""
-        return self._epoll.fileno()
-
-    def serve_waiting(self) -> None:
-        """Let routers in, map what they offer, and forget those that are gone."""
-        for descriptor, _ in self._epoll.poll(0):
+    def hear(self, descriptor: int) -> Heard | None:
+        """What there is at a descriptor that is readable: a message; None for anything else, which is seen to."""
+        visitor = self._visitors.get(descriptor)
+        if visitor is None:
             if descriptor == self._listener.fileno():
                 self._let_in()
-            else:
-                self._hear(descriptor)
+            return None
+        try:
+            num_bytes, attached, _, _ = visitor.connection.recvmsg_into(
+                (self._packet,), _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return None
+        except OSError:
+            num_bytes, attached = 0, []
+        if num_bytes and not attached and visitor.route is not None:
+            return Heard(visitor, self._packet[:num_bytes])
+        self._see_to(visitor, self._packet[:num_bytes], attached)
+        return None
 
     def find(self, place: Place) -> memoryview | None:
         """The memory at a place; None if it is not all in a segment that a router here shares."""
@@ -85,40 +131,44 @@ class NearDoor:
 
     def close(self) -> None:
         """Stop listening and let go of all memory; tensors that lie in it keep what they need."""
-        for descriptor in [*self._routers]:
-            self._show_out(descriptor)
-        self._epoll.close()
+        for visitor in [*self._visitors.values()]:
+            self.show_out(visitor)
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
 
+    def show_out(self, visitor: Visitor) -> None:
+        """Close a router's connection and forget its memory."""
+        if self._visitors.pop(visitor.connection.fileno(), None) is None:
+            return
+        self._epoll.unregister(visitor.connection)
+        visitor.connection.close()
+        for segment_id in visitor.segment_ids:
+            self._segments.pop(segment_id, None)
+
     def _let_in(self) -> None:
         with contextlib.suppress(OSError):
-            router, _ = self._listener.accept()
-            router.setblocking(False)
-            self._routers[router.fileno()] = router
-            self._segments_of[router.fileno()] = []
-            self._epoll.register(router, select.EPOLLIN)
+            connection, _ = self._listener.accept()
+            connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+            self._visitors[connection.fileno()] = Visitor(connection)
+            self._epoll.register(connection, select.EPOLLIN)
 
-    def _hear(self, descriptor: int) -> None:
-        router = self._routers[descriptor]
-        try:
-            offer, segments, _, _ = socket.recv_fds(router, OFFER.size, 1)
-        except BlockingIOError:
-            return
-        except OSError:
-            offer, segments = b"", []
-        if len(offer) != OFFER.size or len(segments) != 1:
-            for segment in segments:
-                os.close(segment)
-            self._show_out(descriptor)
-            return
-        segment_id, num_bytes = OFFER.unpack(offer)
-        is_usable = self._map(descriptor, segments[0], segment_id=segment_id, num_bytes=num_bytes)
-        with contextlib.suppress(OSError):
-            router.send(ANSWER.pack(segment_id, is_usable))
+    def _see_to(self, visitor: Visitor, packet: memoryview, attached: list[tuple[int, int, bytes]]) -> None:
+        """Take what is no message: how the router is known, or memory that it offers; anything else is its end."""
+        descriptors = [descriptor for _, _, data in attached for descriptor in _descriptors_in(data)]
+        if visitor.route is None and len(packet) == ROUTE_BYTES and not descriptors:
+            visitor.route = bytes(packet)
+        elif visitor.route is not None and len(packet) == OFFER.size and len(descriptors) == 1:
+            segment_id, num_bytes = OFFER.unpack(packet)
+            is_usable = self._map(visitor, descriptors.pop(), segment_id=segment_id, num_bytes=num_bytes)
+            visitor.try_send(ANSWER.pack(segment_id, is_usable))
+        else:
+            self.show_out(visitor)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
-    def _map(self, descriptor: int, segment: int, *, segment_id: int, num_bytes: int) -> bool:
+    def _map(self, visitor: Visitor, segment: int, *, segment_id: int, num_bytes: int) -> bool:
         try:
             memory = map_segment(segment, num_bytes)
         except (OSError, ValueError, OverflowError):
@@ -126,14 +176,13 @@ class NearDoor:
         finally:
             os.close(segment)
         self._segments[segment_id] = memory
-        self._segments_of[descriptor].append(segment_id)
+        visitor.segment_ids.append(segment_id)
         return True
 
-    def _show_out(self, descriptor: int) -> None:
-        self._epoll.unregister(descriptor)
-        self._routers.pop(descriptor).close()
-        for segment_id in self._segments_of.pop(descriptor):
-            self._segments.pop(segment_id, None)
+
+def _descriptors_in(data: bytes) -> tuple[int, ...]:
+    whole = len(data) - len(data) % _DESCRIPTOR.size
+    return tuple([descriptor for (descriptor,) in _DESCRIPTOR.iter_unpack(data[:whole])])
 
 
 def _may_overlap(rows: Tensor, memory: memoryview, address: int) -> bool:

@@ -1,10 +1,11 @@
-"""The expert host's end of the data plane on ZeroMQ: one socket at an ipc and a tcp address."""
+"""The expert host's end of the data plane: one ZeroMQ socket at an ipc and a tcp address, and a door beside it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import select
+from typing import TYPE_CHECKING, NamedTuple
 
 import zmq
 
@@ -14,14 +15,15 @@ from moe_runtime.transport.counters import TransportCounters
 from moe_runtime.transport.curve import Doorkeeper, make_key_pair, secure_listener
 from moe_runtime.transport.header import check_reply, decode_request, encode_reply
 from moe_runtime.transport.header_fields import Address
-from moe_runtime.transport.incarnation import INCARNATION_BITS, mint_incarnation
+from moe_runtime.transport.incarnation import mint_incarnation
 from moe_runtime.transport.ipc_folder import default_ipc_folder, ipc_address, ipc_path, near_path, prepare_ipc_folder
-from moe_runtime.transport.near_door import NearDoor, ReplySlot
+from moe_runtime.transport.near_door import NearDoor, ReplySlot, Visitor
 from moe_runtime.transport.waker import Waker
 from moe_runtime.transport.zmq_socket import (
     DEFAULT_MAX_QUEUED_MESSAGES,
     DONTWAIT,
     MAX_MESSAGES_PER_CALL,
+    MAX_WAIT_S,
     READABLE,
     bind,
     bind_tcp,
@@ -33,13 +35,28 @@ from moe_runtime.transport.zmq_socket import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from moe_runtime.service.ports import HostReply
     from moe_runtime.transport.curve import Encryption
+    from moe_runtime.transport.header import IncomingRequest
 
-_INCARNATION_BYTES = INCARNATION_BITS // 8
+
+class _Lease(NamedTuple):
+    """How a request came, and its reply goes.
+
+    Attributes:
+        address: Of the reply.
+        route: How the socket knows the router.
+        visitor: The router's own connection, if the request came through it.
+        slot: Memory for the reply's rows, if there is any.
+    """
+
+    address: Address
+    route: bytes
+    visitor: Visitor | None
+    slot: ReplySlot | None
 
 
 class ZmqHostTransport:
@@ -47,6 +64,9 @@ class ZmqHostTransport:
 
     Memory is bounded by the routers, each of which leaves at most its ``max_outstanding_bytes`` of rows unanswered
     here, and by ``max_queued_messages`` from and to each.
+
+    Short messages of routers on this node, and to them, take a Unix socket of their own: through ZeroMQ each would
+    cost two threads' wake-ups at either end.
 
     Requests that are malformed, or meant for another incarnation, are counted and dropped. The rows of a reply
     are sent from where they are: they must not be changed after ``reply``.
@@ -80,7 +100,8 @@ class ZmqHostTransport:
         folder = default_ipc_folder() if folder is None else folder
         prepare_ipc_folder(folder)
         self._ipc_path = ipc_path(folder, self.incarnation)
-        self._near_door = NearDoor(near_path(self._ipc_path))
+        self._epoll = select.epoll()
+        self._near_door = NearDoor(near_path(self._ipc_path), epoll=self._epoll)
         self._counters = TransportCounters()
         self._closed = False
         self._waker = Waker()
@@ -91,13 +112,17 @@ class ZmqHostTransport:
         self._socket.set(zmq.ROUTER_MANDATORY, 1)
         self._endpoint = self._listen(node, ip, port_range=port_range, encryption=encryption)
         self._send = sender_of(self._socket)
-        self._on_ready: dict[Any, Callable[[], None]] = {
-            self._waker.fileno(): self._waker.drain,
-            self._doorkeeper.socket: self._answer_the_door,
-            self._near_door.fileno(): self._near_door.serve_waiting,
-        }
         self._only_socket = [(self._socket, READABLE)]
-        self._items = [(readable, READABLE) for readable in (self._socket, *self._on_ready)]
+        # ZeroMQ's descriptors are signalled only after their socket was asked and had nothing.
+        self._must_ask_socket = True
+        self._on_ready: dict[int, Callable[[], None]] = {
+            self._waker.fileno(): self._waker.drain,
+            int(self._doorkeeper.socket.get(zmq.FD)): self._answer_the_door,
+            int(self._socket.get(zmq.FD)): self._note_socket,
+        }
+        for descriptor in self._on_ready:
+            self._epoll.register(descriptor, select.EPOLLIN)
+        self._answer_the_door()
 
     @property
     def endpoint(self) -> Endpoint:
@@ -127,11 +152,22 @@ class ZmqHostTransport:
         if self._closed:
             return []
         deliveries: list[Delivery] = []
-        for ready, _ in wait_for_any(self._items, timeout_s):
-            if ready is self._socket:
+        if self._must_ask_socket:
+            self._accept_waiting(deliveries)
+        wait_s = 0.0 if deliveries else min(timeout_s, MAX_WAIT_S)
+        while len(deliveries) < MAX_MESSAGES_PER_CALL:
+            ready = self._epoll.poll(wait_s)
+            if not ready:
+                break
+            for descriptor, _ in ready:
+                on_ready = self._on_ready.get(descriptor)
+                if on_ready is not None:
+                    on_ready()
+                else:
+                    self._hear(descriptor, deliveries)
+            if self._must_ask_socket:
                 self._accept_waiting(deliveries)
-            else:
-                self._on_ready[ready]()
+            wait_s = 0.0
         return deliveries
 
     def reply(self, delivery: Delivery, reply: HostReply) -> None:
@@ -143,20 +179,25 @@ class ZmqHostTransport:
         if self._closed:
             self._counters.num_discarded += 1
             return
-        sender = delivery.sender
+        if not isinstance(delivery.lease, _Lease):
+            raise TransportError(f"reply {reply.ticket}: its request did not come through this transport")
+        address, route, visitor, slot = delivery.lease
         is_placed = False
-        if isinstance(delivery.lease, ReplySlot) and reply.rows is not None:
+        if slot is not None and reply.rows is not None:
             check_reply(reply)
-            is_placed = delivery.lease.fill(reply.rows)
-        address = Address(self.incarnation, int.from_bytes(sender[:_INCARNATION_BYTES], "big"))
+            is_placed = slot.fill(reply.rows)
         frames = encode_reply(reply, address=address, is_placed=is_placed)
-        try:
-            send_now(self._send, [sender[_INCARNATION_BYTES:], *frames])
-        except zmq.ZMQError:
-            # EHOSTUNREACH: the router is gone. EAGAIN: it does not drain its queue, and no one may wait for it.
-            self._counters.num_discarded += 1
-            return
+        is_near = visitor is not None and len(frames) == 1 and visitor.try_send(frames[0])
+        if not is_near:
+            self._must_ask_socket = True
+            try:
+                send_now(self._send, [route, *frames])
+            except zmq.ZMQError:
+                # EHOSTUNREACH: the router is gone. EAGAIN: it does not drain its queue, and no one may wait for it.
+                self._counters.num_discarded += 1
+                return
         self._counters.num_sent += 1
+        self._counters.num_near += is_near
         self._counters.num_shared += is_placed
 
     def wake(self) -> None:
@@ -171,6 +212,7 @@ class ZmqHostTransport:
         self._socket.close()
         self._doorkeeper.close()
         self._near_door.close()
+        self._epoll.close()
         self._waker.close()
         self._context.term()
         with contextlib.suppress(FileNotFoundError):
@@ -197,32 +239,53 @@ class ZmqHostTransport:
     def _answer_the_door(self) -> None:
         self._counters.num_strangers += self._doorkeeper.answer_waiting()
 
-    def _accept_waiting(self, deliveries: list[Delivery]) -> None:
-        socket = self._socket
-        for _ in range(MAX_MESSAGES_PER_CALL):
-            try:
-                route = socket.recv(DONTWAIT)
-            except zmq.Again:
-                return
-            # It never comes alone.
-            frames = receive_one(socket)
-            delivery = None if frames is None else self._accept(route, frames)
-            if delivery is not None:
-                deliveries.append(delivery)
-            if not wait_for_any(self._only_socket, 0.0):
-                return
+    def _note_socket(self) -> None:
+        self._must_ask_socket = True
 
-    def _accept(self, route: bytes, frames: list[memoryview]) -> Delivery | None:
+    def _accept_waiting(self, deliveries: list[Delivery]) -> None:
+        """Take requests out of the socket."""
+        for _ in range(MAX_MESSAGES_PER_CALL):
+            if not wait_for_any(self._only_socket, 0.0):
+                self._must_ask_socket = False
+                return
+            try:
+                route = self._socket.recv(DONTWAIT)
+            except zmq.Again:
+                continue
+            # It never comes alone.
+            frames = receive_one(self._socket)
+            incoming = None if frames is None else self._read(frames)
+            if incoming is not None:
+                self._deliver(incoming, deliveries, route=route)
+
+    def _hear(self, descriptor: int, deliveries: list[Delivery]) -> None:
+        """Take one request of a router on this node."""
+        heard = self._near_door.hear(descriptor)
+        if heard is None:
+            return
+        visitor, message = heard
+        incoming = self._read((message,))
+        if incoming is None:
+            self._near_door.show_out(visitor)
+        elif visitor.route is not None:
+            self._deliver(incoming, deliveries, route=visitor.route, visitor=visitor)
+
+    def _read(self, frames: Sequence[memoryview]) -> IncomingRequest | None:
         try:
-            incoming = decode_request(frames, find=self._near_door.find)
+            return decode_request(frames, find=self._near_door.find)
         except TransportError:
             self._counters.num_malformed += 1
             return None
-        address, place = incoming.address, incoming.place
-        if address.receiver != self.incarnation:
+
+    def _deliver(
+        self, incoming: IncomingRequest, deliveries: list[Delivery], *, route: bytes, visitor: Visitor | None = None
+    ) -> None:
+        sender, receiver = incoming.address.sender, incoming.address.receiver
+        if receiver != self.incarnation:
             self._counters.num_refused += 1
-            return None
+            return
         self._counters.num_received += 1
-        sender = address.sender.to_bytes(_INCARNATION_BYTES, "big") + route
-        memory = None if place is None else self._near_door.find(place)
-        return Delivery(sender, incoming.request, None if memory is None else ReplySlot(memory))
+        memory = None if incoming.place is None else self._near_door.find(incoming.place)
+        slot = None if memory is None else ReplySlot(memory)
+        lease = _Lease(Address(receiver, sender), route, visitor, slot)
+        deliveries.append(Delivery(route, incoming.request, lease))

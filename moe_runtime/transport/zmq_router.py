@@ -1,10 +1,10 @@
-"""The router's end of the data plane on ZeroMQ: one connection per incarnation of an expert host."""
+"""The router's end of the data plane: one ZeroMQ connection per incarnation of an expert host, and a door beside it."""
 
 from __future__ import annotations
 
 import dataclasses
-import select
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -17,22 +17,23 @@ from moe_runtime.transport.curve import make_key_pair
 from moe_runtime.transport.header import decode_reply, encode_request
 from moe_runtime.transport.host_link import HostLink, LinkLimits
 from moe_runtime.transport.incarnation import mint_incarnation
+from moe_runtime.transport.link_monitor import LINK_ENDED
+from moe_runtime.transport.near_channel import MAX_PACKET_BYTES
+from moe_runtime.transport.readiness import Readiness, SocketsToAsk
 from moe_runtime.transport.waker import Waker
 from moe_runtime.transport.zmq_socket import (
     DEFAULT_MAX_QUEUED_MESSAGES,
-    READABLE,
-    receive_one,
     receive_waiting,
-    wait_for_any,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor
 
     from moe_runtime.service.ports import Endpoint, HostReply, HostRequest
     from moe_runtime.transport.curve import Encryption
+    from moe_runtime.transport.near_channel import NearChannel
 
 DEFAULT_MAX_OUTSTANDING_BYTES = 256 << 20
 DEFAULT_MAX_SHARED_BYTES = 64 << 20
@@ -53,9 +54,10 @@ class ZmqTransport:
     request that is larger; beyond that, or beyond ``max_queued_messages``, ``send`` refuses. A slow host
     therefore costs its own requests, not those of the others.
 
-    Large rows to and from a host on this node lie in memory that both share, up to ``max_shared_bytes`` of it;
-    what finds no room there travels as frames, and is counted. A host on this node that is frozen is lost after
-    some 40 ms, one that is cut off after a second, one that died at once.
+    Short messages to and from a host on this node take a Unix socket of their own, once it has answered the first:
+    through ZeroMQ each would cost two threads' wake-ups at either end. Large rows lie in memory that both share, up
+    to ``max_shared_bytes`` of it; what finds no room there travels as frames, and is counted. A host on this node
+    that is frozen is lost after some 40 ms, one that is cut off after a second, one that died at once.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class ZmqTransport:
         self._limits = LinkLimits(max_queued_messages, max_outstanding_bytes, max_shared_bytes)
         self._counters = TransportCounters()
         self._links: dict[Endpoint, HostLink] = {}
+        # By socket.
         self._link_of: dict[Any, HostLink] = {}
+        self._to_ask = SocketsToAsk()
         # What the next poll returns, and the losses among it.
         self._arrived: list[HostReply | HostLost] = []
         self._losses: dict[Endpoint, str] = {}
@@ -91,13 +95,10 @@ class ZmqTransport:
         self._waker = Waker()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, self._context.get(zmq.SOCKET_LIMIT))
-        # What seldom happens waits behind one descriptor, so that each poll asks the data sockets and little else.
-        self._rare = select.epoll()
-        self._on_rare: dict[int, Callable[[], None]] = {}
-        self._items: list[tuple[Any, int]] = []
+        self._readiness = Readiness()
         self._has_near = False
-        self._watch_rarely(self._waker.fileno(), self._take_wake)
-        self._note_links()
+        self._packet = memoryview(bytearray(MAX_PACKET_BYTES))
+        self._readiness.watch(self._waker.fileno(), self._take_wake)
         self._woken = False
         self._freezes_checked_at = 0.0
         self._closed = False
@@ -138,13 +139,18 @@ class ZmqTransport:
         slot = link.place(request.rows)
         try:
             frames = encode_request(request, address=link.to_host, place=None if slot is None else slot.place)
-            if not link.try_send(frames, ticket=request.ticket, num_bytes=num_bytes, slot=slot):
-                self._refuse(link, request)
+            is_near = link.try_send_near(frames)
+            if not is_near:
+                self._to_ask.add(link.socket)
+                if not link.try_send(frames):
+                    self._refuse(link, request)
         except TransportError:
             if slot is not None:
                 slot.come_back()
             raise
+        link.expect(request.ticket, num_bytes=num_bytes, slot=slot)
         self._counters.num_sent += 1
+        self._counters.num_near += is_near
         if slot is not None:
             self._counters.num_shared += 1
         elif link.wants_to_share(num_bytes):
@@ -162,11 +168,12 @@ class ZmqTransport:
             now = time.monotonic()
             if now - self._freezes_checked_at >= _FREEZE_CHECK_S:
                 self._look_for_frozen_hosts(now)
-            remaining_s = 0.0 if self._arrived else give_up_at - now
+            if self._to_ask:
+                self._ask_sockets()
+            remaining_s = 0.0 if self._arrived or self._to_ask else give_up_at - now
             if self._has_near and remaining_s > _FREEZE_CHECK_S:
                 remaining_s = _FREEZE_CHECK_S
-            for ready, _ in wait_for_any(self._items, remaining_s):
-                self._take(ready)
+            self._readiness.wait(remaining_s)
             if self._woken or self._arrived or time.monotonic() >= give_up_at:
                 break
         self._woken = False
@@ -193,7 +200,7 @@ class ZmqTransport:
         self._closed = True
         self.retain(())
         self._waker.close()
-        self._rare.close()
+        self._readiness.close()
         self._context.term()
 
     def _refuse(self, link: HostLink, request: HostRequest) -> NoReturn:
@@ -219,59 +226,44 @@ class ZmqTransport:
             limits=self._limits,
         )
         self._links[endpoint] = link
-        self._note_links()
-        self._watch_rarely(link.monitor.fileno(), lambda: self._look_for_loss(link))
+        self._link_of[link.socket] = link
+        self._readiness.watch(int(link.socket.get(zmq.FD)), partial(self._to_ask.add, link.socket))
+        self._readiness.watch(link.monitor.fileno(), partial(self._look_for_loss, link))
         if link.channel is not None:
-            self._watch_rarely(link.channel.fileno(), lambda: self._read_channel(link))
+            self._has_near = True
+            self._readiness.watch(link.channel.fileno(), partial(self._read_channel, link, link.channel))
         return link
 
     def _disconnect(self, link: HostLink) -> None:
-        del self._links[link.endpoint]
-        self._note_links()
-        self._unwatch_rare(link.monitor.fileno())
+        del self._links[link.endpoint], self._link_of[link.socket]
+        self._to_ask.discard(link.socket)
+        self._readiness.unwatch(int(link.socket.get(zmq.FD)))
+        self._readiness.unwatch(link.monitor.fileno())
         if link.channel is not None:
-            self._unwatch_rare(link.channel.fileno())
+            self._readiness.unwatch(link.channel.fileno())
+        self._has_near = any(other.channel is not None for other in self._links.values())
         link.close()
 
-    def _note_links(self) -> None:
-        """Prepare what each poll looks at, after a change of the links."""
-        links = self._links.values()
-        self._link_of = {link.socket: link for link in links}
-        self._items = [(readable, READABLE) for readable in (self._rare.fileno(), *self._link_of)]
-        self._has_near = any(link.channel is not None for link in links)
-
-    def _take(self, ready: Any) -> None:
-        # Not there any more if its link was closed by another event of this round.
-        link = self._link_of.get(ready)
-        if link is not None:
-            # One message; most often there are no more, and what there is is seen by the next poll.
-            frames = receive_one(link.socket)
-            if frames is not None:
+    def _ask_sockets(self) -> None:
+        for socket, frames in self._to_ask.take():
+            link = self._link_of.get(socket)
+            if link is not None:
+                link.note_known()
                 self._accept(link, frames)
-        elif ready == self._items[0][0]:
-            self._take_rare()
-
-    def _watch_rarely(self, descriptor: int, on_ready: Callable[[], None]) -> None:
-        self._on_rare[descriptor] = on_ready
-        self._rare.register(descriptor, select.EPOLLIN)
-
-    def _unwatch_rare(self, descriptor: int) -> None:
-        if self._on_rare.pop(descriptor, None) is not None:
-            self._rare.unregister(descriptor)
-
-    def _take_rare(self) -> None:
-        for descriptor, _ in self._rare.poll(0):
-            # Not there any more if its link was closed by another event of this round.
-            if descriptor in self._on_rare:
-                self._on_rare[descriptor]()
 
     def _take_wake(self) -> None:
         self._waker.drain()
         self._woken = True
 
-    def _read_channel(self, link: HostLink) -> None:
-        if link.channel is not None and not link.channel.read():
-            self._unwatch_rare(link.channel.fileno())
+    def _read_channel(self, link: HostLink, channel: NearChannel) -> None:
+        """Take one message from a channel; most often there is one."""
+        message = channel.read(self._packet)
+        if message:
+            self._accept(link, (message,))
+        elif message is None:
+            self._readiness.unwatch(channel.fileno())
+            if link.hung_up():
+                self._lose(link, LINK_ENDED)
 
     def _look_for_frozen_hosts(self, now: float) -> None:
         self._freezes_checked_at = now
@@ -288,6 +280,8 @@ class ZmqTransport:
         """Close a link, after taking the replies that came before."""
         for frames in receive_waiting(link.socket):
             self._accept(link, frames)
+        while link.channel is not None and (message := link.channel.read(self._packet)):
+            self._accept(link, (message,))
         self._disconnect(link)
         if link.endpoint in self._doubted:
             return
@@ -296,7 +290,7 @@ class ZmqTransport:
         self._arrived.append(HostLost(link.endpoint, reason))
         self._counters.num_lost += 1
 
-    def _accept(self, link: HostLink, frames: list[memoryview]) -> None:
+    def _accept(self, link: HostLink, frames: Sequence[memoryview]) -> None:
         try:
             incoming = decode_reply(frames, find=link.find)
         except TransportError:

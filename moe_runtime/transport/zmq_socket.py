@@ -23,7 +23,7 @@ ROUTER_SILENCE_MS = 30_000
 READABLE = int(zmq.POLLIN)
 DONTWAIT = int(zmq.DONTWAIT)
 _DONTWAIT_MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
-_MAX_WAIT_S = 3600.0
+MAX_WAIT_S = 3600.0
 _CONNECT_TIMEOUT_MS = 5_000
 #: A host that was cut off is lost after the second of these. Less would not do: a packet that is lost once is sent
 #: again after 200 ms, and the I/O thread of a host whose node is overloaded may have to wait for longer.
@@ -159,4 +159,4 @@ def wait_for_any(items: list[tuple[Any, int]], timeout_s: float) -> list[tuple[A
     Returns:
         Each that is, with what it is.
     """
-    return zmq.zmq_poll(items, math.ceil(min(timeout_s, _MAX_WAIT_S) * 1000) if timeout_s > 0 else 0)
+    return zmq.zmq_poll(items, math.ceil(min(timeout_s, MAX_WAIT_S) * 1000) if timeout_s > 0 else 0)

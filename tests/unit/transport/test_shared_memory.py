@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moe_runtime.errors import TransportError
-from moe_runtime.transport.near_channel import ANSWER, OFFER
+from moe_runtime.transport.near_channel import ANSWER, OFFER, ROUTE_BYTES
 from moe_runtime.transport.zmq_router import ZmqTransport
 
 SHAPE = (64, 1024)
@@ -206,6 +206,7 @@ def test_memory_that_a_host_has_forgotten_is_not_used(ipc_fabric):
         exchange(ipc_fabric, router, host, 1, rows_of(1))
         visitor, _ = door.accept()
         with visitor:
+            assert len(visitor.recv(100)) == ROUTE_BYTES
             offer, descriptors, _, _ = socket.recv_fds(visitor, OFFER.size, 1)
             os.close(descriptors[0])
             visitor.send(ANSWER.pack(OFFER.unpack(offer)[0], True))
