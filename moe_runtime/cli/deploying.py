@@ -116,9 +116,11 @@ class Progress:
         self._said, self._said_at = "", time.monotonic()
 
     def step(self, line: str) -> None:
+        """A step is done: a line that stays."""
         self._console.print(self._prefix + line, markup=False, soft_wrap=True)
 
     def actors(self, num_ready: int, num_actors: int) -> None:
+        """So many actors are ready."""
         line = f"{num_ready} of {num_actors} actors are ready"
         self._show(f"{self._doing}: {line}")
         if not self._is_animated and line != self._said and time.monotonic() - self._said_at > _SAY_EVERY_S:

@@ -1,4 +1,4 @@
-"""``deploy``, ``upgrade``, ``teardown`` and ``cluster down`` from any machine that has the ``ray up`` file of the cluster.
+"""``deploy``, ``upgrade``, ``teardown`` and ``cluster down`` from any machine that has the cluster's ``ray up`` file.
 
 The submitting machine brings the bundle to the head, and runs the same command there, on the cluster.
 """
@@ -93,7 +93,8 @@ def upgrade_from_afar(config: Path, *, cluster: Path, options: DeployOptions) ->
         StartError: If the head cannot be reached, or with what ``upgrade`` says there.
     """
     outcome = _roll_out("upgrade", config, cluster=cluster, options=options)
-    return Upgraded(**{key: tuple(value) if isinstance(value, list) else value for key, value in outcome.items()})
+    lists: dict[str, Any] = {key: tuple(value) for key, value in outcome.items() if isinstance(value, list)}
+    return Upgraded(**{**outcome, **lists})
 
 
 def _roll_out(command: str, config: Path, *, cluster: Path, options: DeployOptions) -> dict[str, Any]:
