@@ -139,18 +139,13 @@ class ZmqTransport:
         slot = link.place(request.rows)
         try:
             frames = encode_request(request, address=link.to_host, place=None if slot is None else slot.place)
-            is_near = link.try_send_near(frames)
-            if not is_near:
-                self._to_ask.add(link.socket)
-                if not link.try_send(frames):
-                    self._refuse(link, request)
+            self._send_frames(link, frames, request)
         except TransportError:
             if slot is not None:
                 slot.come_back()
             raise
         link.expect(request.ticket, num_bytes=num_bytes, slot=slot)
         self._counters.num_sent += 1
-        self._counters.num_near += is_near
         if slot is not None:
             self._counters.num_shared += 1
         elif link.wants_to_share(num_bytes):
@@ -202,6 +197,14 @@ class ZmqTransport:
         self._waker.close()
         self._readiness.close()
         self._context.term()
+
+    def _send_frames(self, link: HostLink, frames: list[Any], request: HostRequest) -> None:
+        if link.try_send_near(frames):
+            self._counters.num_near += 1
+            return
+        self._to_ask.add(link.socket)
+        if not link.try_send(frames):
+            self._refuse(link, request)
 
     def _refuse(self, link: HostLink, request: HostRequest) -> NoReturn:
         self._look_for_loss(link)

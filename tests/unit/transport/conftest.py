@@ -50,6 +50,10 @@ class Steps:
     def exchange(self, router, host, ticket):
         """One request there and back; what was sent before on the same way has arrived by then, or never will."""
         router.send(host.endpoint, self.make_request(ticket))
+        self.answer_next(router, host, ticket)
+
+    def answer_next(self, router, host, ticket):
+        """The answer to a request that was sent, there and back."""
         (delivery,) = self.receive(host)
         host.reply(delivery, self.make_reply(delivery))
         (reply,) = self.poll(router)
