@@ -221,12 +221,7 @@ class ZmqTransport:
 
     def _connect(self, endpoint: Endpoint) -> HostLink:
         link = HostLink(
-            endpoint,
-            self._context,
-            incarnation=self.incarnation,
-            node=self._node,
-            keys=self._keys,
-            limits=self._limits,
+            endpoint, self._context, incarnation=self.incarnation, node=self._node, keys=self._keys, limits=self._limits
         )
         self._links[endpoint] = link
         self._link_of[link.socket] = link
