@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,16 @@ with moe.MoEClient(sys.argv[1:]) as client:
     answer = client.forward(np.load("digits/tokens.npy"), layer="digits", timeout_s=30.0)
 np.save("digits/outputs.npy", answer.outputs)
 """
+CALL_UNTIL_STOPPED = """
+import pathlib, sys
+import numpy as np, moe_runtime as moe
+tokens, answers = np.load("digits/tokens.npy"), []
+with moe.MoEClient(sys.argv[1:]) as client:
+    while not pathlib.Path("digits/stop").exists():
+        answers.append(client.forward(tokens, layer="digits", timeout_s=30.0).outputs)
+        np.save("digits/answers.part.npy", np.stack(answers))
+        pathlib.Path("digits/answers.part.npy").rename("digits/answers.npy")
+"""
 SERVED_BY_DEPOT = """
 import json, sys
 import ray
@@ -70,6 +81,7 @@ print(json.dumps(ray.get(depot.served.remote(), timeout=30)))
 TITLES = ("ray::ExpertActor", "ray::RouterActor", "ray::ControllerActor", "ray::Depot")
 COMMAND_TIMEOUT_S = 240.0
 ENDED_WITHIN_S = 20.0
+ANSWERED_WITHIN_S = 60.0
 
 
 @dataclass
@@ -104,20 +116,20 @@ class Submission:
 
     def write(self) -> None:
         """Write the configuration, its weight files and some tokens."""
-        generator = torch.Generator().manual_seed(7)
-
-        def drawn(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-
         (self.folder / "experts").mkdir(parents=True)
-        for path in self.expert_files:
-            tensors = {"up.weight": drawn(NUM_HIDDEN, NUM_FEATURES), "up.bias": drawn(NUM_HIDDEN)}
-            tensors |= {"down.weight": drawn(NUM_CLASSES, NUM_HIDDEN), "down.bias": drawn(NUM_CLASSES)}
-            save_weights(path, tensors)
-        write_manifest(self.folder / "experts")
-        save_weights(self.gate_file, {"weight": 4 * drawn(NUM_EXPERTS, NUM_FEATURES)})
-        np.save(self.folder / "tokens.npy", drawn(NUM_TOKENS, NUM_FEATURES).numpy() * NUM_FEATURES**0.5)
+        for expert_id in range(NUM_EXPERTS):
+            self.write_expert(expert_id, seed=expert_id)
+        save_weights(self.gate_file, {"weight": 4 * drawn(7, NUM_EXPERTS, NUM_FEATURES)})
+        np.save(self.folder / "tokens.npy", drawn(8, NUM_TOKENS, NUM_FEATURES).numpy() * NUM_FEATURES**0.5)
         self.write_config("config.yaml")
+
+    def write_expert(self, expert_id: int, *, seed: int) -> None:
+        """Write the weights of an expert, and the manifest anew."""
+        shapes = {"up.weight": (NUM_HIDDEN, NUM_FEATURES), "up.bias": (NUM_HIDDEN,)}
+        shapes |= {"down.weight": (NUM_CLASSES, NUM_HIDDEN), "down.bias": (NUM_CLASSES,)}
+        tensors = {name: drawn(100 * seed + index, *shape) for index, (name, shape) in enumerate(shapes.items())}
+        save_weights(self.expert_files[expert_id], tensors)
+        write_manifest(self.folder / "experts")
 
     def write_config(self, file: str, **changes: Any) -> str:
         """Write a configuration; give its path on the operator's machine."""
@@ -141,6 +153,33 @@ class Submission:
     def deploy(self, config: str = f"{NAME}/config.yaml", *, check: bool = True) -> subprocess.CompletedProcess[str]:
         """What deploying a configuration gave."""
         return self.run("deploy", config, "--cluster", str(self.cluster.file), check=check)
+
+    def upgrade(self) -> str:
+        """What rolling to the configuration as it is now printed."""
+        return self.run("upgrade", f"{NAME}/config.yaml", "--cluster", str(self.cluster.file)).stdout
+
+    @contextmanager
+    def calling(self) -> Iterator[list[np.ndarray]]:
+        """A client on the operator's machine calls for as long as the block takes; then there are its answers.
+
+        The first of them is there when the block begins. A call that fails ends the client, and the test.
+        """
+        stop, file = self.folder / "stop", self.folder / "answers.npy"
+        argv = ["python", "-c", CALL_UNTIL_STOPPED, *self.addresses]
+        client = self.cluster.operator.start(argv, stdout=subprocess.DEVNULL)
+        answers: list[np.ndarray] = []
+        try:
+            give_up_at = time.monotonic() + ANSWERED_WITHIN_S
+            while not file.exists():
+                assert time.monotonic() < give_up_at
+                time.sleep(0.05)
+            yield answers
+        finally:
+            stop.touch()
+            returncode = client.wait(timeout=ANSWERED_WITHIN_S)
+            stop.unlink()
+        assert returncode == 0
+        answers += list(np.load(file))
 
     def teardown(self, name: str = NAME) -> str:
         """What tearing a runtime down printed."""
@@ -208,6 +247,11 @@ def expected_outputs(submission: Submission) -> np.ndarray:
     weights = scores / scores.sum(axis=1, keepdims=True)
     outputs: np.ndarray = (weights[:, :, None] * experts).sum(axis=1)
     return outputs
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    """Numbers whose sums over the last dimension are of size 1."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[-1] ** 0.5
 
 
 def hashes(paths: Sequence[Path]) -> dict[str, int]:

@@ -129,6 +129,25 @@ def test_another_configuration_under_its_name_is_refused_and_upgrade_is_named(de
     assert actors(deployed) == before
 
 
+def test_an_upgrade_under_load_brings_new_weights_and_loses_no_request(deployed: Submission) -> None:
+    old, before = expected_outputs(deployed), kinds_of_actors(deployed)
+    with deployed.calling() as answers:
+        deployed.write_expert(0, seed=50)
+        with deployed.cluster.timed("upgrade"):
+            printed = deployed.upgrade()
+        new = expected_outputs(deployed)
+        np.testing.assert_allclose(deployed.call(), new, rtol=1e-4, atol=1e-5)
+    assert "replaced  digits/feed_forward-0/0\n" in printed
+    assert printed.endswith("upgraded: 3 expert hosts kept, 2 routers\n")
+    # Each answer is of one configuration as a whole.
+    is_old = [np.allclose(answer, old, rtol=1e-4, atol=1e-5) for answer in answers]
+    is_new = [np.allclose(answer, new, rtol=1e-4, atol=1e-5) for answer in answers]
+    assert all(one or other for one, other in zip(is_old, is_new, strict=True))
+    assert is_old[0]
+    # The depot of the old files has ended, too.
+    assert kinds_of_actors(deployed) == before
+
+
 def give_plug_in(host: Host, version: str) -> None:
     info = host.folder / "root" / "plug-ins" / f"picky_expert-{version}.dist-info"
     info.mkdir(parents=True)
