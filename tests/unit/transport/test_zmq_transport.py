@@ -132,6 +132,9 @@ def test_answer_to_a_stranger_whose_queue_is_full_is_discarded_and_counted(zmq_f
         host.reply(delivery, large)
     assert host.counters.num_discarded > 0
     assert host.counters.num_sent + host.counters.num_discarded == 1000
+    # libzmq 4.3.5 aborts where a socket closes in the moment in which its peer leaves half of a message unread.
+    for _ in range(host.counters.num_sent):
+        stranger.recv_multipart(copy=False)
 
 
 def test_ipc_socket_is_private_and_goes_with_its_host(zmq_fabric):
