@@ -166,7 +166,7 @@ class Submission:
         """
         stop, file = self.folder / "stop", self.folder / "answers.npy"
         argv = ["python", "-c", CALL_UNTIL_STOPPED, *self.addresses]
-        client = self.cluster.operator.start(argv, stdout=subprocess.DEVNULL)
+        client = self.cluster.operator.start(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         answers: list[np.ndarray] = []
         try:
             give_up_at = time.monotonic() + ANSWERED_WITHIN_S

@@ -173,7 +173,7 @@ def test_nodes_that_lack_a_plug_in_or_have_another_version_are_named(submission:
 def test_teardown_leaves_nothing_on_any_host(deployed: Submission) -> None:
     with deployed.cluster.timed("teardown"):
         text = deployed.teardown()
-    assert "tore down digits: every request was answered; removed 2 bundles, " in text
+    assert "tore down digits: every request was answered; removed 3 bundles, " in text
     assert {h.name: traces_when_ended(h, deployed.before[h.name]) for h in deployed.nodes} == deployed.before
     assert deployed.teardown() == "digits: nothing to tear down\n"
 

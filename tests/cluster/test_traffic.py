@@ -42,8 +42,8 @@ from moe_runtime.ray_backend.names import NAMESPACE, expert_name
 from moe_runtime.service.ports import HostRequest, Segment
 from moe_runtime.transport.zmq_router import ZmqTransport
 ray.init(address="auto", log_to_driver=False)
-name, host_id, layer = sys.argv[1:4]
-table = ray.get(ray.get_actor(expert_name(name, host_id), namespace=NAMESPACE).kept.remote(), timeout=30).table
+name, host_key, layer = sys.argv[1:4]
+table = ray.get(ray.get_actor(expert_name(name, host_key), namespace=NAMESPACE).kept.remote(), timeout=30).table
 (replica,) = table.replicas[(layer, int(sys.argv[4]))]
 stranger = ZmqTransport(node="elsewhere")
 rows = torch.ones(1, int(sys.argv[5]))
@@ -214,5 +214,5 @@ def test_a_stranger_on_a_node_gets_nothing_from_an_expert_host_elsewhere(served:
         for expert in served.description["layers"][LAYER]["experts"]
         if expert["replicas"][0]["replica_id"] in host["replicas"]
     )
-    answer = served.cluster.on(stranger, KNOCK, NAME, host["host_id"], LAYER, str(expert), str(NUM_FEATURES)).stdout
+    answer = served.cluster.on(stranger, KNOCK, NAME, host["key"], LAYER, str(expert), str(NUM_FEATURES)).stdout
     assert answer.splitlines()[-1] == "HostLost the host does not admit this router's key"
