@@ -17,6 +17,7 @@ from moe_runtime.launch.node_checks import PACKAGE, check, expectation, lacking
 from moe_runtime.launch.plans import plan_runtime
 from moe_runtime.launch.weights_recipe import WeightsRecipe
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
+from moe_runtime.ray_backend.deployment import DepotPlan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from moe_runtime.launch.bundle_store import StoredBundle
     from moe_runtime.launch.node_checks import Expectation
     from moe_runtime.ray_backend.cluster import Cluster
-    from moe_runtime.ray_backend.deployment import DepotPlan
     from moe_runtime.ray_backend.placer import NodeShape
     from moe_runtime.ray_backend.plan import RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
@@ -267,8 +267,6 @@ class _Deployment:
         return plan_runtime(self.loaded.config, recipe, cluster=self.cluster, detach=True, weights=weights)
 
     def _depot(self) -> DepotPlan:
-        from moe_runtime.ray_backend.deployment import DepotPlan
-
         return DepotPlan(self.stored.bundle.id, self.stored.paths, node_id=self.cluster.node_id)
 
     def _outcome(self, session: RaySession, *, num_nodes: int) -> Deployed:

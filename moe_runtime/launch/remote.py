@@ -75,9 +75,7 @@ def deploy_from_afar(config: Path, *, cluster: Path, options: DeployOptions) -> 
         ConfigError: If the configuration or a file that it names cannot be bundled.
         StartError: If the head cannot be reached, or with what ``deploy`` says there.
     """
-    outcome = _roll_out("deploy", config, cluster=cluster, options=options)
-    outcome["addresses"], outcome["layers"] = tuple(outcome["addresses"]), tuple(outcome["layers"])
-    return Deployed(**outcome)
+    return Deployed(**_roll_out("deploy", config, cluster=cluster, options=options))
 
 
 def upgrade_from_afar(config: Path, *, cluster: Path, options: DeployOptions) -> Upgraded:
@@ -92,13 +90,11 @@ def upgrade_from_afar(config: Path, *, cluster: Path, options: DeployOptions) ->
         ConfigError: If the configuration or a file that it names cannot be bundled.
         StartError: If the head cannot be reached, or with what ``upgrade`` says there.
     """
-    outcome = _roll_out("upgrade", config, cluster=cluster, options=options)
-    lists: dict[str, Any] = {key: tuple(value) for key, value in outcome.items() if isinstance(value, list)}
-    return Upgraded(**{**outcome, **lists})
+    return Upgraded(**_roll_out("upgrade", config, cluster=cluster, options=options))
 
 
 def _roll_out(command: str, config: Path, *, cluster: Path, options: DeployOptions) -> dict[str, Any]:
-    """The outcome of a command on a configuration that was brought to the head."""
+    """The outcome of a command on a configuration that was brought to the head; tuples where JSON has lists."""
     from moe_runtime.ray_backend.launcher import machines_of
 
     bundle = collect_bundle(config)
@@ -112,7 +108,8 @@ def _roll_out(command: str, config: Path, *, cluster: Path, options: DeployOptio
         arguments += ["--install"] if options.install else []
         if options.install and options.wheel is not None:
             arguments += ["--wheel", _install_on_head(head, options.wheel)]
-        return run_on_head(head, arguments, on_step=options.on_step)
+        outcome = run_on_head(head, arguments, on_step=options.on_step)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in outcome.items()}
 
 
 def teardown_from_afar(name: str, *, cluster: Path, on_step: Callable[[str], None]) -> TornDown:
