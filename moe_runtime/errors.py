@@ -19,7 +19,10 @@
     ├── DeadlineExceededError             the deadline passed before the answer was ready
     ├── RequestCancelledError             the caller withdrew the request
     ├── UnavailableError                  no router can be reached, or it is draining
+    ├── UnauthenticatedError              the router does not know the caller: no token, or not one of its own
+    ├── PermissionDeniedError             the router knows the caller and does not let it do this
     ├── ExpertError                       an expert raised or answered with the wrong rows
+    │   └── PoisonedRequestError          expert hosts died of this request, twice
     ├── TransportError                    a message could not be sent to an expert host
     ├── StartError                        the runtime, or a part of it, did not start
     │   ├── PlacementError                the cluster lacks what an actor asks for
@@ -104,8 +107,20 @@ class UnavailableError(MoERuntimeError):
     """No router could be reached, or the one that was is draining."""
 
 
+class UnauthenticatedError(MoERuntimeError):
+    """The caller shows no token that the router knows, or one that has expired."""
+
+
+class PermissionDeniedError(MoERuntimeError):
+    """The caller's token is known, and does not have the scope that the call needs."""
+
+
 class ExpertError(MoERuntimeError):
     """An expert raised, or answered with rows of the wrong number, shape, dtype or with non-finite values."""
+
+
+class PoisonedRequestError(ExpertError):
+    """Two expert hosts died in a row while they worked on this request; it is not tried again."""
 
 
 class TransportError(MoERuntimeError):

@@ -23,6 +23,7 @@ ResidualRule = Literal["add", "passthrough", "none"]
 Normalize = Literal["before_drop", "after_drop", "none"]
 WeightOn = Literal["output", "input"]
 Strategy = Literal["spread", "pack"]
+FailureStep = Literal["replica", "reroute", "drop", "error"]
 
 
 class StrictModel(BaseModel):
@@ -117,6 +118,34 @@ class CapacityConfig(StrictModel):
     max_reroutes: int = Field(2, ge=1, le=65536, description="Experts that one overflowed assignment tries.")
 
 
+class OnFailureConfig(StrictModel):
+    """What becomes of an assignment whose expert is dead, late, or wrong."""
+
+    order: tuple[FailureStep, ...] = Field(
+        ("replica", "reroute", "drop"),
+        min_length=1,
+        description="Tried one after the other. `replica`: another replica of the expert; `reroute`: the token's "
+        "next-best expert, where the policy scores them; `drop`: the residual; `error`: the request fails.",
+    )
+
+    @field_validator("order")
+    @classmethod
+    def _ends(cls, order: tuple[FailureStep, ...]) -> tuple[FailureStep, ...]:
+        if len(set(order)) < len(order):
+            raise ValueError(f"expected each step once, found {list(order)}")
+        if order[-1] not in ("drop", "error") or {"drop", "error"} & {*order[:-1]}:
+            raise ValueError(f"expected drop or error as the last step and nowhere else, found {list(order)}")
+        return order
+
+
+class HedgeConfig(StrictModel):
+    """A second replica is asked too when the first takes unusually long (Dean, Barroso 2013)."""
+
+    quantile: float = Field(0.99, gt=0, lt=1, description="Of the expert's recent answer times.")
+    times: float = Field(2.0, ge=1, le=1000, description="How many times that an answer may take before it is hedged.")
+    max_share: float = Field(0.05, gt=0, le=1, description="Share of messages that may be hedged.")
+
+
 class ViewConfig(StrictModel):
     """The part of a token that an expert sees, and in which shape."""
 
@@ -144,6 +173,12 @@ class ResourcesConfig(StrictModel):
         description="GPUs that Ray reserves, a share of one or whole ones; 1 where `device` resolves to cuda, else 0.",
     )
     memory_bytes: int | None = Field(None, ge=1, le=MAX_BYTES, description="Memory that Ray reserves.")
+    max_rss_bytes: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BYTES,
+        description="Resident memory of the actor's process above which it is drained and replaced.",
+    )
     custom: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources.")
     node_labels: dict[str, str] = Field(default_factory=dict, description="Labels that the node must have.")
 
@@ -207,6 +242,12 @@ class LayerConfig(StrictModel):
         "`passthrough` where shapes agree, else `none`, when not given.",
     )
     weight_on: WeightOn = Field("output", description="`input` scales what the expert sees (Llama 4).")
+    on_failure: OnFailureConfig = Field(
+        default_factory=OnFailureConfig, description="What becomes of an assignment whose expert fails."
+    )
+    hedge: HedgeConfig | None = Field(
+        None, description="Asks a second replica when the first takes unusually long; never when null."
+    )
     timeout_ms: float = Field(2000.0, gt=0, le=MAX_SECONDS * 1000, description="Bounds a batch, from its dispatch.")
     allow_non_finite: bool = Field(False, description="Accept NaN and infinities in the input.")
     max_batches_in_flight: int = Field(
@@ -255,6 +296,12 @@ class LayerConfig(StrictModel):
             )
         if self.exact:
             raise ValueError(f"wire_dtype: expected nothing in an exact layer, found {self.wire_dtype}: it would round")
+        return self
+
+    @model_validator(mode="after")
+    def _exact_is_not_hedged(self) -> LayerConfig:
+        if self.exact and self.hedge is not None:
+            raise ValueError("hedge: expected null in an exact layer, found one: answers of two replicas may differ")
         return self
 
     @model_validator(mode="after")

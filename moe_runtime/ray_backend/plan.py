@@ -72,6 +72,27 @@ class HostReport:
 
 
 @dataclass(frozen=True)
+class HostHealth:
+    """How an expert host is, when it is asked.
+
+    Attributes:
+        busy_s: For how long the forward that is under way has run; 0 where none is.
+        rss_bytes: Resident memory of its process.
+        unfit: Why it should be replaced, such as a golden probe that fails; None while it is fit.
+        num_faults: Outputs of the wrong kind since the start, per replica id that gave any.
+        num_requests: Requests that it has received.
+        num_waiting: Requests that wait, or are with its experts.
+    """
+
+    busy_s: float = 0.0
+    rss_bytes: int = 0
+    unfit: str | None = None
+    num_faults: Mapping[str, int] = field(default_factory=dict)
+    num_requests: int = 0
+    num_waiting: int = 0
+
+
+@dataclass(frozen=True)
 class RouterReport:
     """What a started router says of itself.
 

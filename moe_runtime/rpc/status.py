@@ -15,6 +15,8 @@ from moe_runtime.errors import (
     MoERuntimeError,
     NonFiniteError,
     OverloadedError,
+    PermissionDeniedError,
+    PoisonedRequestError,
     ProtocolError,
     ProtocolVersionError,
     RequestCancelledError,
@@ -22,6 +24,7 @@ from moe_runtime.errors import (
     ShapeError,
     StreamRequiredError,
     TransportError,
+    UnauthenticatedError,
     UnavailableError,
     UnknownLayerError,
 )
@@ -45,7 +48,10 @@ STATUS_CODES: dict[type[MoERuntimeError], grpc.StatusCode] = {
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
     RequestCancelledError: grpc.StatusCode.CANCELLED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     ExpertError: grpc.StatusCode.INTERNAL,
+    PoisonedRequestError: grpc.StatusCode.ABORTED,
     TransportError: grpc.StatusCode.INTERNAL,
     InternalError: grpc.StatusCode.INTERNAL,
 }
@@ -60,6 +66,8 @@ _BY_CODE: dict[grpc.StatusCode, type[MoERuntimeError]] = {
     # A caller that cancels never reads the status; without a name it is a server that stops.
     grpc.StatusCode.CANCELLED: UnavailableError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.UNIMPLEMENTED: ProtocolVersionError,
 }
 _GRPC_OVERSIZE = "larger than max"  # of gRPC's own message, which shares its code with a full queue

@@ -72,12 +72,14 @@ class HostRequest(msgspec.Struct, frozen=True, gc=False):
         segments: Whose rows are in ``rows``, in order.
         rows: ``(sum of num_rows, *item_shape)``, contiguous.
         timeout_s: How long the router waits for the reply; a host may skip what is already too late.
+        request_ids: Of the requests that the batch was joined from; for logs.
     """
 
     ticket: int
     segments: tuple[Segment, ...]
     rows: Tensor
     timeout_s: float
+    request_ids: tuple[str, ...] = ()
 
 
 class SegmentResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -86,14 +88,22 @@ class SegmentResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     Attributes:
         replica_id: The segment's.
         num_rows: The segment's.
-        error: None, or what went wrong in words; then the reply holds no rows of this segment.
+        error: None, or what went wrong in words.
         compute_ms: Time that the expert took over these rows, with those of other requests in the same product.
+        failed_rows: Where there is an error: the rows of the segment that it costs, ascending, and not all of them; the
+            reply holds zeros for these. Empty: it costs the segment, and the reply holds no rows of it.
     """
 
     replica_id: ReplicaId
     num_rows: NaturalNumber
     error: str | None = None
     compute_ms: float = 0.0
+    failed_rows: tuple[NaturalNumber, ...] = ()
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the reply holds rows of this segment."""
+        return self.error is None or bool(self.failed_rows)
 
 
 class HostReply(msgspec.Struct, frozen=True, gc=False):
@@ -102,7 +112,7 @@ class HostReply(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         ticket: The request's.
         results: One per segment, in the request's order.
-        rows: Output rows of the segments without error, in order, ``(num_ok_rows, *out_shape)``; None if none.
+        rows: Output rows of the segments that have some, in order, ``(num_rows, *out_shape)``; None if none.
     """
 
     ticket: int
@@ -117,10 +127,12 @@ class HostLost:
     Attributes:
         endpoint: The host's.
         reason: Why, in words.
+        is_death: Whether its process may have died of what it was sent; not where it is frozen, or was never reached.
     """
 
     endpoint: Endpoint
     reason: str
+    is_death: bool = True
 
 
 class Transport(Protocol):

@@ -9,6 +9,7 @@ runtime run on the same architecture.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import MAX_REPLICA_ID_CHARACTERS, HostReply, HostRequest, SegmentResult
 from moe_runtime.transport.header_fields import (
     HEADER_VERSION,
+    MAX_REQUEST_IDS,
     MAX_SEGMENTS,
     Address,
     HeaderReader,
@@ -82,7 +84,7 @@ def check_request(request: HostRequest) -> None:
 
 
 def check_reply(reply: HostReply) -> None:
-    """Raise ``TransportError`` unless the segments without error account for exactly the rows of a reply."""
+    """Raise ``TransportError`` unless the results account for exactly the rows of a reply."""
     _check_good_rows(reply.ticket, reply.results, None if reply.rows is None else reply.rows.shape)
 
 
@@ -104,7 +106,7 @@ def encode_request(request: HostRequest, *, address: Address, place: Place | Non
     packed = pack_header(
         RequestHeader(
             HEADER_VERSION, "request", ticket, address, request.segments, name, rows.shape,
-            encode_inline(rows) if is_inline else place, request.timeout_s,
+            encode_inline(rows) if is_inline else place, request.timeout_s, request.request_ids[:MAX_REQUEST_IDS],
         )
     )  # fmt: skip
     return [packed] if is_inline or place is not None else [packed, *encode_rows(rows)]
@@ -158,7 +160,9 @@ def decode_request(
             rows = decode_rows([memory[: math.prod(shape) * dtype.itemsize]], dtype, shape)
         else:
             rows = copy_rows(where, dtype, shape)
-    return IncomingRequest(header.address, HostRequest(ticket, segments, rows, header.timeout_s), place)
+    return IncomingRequest(
+        header.address, HostRequest(ticket, segments, rows, header.timeout_s, header.request_ids), place
+    )
 
 
 def decode_reply(
@@ -216,12 +220,24 @@ def _check_requested_rows(ticket: int, segments: tuple[Segment, ...], shape: tup
 def _check_good_rows(ticket: int, results: tuple[SegmentResult, ...], shape: tuple[int, ...] | None) -> None:
     num_rows = 0
     for result in results:
-        if result.error is None:
+        if result.failed_rows:
+            _check_failed_rows(ticket, result)
+        if result.has_rows:
             num_rows += result.num_rows
     found = 0 if shape is None else shape[0] if shape else -1
     if found != num_rows:
         at = None if shape is None else tuple(shape)
-        raise TransportError(f"reply {ticket}: results list {num_rows} good rows, rows have shape {at}")
+        raise TransportError(f"reply {ticket}: results list {num_rows} rows, rows have shape {at}")
+
+
+def _check_failed_rows(ticket: int, result: SegmentResult) -> None:
+    failed, num_rows = result.failed_rows, result.num_rows
+    is_ascending = all(first < second for first, second in itertools.pairwise(failed))
+    if result.error is None or not is_ascending or failed[-1] >= num_rows or len(failed) == num_rows:
+        raise TransportError(
+            f"reply {ticket}: {result.replica_id:.40}: expected an error and some of its {num_rows} rows, ascending, "
+            f"as failed_rows, found {failed[:8]}"
+        )
 
 
 def _with_short_error(result: SegmentResult) -> SegmentResult:

@@ -20,12 +20,18 @@ if TYPE_CHECKING:
 
     import torch
 
-HEADER_VERSION: Final = 3
+HEADER_VERSION: Final = 4
 MAX_SEGMENTS = 2048
+MAX_REQUEST_IDS = 4096
+MAX_REQUEST_ID_CHARACTERS = 255
 #: Enough for the reply to any request: the longest ids and errors for the largest number of segments.
 MAX_HEADER_BYTES = 16 << 20
 
 _Shape = Annotated[tuple[NaturalNumber, ...], msgspec.Meta(min_length=1, max_length=MAX_DIMENSIONS)]
+_RequestIds = Annotated[
+    tuple[Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID_CHARACTERS)], ...],
+    msgspec.Meta(max_length=MAX_REQUEST_IDS),
+]
 _Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e300)]
 
 
@@ -57,9 +63,10 @@ class RequestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
         shape: Of the rows.
         rows: Their bytes; their place in shared memory; None where they are frames of their own.
         timeout_s: The request's.
+        request_ids: The request's.
     """
 
-    version: Literal[3]
+    version: Literal[4]
     kind: Literal["request"]
     ticket: NaturalNumber
     address: Address
@@ -68,6 +75,7 @@ class RequestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     shape: _Shape
     rows: memoryview | Place | None
     timeout_s: _Seconds
+    request_ids: _RequestIds
 
 
 class ReplyHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -84,7 +92,7 @@ class ReplyHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
         rows: Their bytes; True where they lie in the request's place; None where they are frames of their own.
     """
 
-    version: Literal[3]
+    version: Literal[4]
     kind: Literal["reply"]
     ticket: NaturalNumber
     address: Address

@@ -267,14 +267,14 @@ class ZmqTransport:
         self._freezes_checked_at = now
         for link in [*self._links.values()]:
             if link.is_frozen():
-                self._lose(link, "its process is frozen")
+                self._lose(link, "its process is frozen", is_death=False)
 
     def _look_for_loss(self, link: HostLink) -> None:
         reason = link.loss()
         if reason is not None:
             self._lose(link, reason)
 
-    def _lose(self, link: HostLink, reason: str) -> None:
+    def _lose(self, link: HostLink, reason: str, *, is_death: bool = True) -> None:
         """Close a link, after taking the replies that came before."""
         for frames in receive_waiting(link.socket):
             self._accept(link, frames)
@@ -285,7 +285,7 @@ class ZmqTransport:
             return
         self._doubted.add(link.endpoint)
         self._losses[link.endpoint] = reason
-        self._arrived.append(HostLost(link.endpoint, reason))
+        self._arrived.append(HostLost(link.endpoint, reason, is_death))
         self._counters.num_lost += 1
 
     def _accept(self, link: HostLink, frames: Sequence[memoryview]) -> None:

@@ -1,6 +1,7 @@
 """Messages of the data plane: what is written is what is read."""
 
 import msgpack
+import msgspec
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ from moe_runtime.transport.row_frames import MAX_FRAME_BYTES, MAX_INLINE_BYTES
 def test_few_rows_are_part_of_the_header():
     (header,) = encode_request(REQUEST, address=ADDRESS)
     assert dict(zip(REQUEST_FIELDS, msgpack.unpackb(header), strict=True)) == {
-        "version": 3,
+        "version": 4,
         "kind": "request",
         "ticket": 5,
         "address": [2**64 - 1, 1],
@@ -33,6 +34,7 @@ def test_few_rows_are_part_of_the_header():
         "shape": [3, 2],
         "rows": torch.arange(6.0).numpy().tobytes(),
         "timeout_s": 0.25,
+        "request_ids": [],
     }
 
 
@@ -137,7 +139,7 @@ def test_rows_that_exceed_one_message_are_a_transport_error():
 def test_rows_without_a_dimension_are_a_transport_error():
     with pytest.raises(TransportError, match="segments list 1 rows"):
         encode_request(HostRequest(1, (Segment("a", 1),), torch.tensor(1.0), 1.0), address=ADDRESS)
-    with pytest.raises(TransportError, match="results list 1 good rows"):
+    with pytest.raises(TransportError, match="results list 1 rows"):
         encode_reply(HostReply(1, (SegmentResult("a", 1),), torch.tensor(1.0)), address=ADDRESS)
 
 
@@ -147,3 +149,17 @@ def test_longest_errors_of_the_most_segments_fit_the_header():
     results = decode_reply(views(frames)).reply.results
     assert len(results) == MAX_SEGMENTS
     assert results[0].error == "\U0001f600" * MAX_ERROR_CHARACTERS
+
+
+def test_request_tells_whose_rows_it_carries():
+    request = msgspec.structs.replace(REQUEST, request_ids=("first", "second"))
+    incoming = decode_request(views(encode_request(request, address=ADDRESS)))
+    assert incoming.request.request_ids == ("first", "second")
+
+
+def test_reply_with_failed_rows_holds_all_rows_of_their_segment():
+    results = (SegmentResult("a/b/0", 2, "not finite", 1.5, (1,)), SegmentResult("a/c/0", 1, "it raised", 0.0))
+    reply = HostReply(5, results, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    incoming = decode_reply(views(encode_reply(reply, address=ADDRESS)))
+    assert incoming.reply.results == results
+    assert torch.equal(incoming.reply.rows, reply.rows)

@@ -45,7 +45,7 @@ def test_rows_that_segments_do_not_account_for_are_a_transport_error(fabric):
         router.send(host.endpoint, HostRequest(1, (Segment("a", 3),), torch.ones(2, 3), 1.0))
     router.send(host.endpoint, fabric.make_request(2))
     (delivery,) = fabric.receive(host)
-    with pytest.raises(TransportError, match="results list 2 good rows"):
+    with pytest.raises(TransportError, match="results list 2 rows"):
         host.reply(delivery, HostReply(2, (SegmentResult("a", 2),), None))
 
 

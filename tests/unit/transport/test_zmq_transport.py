@@ -22,7 +22,7 @@ GARBAGE = [
     [b"\x80"],
     [msgpack.packb({"version": 1, "kind": "request"}), b"rows"],
     [b"a", b"b", b"c", b"d"],
-    [msgpack.packb([3, "request", 1, [9, 9], [["a", 1]], "float32", [1, 1], [1, 2, 3], 1.0])],
+    [msgpack.packb([4, "request", 1, [9, 9], [["a", 1]], "float32", [1, 1], [1, 2, 3], 1.0, []])],
     [b"\0" * 100_000],
 ]
 
