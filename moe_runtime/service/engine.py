@@ -205,6 +205,7 @@ class RouterEngine:
             flight.fail(message.segments, str(exc))
             return
         self.stats.num_messages += 1
+        self.stats.num_bytes_sent += rows.nbytes
         flight.num_unanswered += 1
         self._sent[ticket] = SentMessage(flight, message)
         outstanding = self._outstanding_rows
@@ -221,10 +222,12 @@ class RouterEngine:
         if fault is not None:
             flight.fail(segments, fault)
             return
-        stats = flight.stats
+        stats, taken_s = flight.stats, self._clock.now() - flight.dispatched_at
+        if reply.rows is not None:
+            self.stats.num_bytes_received += reply.rows.nbytes
         if len(segments) == 1 and reply.rows is not None:
             flight.expert_rows.place(segments[0].start, reply.rows)
-            stats.count_product(segments[0].expert_id, reply.results[0].compute_ms)
+            stats.count_product(segments[0].expert_id, reply.results[0].compute_ms, taken_s=taken_s)
             return
         start = 0
         for segment, result in zip(segments, reply.results, strict=True):
@@ -232,7 +235,7 @@ class RouterEngine:
                 flight.fail((segment,), result.error or "no rows")
                 continue
             flight.expert_rows.place(segment.start, reply.rows.narrow(0, start, segment.num_rows))
-            stats.count_product(segment.expert_id, result.compute_ms)
+            stats.count_product(segment.expert_id, result.compute_ms, taken_s=taken_s)
             start += segment.num_rows
 
     def _land(self, ticket: int) -> SentMessage | None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.routing.assignments import count_per_expert
+from moe_runtime.service.histograms import ExpertHistograms, LayerHistograms
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_runtime.service.batch import BatchResult
+    from moe_runtime.service.batcher import JoinedBatch
     from moe_runtime.service.layer import RoutedLayer
 
 
@@ -36,23 +38,36 @@ class LayerTotals:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Counters of one layer; ``experts`` in the order of its gate's rows."""
+    """Counters of one layer; ``experts`` and their histograms in the order of its gate's rows."""
 
     totals: LayerTotals
     experts: tuple[ExpertStats, ...]
+    histograms: LayerHistograms
+    expert_histograms: tuple[ExpertHistograms, ...]
 
     @classmethod
     def for_layer(cls, layer: RoutedLayer) -> LayerStats:
         """Counters at zero, one per expert."""
-        return cls(LayerTotals(), tuple(ExpertStats() for _ in layer.experts))
+        return cls(
+            LayerTotals(),
+            tuple(ExpertStats() for _ in layer.experts),
+            LayerHistograms(),
+            tuple(ExpertHistograms() for _ in layer.experts),
+        )
 
     def carried_to(self, layer: RoutedLayer, *, from_layer: RoutedLayer) -> LayerStats:
         """The same counters for a layer that takes the place of another: experts of one name count on.
 
         Batches of both layers may be counted side by side.
         """
-        known = {expert.name: stats for expert, stats in zip(from_layer.experts, self.experts, strict=True)}
-        return LayerStats(self.totals, tuple(known.get(expert.name) or ExpertStats() for expert in layer.experts))
+        places = {expert.name: place for place, expert in enumerate(from_layer.experts)}
+        known = [places.get(expert.name) for expert in layer.experts]
+        return LayerStats(
+            self.totals,
+            tuple(ExpertStats() if place is None else self.experts[place] for place in known),
+            self.histograms,
+            tuple(ExpertHistograms() if place is None else self.expert_histograms[place] for place in known),
+        )
 
     def count_batch(self, result: BatchResult) -> None:
         """Add a finished batch."""
@@ -60,6 +75,9 @@ class LayerStats:
         assignments = admission.assignments
         self.totals.num_batches += 1
         self.totals.num_tokens += assignments.num_tokens
+        self.histograms.count_batch(
+            result.times, num_tokens=assignments.num_tokens, rows_per_expert=plan.rows_per_expert
+        )
         for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):
             expert.num_served += num_rows
         if result.failures:
@@ -73,16 +91,25 @@ class LayerStats:
                 expert.num_dropped_capacity += num_full
             self.totals.num_rerouted += int(admission.rerouted.sum())
 
-    def count_product(self, expert_id: int, compute_ms: float) -> None:
-        """Add one matrix product of an expert."""
+    def count_waits(self, joined: JoinedBatch) -> None:
+        """Add how long the requests of a finished batch waited for it."""
+        for part in joined.parts:
+            self.histograms.queue_s.add(joined.joined_at - part.arrived_at)
+
+    def count_product(self, expert_id: int, compute_ms: float, *, taken_s: float) -> None:
+        """Add one matrix product of an expert, whose rows came ``taken_s`` after the dispatch of their batch."""
         expert = self.experts[expert_id]
         expert.num_products += 1
         expert.compute_ms += compute_ms
+        self.expert_histograms[expert_id].count_product(compute_ms / 1000.0, taken_s=taken_s)
 
 
 @dataclass
 class RouterStats:
-    """Counters of one router process; ``layers`` are those of the layers that it serves now."""
+    """Counters of one router process; ``layers`` are those of the layers that it serves now.
+
+    ``num_bytes_sent`` and ``num_bytes_received`` are bytes of rows to and from expert hosts, headers not included.
+    """
 
     layers: Mapping[str, LayerStats]
     num_requests: int = 0
@@ -94,6 +121,8 @@ class RouterStats:
     num_late_replies: int = 0
     num_messages: int = 0
     num_send_errors: int = 0
+    num_bytes_sent: int = 0
+    num_bytes_received: int = 0
 
     def snapshot(self) -> dict[str, Any]:
         """All counters as plain values, for the status page."""
