@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from moe_runtime.config.models import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_THREADS, LayerConfig, Name, StrictModel
+from moe_runtime.config.observing import LoggingConfig, MetricsConfig
 
 
 class RouterConfig(StrictModel):
@@ -120,6 +121,8 @@ class RuntimeConfig(StrictModel):
     router: RouterConfig = Field(default_factory=RouterConfig, description="Router processes.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on one request.")
     data_plane: DataPlaneConfig = Field(default_factory=DataPlaneConfig, description="Token transport.")
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="Metrics for Prometheus.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Logs of all processes.")
 
     @field_validator("threads")
     @classmethod

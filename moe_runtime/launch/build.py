@@ -64,6 +64,7 @@ def build_router(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> Rou
         router=config.router,
         limits=config.limits,
         encryption=config.data_plane.encryption,
+        metrics=config.metrics,
     )
 
 

@@ -52,6 +52,7 @@ def plan_runtime(
         start_timeout_s=config.start_timeout_s,
         lease_s=None if detach else LEASE_S,
         deployment=weights.deployment,
+        logging=config.logging.settings,
     )
 
 
@@ -80,6 +81,7 @@ def _fixed(recipe: RouterRecipe) -> dict[str, str]:
         "router.address": recipe.router.address,
         "router.node_labels": str(dict(sorted(recipe.router.node_labels.items()))),
         "data_plane.encryption": recipe.encryption,
+        **{f"metrics.{key}": str(value) for key, value in recipe.metrics.model_dump().items()},
         **limits,
     }
 

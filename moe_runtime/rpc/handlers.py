@@ -93,6 +93,10 @@ class RouterHandlers:
             },
         )
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """``num_calls`` by method and ``num_errors`` by the name of the error. Thread-safe."""
+        return {"num_calls": dict(self._num_calls), "num_errors": dict(self._num_errors)}
+
     async def _forward(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         return await self._or_abort(FORWARD, self._answer_unary(body, context), context)
 
@@ -178,8 +182,7 @@ class RouterHandlers:
         return {**self._info, **self._service.describe()}
 
     def _load(self) -> dict[str, Any]:
-        calls = {"num_calls": dict(self._num_calls), "num_errors": dict(self._num_errors)}
-        return {**self._service.status(), "rpc": calls}
+        return {**self._service.status(), "rpc": self.counts()}
 
     async def _or_abort(
         self,

@@ -33,6 +33,7 @@ class Replica:
         weights_version: Hash of the weights that it serves, or ``seed:<n>`` when initialised.
         device: Device that it computes on.
         pid: Process id of its host on its node.
+        num_restarts: How often its host came back, since the controller started.
     """
 
     replica_id: str
@@ -41,6 +42,7 @@ class Replica:
     weights_version: str = ""
     device: str = "cpu"
     pid: int = 0
+    num_restarts: int = 0
 
 
 @dataclass(frozen=True)
