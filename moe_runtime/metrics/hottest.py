@@ -43,6 +43,8 @@ class HottestExperts:
         self._is_named[np.flatnonzero(self._may_be_named)[:most]] = True
         #: Per expert, what is counted under the label that it does not have at present.
         self._parked: NDArray[np.float64] | None = None
+        #: The totals of the last time.
+        self._shown: NDArray[np.float64] | None = None
 
     def split(self, totals: NDArray[np.float64], loads: NDArray[np.float64]) -> Iterator[Series]:
         """The present series.
@@ -51,12 +53,15 @@ class HottestExperts:
             totals: Counters, ``(num_experts, num_counters)``; none is lower than the time before.
             loads: What makes an expert hot, ``(num_experts,)``.
         """
-        parked = np.zeros_like(totals) if self._parked is None else self._parked
+        if self._parked is None or self._shown is None:
+            self._parked, self._shown = np.zeros_like(totals), np.zeros_like(totals)
+        parked, shown = self._parked, self._shown
         for leaving, coming in self._changes(loads):
-            for expert in (leaving, coming):
-                parked[expert] = totals[expert] - parked[expert]
-                self._is_named[expert] = not self._is_named[expert]
-        self._parked = parked
+            # What a series has counted since it was last shown would end with it unseen: the others get it.
+            parked[leaving] = shown[leaving] - parked[leaving]
+            parked[coming] = totals[coming] - parked[coming]
+            self._is_named[[leaving, coming]] = False, True
+        self._shown = totals.copy()
         for expert in np.flatnonzero(self._is_named).tolist():
             yield Series(self.names[expert], totals[expert] - parked[expert])
         if not self._is_named.all():

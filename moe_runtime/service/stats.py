@@ -76,7 +76,10 @@ class LayerStats:
         self.totals.num_batches += 1
         self.totals.num_tokens += assignments.num_tokens
         self.histograms.count_batch(
-            result.times, num_tokens=assignments.num_tokens, rows_per_expert=plan.rows_per_expert
+            result.times,
+            num_tokens=assignments.num_tokens,
+            num_rows=plan.num_planned,
+            rows_per_expert=plan.rows_per_expert,
         )
         for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):
             expert.num_served += num_rows

@@ -24,9 +24,14 @@ def test_the_rest_is_summed() -> None:
 def test_a_hot_expert_takes_the_name_of_a_cold_one_and_no_series_goes_back() -> None:
     hottest = HottestExperts(["a", "b", "c"], most=1)
     assert series(hottest, 1, 1, 1) == {"a": 1, OTHER: 2}
-    # b has served 10 by now, 9 of which came after c's and its own first were counted as others.
     assert series(hottest, 1, 10, 1) == {"b": 0, OTHER: 11}
     assert series(hottest, 1, 15, 2) == {"b": 5, OTHER: 12}
+
+
+def test_what_was_counted_before_a_name_ended_and_never_shown_goes_to_the_others() -> None:
+    hottest = HottestExperts(["a", "b"], most=1)
+    assert series(hottest, 1, 1) == {"a": 1, OTHER: 1}
+    assert series(hottest, 3, 7) == {"b": 0, OTHER: 9}
 
 
 def test_an_expert_that_gets_its_name_back_counts_on() -> None:

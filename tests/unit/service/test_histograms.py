@@ -37,7 +37,7 @@ def test_bounds_ascend(bounds: tuple[float, ...]) -> None:
 def test_a_batch_is_counted_with_its_stages_and_its_balance() -> None:
     histograms = LayerHistograms()
     times = StageTimes(gate_s=0.001, experts_s=0.02, combine_s=0.0002)
-    histograms.count_batch(times, num_tokens=6, rows_per_expert=(6, 2, 4, 0))
+    histograms.count_batch(times, num_tokens=6, num_rows=12, rows_per_expert=(6, 2, 4, 0))
     assert histograms.batch_tokens.sum == 6
     assert histograms.load_ratio.sum == 2.0
     assert [h.sum for h in (histograms.gate_s, histograms.experts_s, histograms.combine_s)] == [0.001, 0.02, 0.0002]
@@ -45,7 +45,7 @@ def test_a_batch_is_counted_with_its_stages_and_its_balance() -> None:
 
 def test_a_batch_without_rows_has_no_balance() -> None:
     histograms = LayerHistograms()
-    histograms.count_batch(StageTimes(0.0, 0.0, 0.0), num_tokens=2, rows_per_expert=(0, 0))
+    histograms.count_batch(StageTimes(0.0, 0.0, 0.0), num_tokens=2, num_rows=0, rows_per_expert=(0, 0))
     assert histograms.load_ratio.num_values == 0
     assert histograms.batch_tokens.num_values == 1
 
@@ -76,7 +76,7 @@ def test_counting_a_batch_takes_next_to_nothing() -> None:
     for _ in range(5):
         started_at = time.perf_counter()
         for _ in range(1000):
-            histograms.count_batch(times, num_tokens=512, rows_per_expert=rows)
+            histograms.count_batch(times, num_tokens=512, num_rows=1024, rows_per_expert=rows)
             histograms.queue_s.add(0.001)
         rounds.append((time.perf_counter() - started_at) / 1000)
     assert min(rounds) < MOST_S_PER_BATCH
