@@ -119,7 +119,8 @@ class HumanFormatter(logging.Formatter):
 
 
 def _extra(record: logging.LogRecord) -> Mapping[str, Any]:
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+    # What begins with an underscore comes of other packages' record factories, Ray's for one.
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD and not key.startswith("_")}
 
 
 def _short(value: Any) -> str:

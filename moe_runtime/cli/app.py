@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,9 @@ import typer
 from typer.core import TyperGroup
 
 from moe_runtime.cli.consoles import report_error, stdout_console
+from moe_runtime.cli.log_wishes import LogWishes
 from moe_runtime.errors import MoERuntimeError
+from moe_runtime.logs import LogFormat, LogIdentity, LogSettings, install
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -69,18 +70,23 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Log in detail, and show tracebacks of errors.")] = False,
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option(help="Lines for people, or JSON; for `serve`, of all its processes. [default: human]"),
+    ] = None,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if debug:
-        logging.getLogger("moe_runtime").setLevel(logging.DEBUG)
+    ctx.obj = wishes = LogWishes(log_format, debug=debug)
+    install(wishes.over(LogSettings()), LogIdentity("command"))
 
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     config: ConfigPath,
     *,
     address: Annotated[
@@ -94,9 +100,10 @@ def serve(
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Experts as Ray actors, or all in this process.")] = True,
 ) -> None:
     """Serve a configuration until SIGINT or SIGTERM; requests in flight are answered first."""
-    from moe_runtime.cli.serving import serve_until_stopped
+    from moe_runtime.cli.serving import Where, serve_until_stopped
 
-    serve_until_stopped(config, address=address, ray_address=ray_address, detach=detach, ray=ray)
+    where = Where(address, ray_address, detach=detach, ray=ray)
+    serve_until_stopped(config, where, wishes=ctx.find_object(LogWishes))
 
 
 @app.command()

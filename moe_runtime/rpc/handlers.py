@@ -154,6 +154,9 @@ class RouterHandlers:
 
     def _submit(self, body: bytes | bytearray, pending: PendingAnswer, *, deadline: float, unary: bool) -> None:
         request = decode_request(body)
+        if logger.isEnabledFor(logging.DEBUG):
+            about = {"request_id": request.request_id, "layer": request.layer}
+            logger.debug("received %d tokens", request.inputs.shape[0] if request.inputs.shape else 0, extra=about)
         if unary:
             _check_reply_fits(request, self._service.layer(request.layer))
         pending.submit(

@@ -27,6 +27,7 @@ class Batch:
         k: Experts per token, at most the layer's: one number, or int64 ``(num_tokens,)``.
         mask: Bool ``(num_tokens,)``; rows that are False are padding and are not routed.
         row_seeds: Int64 ``(num_tokens,)``; keys of whatever the routing draws at random.
+        request_ids: Of the requests that it was joined from, in the order of their rows; for logs.
     """
 
     layer: str
@@ -35,6 +36,7 @@ class Batch:
     k: Tensor | int | None = None
     mask: Tensor | None = None
     row_seeds: Tensor | None = None
+    request_ids: tuple[str, ...] = ()
 
 
 class StageTimes(NamedTuple):

@@ -197,7 +197,7 @@ class RouterEngine:
 
     def _send(self, flight: Flight, message: HostMessage, rows: Tensor, *, timeout_s: float) -> None:
         ticket = next(self._tickets)
-        request = HostRequest(ticket, message.wire_segments(), rows, timeout_s)
+        request = HostRequest(ticket, message.wire_segments(), rows, timeout_s, flight.batch.request_ids)
         try:
             self._transport.send(message.endpoint, request)
         except TransportError as exc:

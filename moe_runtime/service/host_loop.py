@@ -150,6 +150,8 @@ class HostLoop:
                 num_rows += request.rows.shape[0]
             self._waiting.popleft()
         self.num_rows += num_rows
+        if _LOG.isEnabledFor(logging.DEBUG):
+            _log_run(batch)
         return batch
 
     def _finish_run_under_way(self) -> None:
@@ -188,6 +190,14 @@ class HostLoop:
         for result in reply.results:
             if result.error is not None:
                 self.num_failed_segments += 1
+
+
+def _log_run(batch: Iterable[Delivery]) -> None:
+    for delivery in batch:
+        request = delivery.request
+        experts = [segment.replica_id for segment in request.segments]
+        about = {"request_ids": request.request_ids, "expert": experts}
+        _LOG.debug("running %d rows", request.rows.shape[0], extra=about)
 
 
 def _too_late(request: HostRequest) -> HostReply:

@@ -279,6 +279,9 @@ class RouterService:
                 self._requests.fail(part.request_key, error)
             return
         self._batches[batch_id] = joined, generation
+        if _LOG.isEnabledFor(logging.DEBUG):
+            about = {"request_ids": joined.batch.request_ids, "layer": joined.batch.layer, "batch_id": batch_id}
+            _LOG.debug("dispatched a batch of %d tokens", joined.batch.tokens.shape[0], extra=about)
 
     def _finish(self, result: BatchResult) -> None:
         if result.batch_id not in self._batches:
