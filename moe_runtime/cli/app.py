@@ -228,11 +228,24 @@ def status(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each router.")] = 5.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, with rates, until Ctrl-C.")] = False,
+    every_s: Annotated[
+        float, typer.Option("--every", min=0.1, metavar="S", help="With --watch: seconds between.")
+    ] = 2.0,
 ) -> None:
     """Show the layers, experts, routers and load of a running runtime."""
-    from moe_runtime.cli.status import ask_routers, print_json, print_tables
+    from moe_runtime.cli.router_views import ask_routers
+    from moe_runtime.cli.status import print_json, print_tables
 
-    routers = ask_routers(tuple(address or [DEFAULT_ADDRESS]), timeout_s=timeout_s)
+    addresses = tuple(address or [DEFAULT_ADDRESS])
+    if watch:
+        if as_json:
+            raise typer.BadParameter("expected --watch or --json, found both")
+        from moe_runtime.cli.watch import watch as watch_routers
+
+        watch_routers(addresses, timeout_s=timeout_s, every_s=every_s, console=stdout_console())
+        return
+    routers = ask_routers(addresses, timeout_s=timeout_s)
     if as_json:
         print_json(routers, console=stdout_console())
     else:

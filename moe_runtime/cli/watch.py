@@ -11,15 +11,16 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from moe_runtime.cli.status import RouterView, Silence, ask_each, status_tables
+from moe_runtime.cli.router_views import RouterView, ask_each
 from moe_runtime.cli.status_rates import Rates
+from moe_runtime.cli.status_tables import status_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console, RenderableType
 
-    Wait = Callable[[float], None]
+    from moe_runtime.cli.router_views import Silence
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Look:
         return tuple(router for router in self.routers if isinstance(router, RouterView))
 
 
-def looks(addresses: tuple[str, ...], *, timeout_s: float, every_s: float, wait: Wait) -> Iterator[Look]:
+def looks(
+    addresses: tuple[str, ...], *, timeout_s: float, every_s: float, wait: Callable[[float], object]
+) -> Iterator[Look]:
     """A look at the routers every ``every_s``, for ever; the first one at once."""
     while True:
         started_at = time.monotonic()
@@ -48,13 +51,9 @@ def watch(addresses: tuple[str, ...], *, timeout_s: float, every_s: float, conso
     # An event that nobody sets: its wait ends with an interrupt at once, and with nothing else.
     wait = threading.Event().wait
     try:
-        show(looks(addresses, timeout_s=timeout_s, every_s=every_s, wait=lambda s: void(wait(s))), console=console)
+        show(looks(addresses, timeout_s=timeout_s, every_s=every_s, wait=wait), console=console)
     except KeyboardInterrupt:
         return
-
-
-def void(_: object) -> None:
-    """Nothing."""
 
 
 def show(each: Iterator[Look], *, console: Console) -> None:
