@@ -94,7 +94,15 @@ ASSIGNMENTS_REROUTED = Metric(
     ("layer",),
 )
 EXPERT_ASSIGNMENTS = Metric(
-    "moe_expert_assignments_total", "counter", "The same per expert.", ("layer", "expert", "outcome")
+    "moe_expert_assignments_total", "counter", "Assignments per expert, by outcome.", ("layer", "expert", "outcome")
+)
+EXPERT_STEPS = Metric(
+    "moe_expert_steps_total",
+    "counter",
+    "Assignments that took more than one attempt, by the expert that was asked: `retried` at another replica, "
+    "`rerouted` to another expert, `hedged` to a second replica; and by the expert that got the rows: `timed_out`, "
+    "`failed_attempt` (timed out ones included).",
+    ("layer", "expert", "step"),
 )
 EXPERT_COMPUTE = Metric(
     "moe_expert_compute_seconds",
@@ -140,7 +148,7 @@ CATALOGUE: tuple[Metric, ...] = (
     REQUESTS_ACCEPTED, REQUESTS, REQUESTS_REFUSED, RPC_CALLS, RPC_ERRORS, OPEN_REQUESTS,
     QUEUE_REQUESTS, QUEUE_TOKENS, QUEUE_BYTES,
     BATCHES_IN_FLIGHT, BATCHES, TOKENS, BATCH_TOKENS, BATCH_LOAD, STAGE_SECONDS,
-    ASSIGNMENTS, ASSIGNMENTS_REROUTED, EXPERT_ASSIGNMENTS, EXPERT_COMPUTE, EXPERT_WAIT,
+    ASSIGNMENTS, ASSIGNMENTS_REROUTED, EXPERT_ASSIGNMENTS, EXPERT_STEPS, EXPERT_COMPUTE, EXPERT_WAIT,
     REPLICAS, EXPERTS_OUT, REPLICA_RESTARTS,
     HOST_BYTES, SEND_ERRORS, LATE_REPLIES, TRANSPORT_EVENTS,
     TABLE_VERSION, DRAINING, UPTIME, BUILD_INFO,

@@ -11,7 +11,7 @@ from moe_runtime.metrics import catalogue
 from moe_runtime.metrics.hottest import HottestExperts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from prometheus_client.core import HistogramMetricFamily
@@ -21,8 +21,19 @@ if TYPE_CHECKING:
     from moe_runtime.service.lineup import Lineup
     from moe_runtime.service.stats import ExpertStats, LayerStats
 
-#: An expert's counters in its row of numbers, before its histograms.
-_OUTCOMES = ("served", "dropped_capacity", "dropped_failure")
+#: How assignments of an expert end, and what else happens to them; another counter is a line here.
+_OUTCOMES: Mapping[str, Callable[[ExpertStats], int]] = {
+    "served": lambda expert: expert.num_served,
+    "dropped_capacity": lambda expert: expert.num_dropped_capacity,
+    "dropped_failure": lambda expert: expert.num_dropped_failure,
+}
+_STEPS: Mapping[str, Callable[[ExpertStats], int]] = {
+    "retried": lambda expert: expert.num_retried,
+    "rerouted": lambda expert: expert.num_rerouted,
+    "hedged": lambda expert: expert.num_hedged,
+    "timed_out": lambda expert: expert.num_timed_out,
+    "failed_attempt": lambda expert: expert.num_failed_attempts,
+}
 
 
 class LayerCollector:
@@ -43,7 +54,7 @@ class LayerCollector:
         yield from self._experts(lineup)
 
     def _experts(self, lineup: Lineup) -> Iterator[Family]:
-        assignments = catalogue.EXPERT_ASSIGNMENTS.counter()
+        assignments, steps = catalogue.EXPERT_ASSIGNMENTS.counter(), catalogue.EXPERT_STEPS.counter()
         compute, wait = catalogue.EXPERT_COMPUTE.histogram(), catalogue.EXPERT_WAIT.histogram()
         for layer, stats in lineup.stats.items():
             totals = np.array(
@@ -54,11 +65,14 @@ class LayerCollector:
             bounds = stats.expert_histograms[0].compute_s.bounds
             width = len(bounds) + 2
             for label, values in self._split(layer, names, totals):
-                for outcome, count in zip(_OUTCOMES, values.tolist(), strict=False):
+                outcomes, steps_taken = values[: len(_OUTCOMES)], values[len(_OUTCOMES) : -2 * width]
+                for outcome, count in zip(_OUTCOMES, outcomes.tolist(), strict=True):
                     assignments.add_metric([layer, label, outcome], count)
+                for step, count in zip(_STEPS, steps_taken.tolist(), strict=True):
+                    steps.add_metric([layer, label, step], count)
                 _add(compute, [layer, label], bounds, values[-2 * width : -width].tolist())
                 _add(wait, [layer, label], bounds, values[-width:].tolist())
-        yield from (assignments, compute, wait)
+        yield from (assignments, steps, compute, wait)
 
     def _split(
         self, layer: str, names: Sequence[str], totals: NDArray[np.float64]
@@ -71,7 +85,7 @@ class LayerCollector:
 
 
 def _row(counters: ExpertStats, *histograms: Histogram) -> list[float]:
-    row: list[float] = [counters.num_served, counters.num_dropped_capacity, counters.num_dropped_failure]
+    row: list[float] = [count(counters) for count in (*_OUTCOMES.values(), *_STEPS.values())]
     for histogram in histograms:
         row += (*histogram.counts, histogram.sum)
     return row
@@ -84,9 +98,8 @@ def _counters(lineup: Lineup) -> Iterator[Family]:
         batches.add_metric([layer], stats.totals.num_batches)
         tokens.add_metric([layer], stats.totals.num_tokens)
         rerouted.add_metric([layer], stats.totals.num_rerouted)
-        assignments.add_metric([layer, "served"], sum(each.num_served for each in stats.experts))
-        assignments.add_metric([layer, "dropped_capacity"], sum(each.num_dropped_capacity for each in stats.experts))
-        assignments.add_metric([layer, "dropped_failure"], sum(each.num_dropped_failure for each in stats.experts))
+        for outcome, count in _OUTCOMES.items():
+            assignments.add_metric([layer, outcome], sum(map(count, stats.experts)))
     yield from (batches, tokens, assignments, rerouted)
 
 

@@ -18,11 +18,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class ExpertStats:
-    """Counters of one expert, in assignments; ``compute_ms`` sums over ``num_products`` matrix products."""
+    """Counters of one expert, in assignments.
+
+    Attributes:
+        num_served: That it answered.
+        num_dropped_capacity: That found it full.
+        num_dropped_failure: That were dropped because it failed, the last expert that they were sent to.
+        num_retried: That asked for it and were sent to another replica after one failed.
+        num_rerouted: That asked for it and went to another expert, because it was full or failed.
+        num_hedged: That asked for it and were sent to a second replica as well.
+        num_timed_out: That it was sent and did not answer in time.
+        num_failed_attempts: That it was sent and did not serve, those that timed out included; one assignment may fail
+            at several replicas.
+        num_products: Matrix products.
+        compute_ms: Time that these took.
+    """
 
     num_served: int = 0
     num_dropped_capacity: int = 0
     num_dropped_failure: int = 0
+    num_retried: int = 0
+    num_rerouted: int = 0
+    num_hedged: int = 0
+    num_timed_out: int = 0
+    num_failed_attempts: int = 0
     num_products: int = 0
     compute_ms: float = 0.0
 
