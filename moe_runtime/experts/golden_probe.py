@@ -72,7 +72,11 @@ class GoldenProbe:
             return f"its golden probe raised {in_one_line(exc)}"
         expected = self.outputs
         if not isinstance(outputs, torch.Tensor) or (outputs.shape, outputs.dtype) != (expected.shape, expected.dtype):
-            found = f"{list(outputs.shape)} of {outputs.dtype}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+            found = (
+                f"{list(outputs.shape)} of {outputs.dtype}"
+                if isinstance(outputs, torch.Tensor)
+                else type(outputs).__name__
+            )
             return f"its golden probe gave {found}, expected {list(expected.shape)} of {expected.dtype}"
         return self._difference(outputs)
 

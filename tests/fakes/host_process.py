@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 
 import torch
@@ -74,6 +75,23 @@ def answer_hugely(pipe, *, admitted=(), **options):
             for delivery in host.receive(60.0):
                 host.reply(delivery, reply_to(delivery, torch.ones(HUGE_ROWS_SHAPE)))
                 pipe.send("answered")
+
+
+def exit_at_once(pipe, *, admitted=(), **options):
+    """A host that ends its process when it gets a request, without a word to anybody."""
+    with _host(pipe, admitted, options) as host:
+        while not host.receive(60.0):
+            pass
+        os._exit(3)
+
+
+def abort(pipe, *, admitted=(), **options):
+    """A host that is ended by the C library when it gets a request."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with _host(pipe, admitted, options) as host:
+        while not host.receive(60.0):
+            pass
+        os.abort()
 
 
 def ask_hugely(pipe, endpoint, *, node):
