@@ -43,6 +43,7 @@ class InProcessSession:
                 spec,
                 open_transport=partial(self._network.host_transport, node=self._node),
                 num_threads=num_threads,
+                node=self._node,
             )
             for spec in self._specs
         ]
