@@ -65,6 +65,8 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
         max_batches_in_flight=recipe.max_batches_in_flight,
         exact=recipe.exact,
         wire_dtype=getattr(torch, recipe.wire_dtype),
+        on_failure=recipe.on_failure,
+        hedge=recipe.hedge,
         experts=tuple(
             ExpertInfo(expert.spec.expert_id, expert.spec.name, expert.spec.kind) for expert in recipe.experts
         ),

@@ -272,7 +272,9 @@ class RouterService:
         joined, generation = self._batches.pop(result.batch_id)
         generation.batcher.batch_answered(joined)
         ledger = BatchLedger(result, generation.lineup.layer(joined.batch.layer))
-        for part in joined.parts:
+        for place, part in enumerate(joined.parts):
+            if place in result.errors:
+                self._requests.fail(part.request_key, result.errors[place])
             pending = self._requests.get(part.request_key)
             if pending is None:
                 continue
