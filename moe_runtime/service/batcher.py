@@ -100,7 +100,7 @@ class Batcher:
         queued = self._queues[layer].waiting.remove(request_key)
         if queued is None:
             return 0
-        self._release(queued, queued.num_rows_left)
+        self._budget.release(_place_of(queued, queued.num_rows_left))
         return queued.num_rows_left
 
     def next_batch(self) -> JoinedBatch | None:
@@ -196,10 +196,10 @@ class Batcher:
             is_last=num_rows == queued.num_rows_left,
         )
         queue.waiting.sent(queued, num_rows)
-        self._release(queued, num_rows)
+        self._budget.send(_place_of(queued, num_rows))
         return part
 
-    def _release(self, queued: QueuedRequest, num_rows: int) -> None:
-        request = queued.request
-        row_bytes = request.tokens[:1].nbytes
-        self._budget.release(Place(request.layer, request.client, num_rows, num_rows * row_bytes))
+
+def _place_of(queued: QueuedRequest, num_rows: int) -> Place:
+    request = queued.request
+    return Place(request.layer, request.client, num_rows, num_rows * request.tokens[:1].nbytes)

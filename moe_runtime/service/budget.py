@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import OverloadedError
 from moe_runtime.service.fair_queue import turn_tokens
-from moe_runtime.service.pace import Pace
+from moe_runtime.service.pace import Pace, ServedLately
 from moe_runtime.service.shares import ClientShares
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ class Place:
 
 @dataclass(frozen=True)
 class _LayerLoad:
-    """What waits for one layer, and how fast it goes."""
+    """What waits for one layer, how fast it goes, and whose it was lately."""
 
     tokens: Counter[str] = field(default_factory=Counter)
     pace: Pace = field(default_factory=Pace)
+    served: ServedLately = field(default_factory=ServedLately)
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +66,7 @@ class QueueBudget:
 
     def __init__(self, router: RouterConfig, *, clock: Clock, stats: QueueStats) -> None:
         self._router = router
+        self._clock = clock
         self._stats = stats
         self._lock = threading.Lock()
         self._loads: dict[str, _LayerLoad] = {}
@@ -114,9 +116,15 @@ class QueueBudget:
             self._take(place, 1)
 
     def release(self, place: Place) -> None:
-        """Give a place, or a part of one, back."""
+        """Give a place, or a part of one, back: its rows wait no more, and go nowhere."""
         with self._lock:
             self._take(place, -1)
+
+    def send(self, place: Place) -> None:
+        """Give a place, or a part of one, back: its rows go to the experts."""
+        with self._lock:
+            self._take(place, -1)
+            self._load(place.layer).served.add(place.client, place.num_tokens, now=self._clock.now())
 
     def snapshot(self) -> dict[str, Any]:
         """What waits, the limits, and the pace of each layer where it is known, as plain values."""
@@ -155,16 +163,21 @@ class QueueBudget:
             reason = f"the answer would take about {finish_s:.3f} s, and the deadline is in {time_left_s:.3f} s"
             raise self._refusal("time", reason)
 
-    def _tokens_ahead(self, place: Place, load: _LayerLoad) -> int:
-        """Tokens that leave the layer's queue before the place's last: the clients take turns."""
-        own = load.tokens[place.client]
-        if own == load.num_tokens:
+    def _tokens_ahead(self, place: Place, load: _LayerLoad) -> float:
+        """Tokens that leave the layer's queue before the place's: the clients take turns."""
+        own, now = load.tokens[place.client], self._clock.now()
+        lately = load.served.share(place.client, now=now)
+        if own == load.num_tokens and lately == 1.0:
             return own
         each = max(own + place.num_tokens, turn_tokens(self._router.max_batch_tokens))
         others = len(load.tokens) - (place.client in load.tokens)
         if others > _MOST_CLIENTS_SUMMED:
-            return min(load.num_tokens, own + others * each)
-        return own + sum(min(tokens, each) for client, tokens in load.tokens.items() if client != place.client)
+            waiting = min(load.num_tokens, own + others * each)
+        else:
+            waiting = own + sum(min(held, each) for client, held in load.tokens.items() if client != place.client)
+        # Others who hardly wait, because they ask for little, overtake as they have done lately.
+        share = max(lately, 1.0 / max(others + 1, load.served.num_clients(now=now)))
+        return max(float(waiting), own / share)
 
     def _take(self, place: Place, sign: int) -> None:
         num_tokens, num_bytes = sign * place.num_tokens, sign * place.num_bytes

@@ -1,11 +1,14 @@
-"""How fast a layer works off what waits for it, measured lately."""
+"""How fast a layer works off what waits for it, and for whom, measured lately."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 #: Seconds of work after which a measurement counts for a third of what it did.
 _MEMORY_S = 1.0
+#: Who was served is counted over between one and two of these.
+_WINDOW_S = 0.5
 
 
 class Pace:
@@ -44,6 +47,39 @@ class Pace:
         self.batch_s = took_s if self.tokens_per_s is None else self.batch_s * kept + took_s * (1.0 - kept)
         self._tokens, self._work_s, self.tokens_per_s = tokens, seconds, tokens / seconds
 
-    def seconds_for(self, num_tokens: int) -> float:
+    def seconds_for(self, num_tokens: float) -> float:
         """How long so many tokens take to be worked off; 0 while the pace is unknown."""
         return 0.0 if self.tokens_per_s is None else num_tokens / self.tokens_per_s
+
+
+class ServedLately:
+    """Which part of a layer's tokens were whose, over about the last second. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._before: Counter[str] = Counter()
+        self._lately: Counter[str] = Counter()
+        self._since = -math.inf
+
+    def add(self, client: str, num_tokens: int, *, now: float) -> None:
+        """So many tokens of a client have left the queue for the experts."""
+        self._turn_over(now)
+        self._lately[client] += num_tokens
+
+    def share(self, client: str, *, now: float) -> float:
+        """The client's part of all tokens; 0 where there were none."""
+        self._turn_over(now)
+        num_tokens = self._before.total() + self._lately.total()
+        return (self._before[client] + self._lately[client]) / num_tokens if num_tokens else 0.0
+
+    def num_clients(self, *, now: float) -> int:
+        """How many clients those tokens were of."""
+        self._turn_over(now)
+        return len(self._before) + len(self._lately.keys() - self._before.keys())
+
+    def _turn_over(self, now: float) -> None:
+        passed_s = now - self._since
+        if passed_s < _WINDOW_S:
+            return
+        self._before = self._lately if passed_s < 2 * _WINDOW_S else Counter()
+        self._lately = Counter()
+        self._since = now

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 ACTIVE_S = 2.0
 #: Clients that hold nothing are remembered up to this number: names come from outside.
 _MOST_IDLE_CLIENTS = 4096
+#: Bounds the work of one question where many hold something and are silent.
+_MOST_KEPT_AT_ONCE = 4
 
 
 @dataclass
@@ -65,14 +67,16 @@ class ClientShares:
 
     def _forget(self, now: float) -> None:
         """Drop clients that hold nothing and have been silent, the longest silent first."""
-        while len(self._clients) > 1:
+        num_kept = 0
+        while len(self._clients) > 1 and num_kept < _MOST_KEPT_AT_ONCE:
             name, oldest = next(iter(self._clients.items()))
             is_silent = oldest.asked_at + ACTIVE_S <= now
-            if oldest.held == 0 and (is_silent or len(self._clients) > _MOST_IDLE_CLIENTS):
-                del self._clients[name]
-            elif oldest.held and is_silent:
-                # It is active for as long as something of it waits; looked at again when the others are.
+            if not is_silent and len(self._clients) <= _MOST_IDLE_CLIENTS:
+                return
+            if oldest.held:
+                # It is active for as long as something of it waits.
+                num_kept += 1
                 oldest.asked_at = now
                 self._clients.move_to_end(name)
             else:
-                return
+                del self._clients[name]
