@@ -153,8 +153,13 @@ class ClientCall(Generic[ResultT]):
         self._core.retry_budget.earn()
         return self._decode(reply)
 
-    def failed(self, error: MoERuntimeError) -> None:
+    def failed(self, error: MoERuntimeError, *, is_lost: bool = False) -> None:
         """Set ``attempt`` to the next one.
+
+        Args:
+            error: What the attempt ended with.
+            is_lost: Whether no router said so: it could not be reached, or the connection broke. Then the shell
+                tells the core's pool when the address can be reached again.
 
         Raises:
             MoERuntimeError: The error, if trying again is not worth it, or not within the budget or the deadline.
@@ -163,6 +168,10 @@ class ClientCall(Generic[ResultT]):
         if isinstance(error, StreamRequiredError) and method == FORWARD:
             self.attempt = self._next_attempt(FORWARD_STREAM, body, delay_s=0.0)
             return
+        if is_lost:
+            self._core.pool.mark_lost(self.attempt.address)
+        elif isinstance(error, UnavailableError):
+            self._core.pool.mark_failed(self.attempt.address)
         delay_s = self._delay_s(error)
         in_time = self._deadline is None or self._core.now() + delay_s < self._deadline
         may_retry = in_time and self._num_attempts < self._core.retry_policy.max_attempts
@@ -175,7 +184,6 @@ class ClientCall(Generic[ResultT]):
         """How long to wait before a retry; raises the error where none would help."""
         backoff_s = self._core.retry_policy.backoff_s(self._num_attempts - 1, self._core.rng)
         if isinstance(error, UnavailableError):
-            self._core.pool.mark_failed(self.attempt.address)
             return 0.0 if self._core.pool.has_usable() else backoff_s
         if isinstance(error, OverloadedError):
             hint_s = error.retry_after_ms / 1e3
