@@ -175,10 +175,18 @@ class ClientCall(Generic[ResultT]):
         delay_s = self._delay_s(error)
         in_time = self._deadline is None or self._core.now() + delay_s < self._deadline
         may_retry = in_time and self._num_attempts < self._core.retry_policy.max_attempts
-        if not may_retry or not self._core.retry_budget.spend():
+        if not may_retry or not (self._goes_elsewhere(error) or self._core.retry_budget.spend()):
             error.add_note(f"after {self._num_attempts} attempts, the last at {self.attempt.address}")
             raise error
         self.attempt = self._next_attempt(method, body, delay_s=delay_s)
+
+    def _goes_elsewhere(self, error: MoERuntimeError) -> bool:
+        """Whether the next attempt is at a router in no trouble: that adds nothing to the load of one that is.
+
+        It costs nothing, since all calls under way at a router are lost together. The address that failed rests, so
+        this happens once per call and router.
+        """
+        return isinstance(error, UnavailableError) and self._core.pool.has_usable()
 
     def _delay_s(self, error: MoERuntimeError) -> float:
         """How long to wait before a retry; raises the error where none would help."""
