@@ -92,6 +92,21 @@ def test_more_open_requests_than_the_limit_are_refused_until_one_is_answered() -
     assert setting.inbox.num_open == 1
 
 
+def test_a_client_may_have_its_share_of_the_open_requests_while_another_asks() -> None:
+    setting = Setting(max_open_requests=4)
+    for _ in range(4):
+        setting.take_in(client="flood")
+    with pytest.raises(OverloadedError, match="holds 4 requests") as refused:
+        setting.take_in(client="other")
+    assert refused.value.retry_after_ms == 20.0
+    setting.inbox.answered("flood")
+    with pytest.raises(OverloadedError, match="the client has 3 requests open of the 4"):
+        setting.take_in(client="flood")
+    setting.take_in(client="other")
+    assert setting.stats.snapshot()["refused"]["open_requests"] == 1
+    assert setting.stats.snapshot()["refused"]["client_share"] == 1
+
+
 def test_a_request_that_finds_no_place_in_the_queue_is_not_open() -> None:
     setting = Setting()
 
