@@ -123,6 +123,24 @@ def ask_hugely(pipe, endpoint, *, node):
         pipe.recv()
 
 
+def route(pipe, address):
+    """A router that says its address. Told ``wait``, it says ``dispatched`` once a message has left for an expert.
+
+    Told anything else, it lets the experts of the layer ``stuck`` work.
+    """
+    from fakes.live_router import LiveRouter
+    from moe_runtime.config.runtime import LimitsConfig, RouterConfig
+
+    torch.set_num_threads(1)
+    live = LiveRouter(address=address, limits=LimitsConfig(), router=RouterConfig()).start()
+    pipe.send(live.address)
+    while pipe.recv() == "wait":
+        live.wait_for(lambda status: status["num_messages"] > 0)
+        pipe.send("dispatched")
+    live.free()
+    pipe.recv()
+
+
 def reply_to(delivery, rows):
     results = tuple(SegmentResult(s.replica_id, s.num_rows) for s in delivery.request.segments)
     return HostReply(delivery.request.ticket, results, rows)
