@@ -255,9 +255,7 @@ def certs(
     *,
     hosts: Annotated[
         list[str] | None,
-        typer.Option(
-            "--host", metavar="NAME", help="A name or address of the routers; may be given again."
-        ),
+        typer.Option("--host", metavar="NAME", help="A name or address of the routers; may be given again."),
     ] = None,
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long they are good for.")] = 365,
 ) -> None:

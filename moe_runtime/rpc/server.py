@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _NUM_WORKERS = 4
 #: gRPC itself refuses calls beyond the limit plus these, which leave room for health checks and descriptions.
 _SPARE_CALLS = 64
+#: Beyond its most streams a connection's calls wait without a word, or, before the client has heard of the number, are
+#: reset: so it is far above the number of calls that are refused with an error.
+_MIN_STREAMS = 8192
 
 
 class RpcServer:
@@ -158,6 +161,5 @@ def _limit_options(limits: LimitsConfig, most_calls: int) -> tuple[tuple[str, in
         # Both: between them gRPC would refuse calls at random.
         ("grpc.max_metadata_size", limits.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
-        # Beyond these gRPC lets a connection's calls wait without a word; refusals come first.
-        ("grpc.max_concurrent_streams", 2 * most_calls),
+        ("grpc.max_concurrent_streams", max(_MIN_STREAMS, 2 * most_calls)),
     )
