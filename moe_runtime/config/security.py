@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: What a token lets its owner do: run layers, change a runtime, read metrics.
 Scope = Literal["infer", "admin", "metrics"]
 #: A token is sent in an HTTP header: visible ASCII only. Shorter ones could be guessed.
-TOKEN_PATTERN = r"^[\x21-\x7e]{16,4096}$"
+TOKEN_PATTERN = r"^[\x21-\x7e]{16,4096}$"  # nosec B105  # what tokens look like
 
 
 class TLSConfig(StrictModel):

@@ -42,7 +42,7 @@ def parse_yaml(text: str, *, origin: str) -> Any:
     """
     try:
         # A loader of plain values: safe, and stricter than SafeLoader.
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # nosec B506  # a SafeLoader
     except yaml.MarkedYAMLError as exc:
         raise ConfigError(f"{origin}: {_in_one_line(exc)}") from exc
     except RecursionError as exc:

@@ -89,4 +89,4 @@ def _host_on(host: str, ip: str | None) -> str:
 def public_address(bound: str, ip: str) -> str:
     """The address that clients use: where every interface is bound, the node's own."""
     host, port = split_address(bound)
-    return f"{ip}:{port}" if host in ("0.0.0.0", "[::]") else bound
+    return f"{ip}:{port}" if host in ("0.0.0.0", "[::]") else bound  # nosec B104  # compared, not bound

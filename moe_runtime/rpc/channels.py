@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: The token where a client is given none.
-TOKEN_VARIABLE = "MOE_RUNTIME_TOKEN"
+TOKEN_VARIABLE = "MOE_RUNTIME_TOKEN"  # nosec B105  # its name
 
 
 @dataclass(frozen=True)
