@@ -9,6 +9,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moe_runtime.cli.connections import (
+    CaOption,
+    CertOption,
+    Connection,
+    InsecureOption,
+    KeyOption,
+    TlsOption,
+    TokenFileOption,
+)
 from moe_runtime.cli.consoles import report_error, stdout_console
 from moe_runtime.errors import MoERuntimeError
 
@@ -214,22 +223,46 @@ def plan(
 
 
 @app.command()
-def status(
+def status(  # noqa: PLR0913  # each argument is an option
     address: Annotated[
         list[str] | None,
         typer.Option(metavar="HOST:PORT", help=f"A router's address; may be given again. [default: {DEFAULT_ADDRESS}]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each router.")] = 5.0,
+    token_file: TokenFileOption = None,
+    tls: TlsOption = False,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
+    insecure: InsecureOption = False,
 ) -> None:
     """Show the layers, experts, routers and load of a running runtime."""
+    connection = Connection(token_file, ca=ca, cert=cert, key=key, tls=tls, insecure=insecure)
     from moe_runtime.cli.status import ask_routers, print_json, print_tables
 
-    routers = ask_routers(tuple(address or [DEFAULT_ADDRESS]), timeout_s=timeout_s)
+    addresses = tuple(address or [DEFAULT_ADDRESS])
+    routers = ask_routers(addresses, timeout_s=timeout_s, connection=connection)
     if as_json:
         print_json(routers, console=stdout_console())
     else:
         print_tables(routers, console=stdout_console())
+
+
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if need be.", show_default=False)],
+    *,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--host", metavar="NAME", help="A name or address of the routers; may be given again."),
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long they are good for.")] = 365,
+) -> None:
+    """Make a CA for development, and certificates for routers and a client; nothing is overwritten."""
+    from moe_runtime.cli.certs import make_and_explain
+
+    make_and_explain(folder, hosts=hosts or (), days=days, console=stdout_console())
 
 
 @app.command()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
+from moe_runtime.cli.connections import Connection
 from moe_runtime.cli.validation import shape_text
 from moe_runtime.errors import MoERuntimeError, UnavailableError
-from moe_runtime.rpc.client import MoEClient
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -36,18 +36,21 @@ class RouterView:
     load: Mapping[str, Any]
 
 
-def ask_routers(addresses: tuple[str, ...], *, timeout_s: float) -> tuple[RouterView, ...]:
+def ask_routers(
+    addresses: tuple[str, ...], *, timeout_s: float, connection: Connection | None = None
+) -> tuple[RouterView, ...]:
     """What the routers at these addresses say.
 
     Raises:
         UnavailableError: If one of them does not answer.
         MoERuntimeError: If one answers with an error.
     """
-    return tuple(_ask(address, timeout_s=timeout_s) for address in addresses)
+    connection = connection or Connection()
+    return tuple(_ask(address, timeout_s=timeout_s, connection=connection) for address in addresses)
 
 
-def _ask(address: str, *, timeout_s: float) -> RouterView:
-    with MoEClient(address) as client:
+def _ask(address: str, *, timeout_s: float, connection: Connection) -> RouterView:
+    with connection.client(address) as client:
         try:
             return RouterView(
                 address, description=client.describe(timeout_s=timeout_s), load=client.status(timeout_s=timeout_s)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING
 
+from moe_runtime.config.hosts import is_loopback
 from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.revisions import host_revision, routers_revision
 from moe_runtime.launch.weights_recipe import WeightsRecipe
-from moe_runtime.ray_backend.addresses import is_loopback, split_address
+from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.ray_backend.cluster import Cluster
 
+_SECURITY_FILES = ("security.tls.cert", "security.tls.key", "security.tls.client_ca", "security.tokens")
 #: Without a sign of life from the process that serves, its runtime is torn down after so long.
 LEASE_S = 10.0
 
@@ -80,6 +82,8 @@ def _fixed(recipe: RouterRecipe) -> dict[str, str]:
         "router.address": recipe.router.address,
         "router.node_labels": str(dict(sorted(recipe.router.node_labels.items()))),
         "data_plane.encryption": recipe.encryption,
+        "security.insecure": str(recipe.security.insecure),
+        **{key: recipe.security.files.get(key, "null") for key in _SECURITY_FILES},
         **limits,
     }
 

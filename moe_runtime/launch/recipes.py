@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         WeightOn,
     )
     from moe_runtime.config.runtime import LimitsConfig, RouterConfig
+    from moe_runtime.config.security import SecurityConfig
     from moe_runtime.experts.spec import ExpertSpec
     from moe_runtime.transport.curve import Encryption
 
@@ -129,12 +130,13 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class RouterRecipe:
-    """What every router of a runtime builds and serves, and what it speaks to the hosts of other nodes."""
+    """What every router of a runtime builds and serves, whom it lets in, and what it speaks to other nodes' hosts."""
 
     runtime: str
     layers: tuple[LayerRecipe, ...]
     router: RouterConfig
     limits: LimitsConfig
+    security: SecurityConfig
     encryption: Encryption = "curve"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_runtime.errors import StartError
+from moe_runtime.errors import ConfigError, StartError
 from moe_runtime.launch.gates import load_gate
 from moe_runtime.ray_backend.plan import RouterReport
 from moe_runtime.routing.policies import build_policy
@@ -122,7 +122,7 @@ class RouterProcess:
         """Build the layers, bind and serve.
 
         Raises:
-            ConfigError: If a gate cannot be built.
+            ConfigError: If a gate cannot be built, or a certificate or the tokens cannot be used.
             StartError: If the address cannot be bound.
         """
         setup = build_setup(self._recipe, store=self._store)
@@ -135,7 +135,13 @@ class RouterProcess:
             node=self._node,
         )
         info = {"name": self._recipe.runtime, "node": self._node}
-        server = RpcServer(service, address=address, limits=self._recipe.limits, info=info)
+        try:
+            server = RpcServer(
+                service, address=address, limits=self._recipe.limits, info=info, security=self._recipe.security
+            )
+        except ConfigError:
+            service.close()
+            raise
         service.start()
         try:
             bound = server.start()

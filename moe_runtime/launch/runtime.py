@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from moe_runtime.config.hosts import is_loopback
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import StartError
 from moe_runtime.launch.build import build_router
 from moe_runtime.launch.in_process import InProcessSession
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
-from moe_runtime.ray_backend.addresses import is_loopback, split_address
+from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 from moe_runtime.ray_backend.ports import check_ports
 
