@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from moe_runtime.config.hosts import is_loopback
 from moe_runtime.config.models import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_THREADS, LayerConfig, Name, StrictModel
+from moe_runtime.config.observing import LoggingConfig, MetricsConfig
 from moe_runtime.config.security import SecurityConfig
 
 
@@ -157,6 +158,8 @@ class RuntimeConfig(StrictModel):
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on one request.")
     data_plane: DataPlaneConfig = Field(default_factory=DataPlaneConfig, description="Token transport.")
     security: SecurityConfig = Field(default_factory=SecurityConfig, description="Who may call the routers, and how.")
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="Metrics for Prometheus.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Logs of all processes.")
 
     @field_validator("threads")
     @classmethod

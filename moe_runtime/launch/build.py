@@ -65,6 +65,7 @@ def build_router(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> Rou
         limits=config.limits,
         security=config.security.located(loaded.base_dir),
         encryption=config.data_plane.encryption,
+        metrics=config.metrics,
     )
 
 

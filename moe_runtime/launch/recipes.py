@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+from moe_runtime.config.observing import MetricsConfig
 
 if TYPE_CHECKING:
     from moe_runtime.config.models import (
@@ -138,6 +140,7 @@ class RouterRecipe:
     limits: LimitsConfig
     security: SecurityConfig
     encryption: Encryption = "curve"
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 @dataclass(frozen=True)

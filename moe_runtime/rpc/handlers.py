@@ -97,6 +97,10 @@ class RouterHandlers:
         """Count an error that a call was answered with."""
         self._num_errors[type(error).__name__] += 1
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """``num_calls`` by method and ``num_errors`` by the name of the error. Thread-safe."""
+        return {"num_calls": dict(self._num_calls), "num_errors": dict(self._num_errors)}
+
     async def _forward(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         return await self._or_abort(FORWARD, self._answer_unary(body, context), context)
 
@@ -158,6 +162,9 @@ class RouterHandlers:
         self, body: bytes | bytearray, pending: PendingAnswer, *, deadline: float, client: str, unary: bool
     ) -> None:
         request = decode_request(body)
+        if logger.isEnabledFor(logging.DEBUG):
+            about = {"request_id": request.request_id, "layer": request.layer}
+            logger.debug("received %d tokens", request.inputs.shape[0] if request.inputs.shape else 0, extra=about)
         if unary:
             _check_reply_fits(request, self._service.layer(request.layer))
         pending.submit(
@@ -188,8 +195,7 @@ class RouterHandlers:
         return {**self._info, **self._service.describe()}
 
     def _load(self) -> dict[str, Any]:
-        calls = {"num_calls": dict(self._num_calls), "num_errors": dict(self._num_errors)}
-        return {**self._service.status(), "rpc": calls}
+        return {**self._service.status(), "rpc": self.counts()}
 
     async def _or_abort(
         self,

@@ -89,6 +89,10 @@ class RpcServer:
         self._thread.start()
         return self._bound.result()
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """``num_calls`` by method and ``num_errors`` by the name of the error. Thread-safe."""
+        return self._handlers.counts()
+
     def drain(self) -> None:
         """Tell health checks that no new requests are wanted; calls go on."""
         self._call_soon(self._draining)
