@@ -33,6 +33,7 @@ class Replica:
         weights_version: Hash of the weights that it serves, or ``seed:<n>`` when initialised.
         device: Device that it computes on.
         pid: Process id of its host on its node.
+        reason: Why it is in that state, in words, where it is not simply ready.
     """
 
     replica_id: str
@@ -41,6 +42,7 @@ class Replica:
     weights_version: str = ""
     device: str = "cpu"
     pid: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
