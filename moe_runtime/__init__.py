@@ -35,7 +35,7 @@ from moe_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from moe_runtime.launch.runtime import Runtime, attach, serve, upgrade
+    from moe_runtime.launch.runtime import Runtime, attach, restart, serve, upgrade
     from moe_runtime.rpc.aio_client import AsyncMoEClient
     from moe_runtime.rpc.client import MoEClient
     from moe_runtime.rpc.retries import RetryPolicy
@@ -75,6 +75,7 @@ __all__ = [
     "UnknownLayerError",
     "WeightsError",
     "attach",
+    "restart",
     "serve",
     "upgrade",
 ]
@@ -88,6 +89,7 @@ _MODULES = {
     "RetryPolicy": "moe_runtime.rpc.retries",
     "Runtime": "moe_runtime.launch.runtime",
     "attach": "moe_runtime.launch.runtime",
+    "restart": "moe_runtime.launch.runtime",
     "serve": "moe_runtime.launch.runtime",
     "upgrade": "moe_runtime.launch.runtime",
 }

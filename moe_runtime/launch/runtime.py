@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
+    from moe_runtime.ray_backend.changes import Restarted
     from moe_runtime.ray_backend.cluster import Cluster
     from moe_runtime.ray_backend.roll import Upgraded
 
@@ -184,6 +185,33 @@ def upgrade(
         session = attach_session(loaded.config.name)
         plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=True)
         return session.upgrade(plan, on_progress=on_progress)
+    finally:
+        cluster.disconnect()
+
+
+def restart(
+    name: str = "default", *, experts: bool = True, routers: bool = True, ray_address: str | None = None
+) -> Restarted:
+    """Give the actors of a running runtime other processes, one after the other, without losing a request.
+
+    Each expert host gets a successor beside it, for which there must be room; each router is drained and comes back at
+    its address: clients need to know another one meanwhile. Interrupted at any moment, this may be repeated.
+
+    Args:
+        name: The runtime's.
+        experts: Whether its expert hosts restart.
+        routers: Whether its routers do.
+        ray_address: Address of its cluster; ``RAY_ADDRESS``, or Ray as it is initialised, when None.
+
+    Raises:
+        PlacementError: If the cluster has no room for one host beside those that run.
+        StartError: If there is no such cluster or runtime, or something did not start. The runtime serves as before.
+    """
+    cluster = _join(ray_address)
+    try:
+        from moe_runtime.ray_backend.session import attach as attach_session
+
+        return attach_session(name).restart(experts=experts, routers=routers)
     finally:
         cluster.disconnect()
 

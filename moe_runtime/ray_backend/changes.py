@@ -65,6 +65,19 @@ class Restarted:
     num_routers: int = 0
 
 
+@dataclass(frozen=True)
+class RestartTerms:
+    """What whoever asks for a restart has to know; the same terms may be asked for again, to finish what was begun.
+
+    Attributes:
+        generation: Of the successors of all hosts.
+        timeout_s: How long it may take.
+    """
+
+    generation: int
+    timeout_s: float
+
+
 class Changes:
     """Makes the changes of one runtime. Owned by the controller's event loop."""
 
@@ -95,6 +108,14 @@ class Changes:
             if is_same(running, plan):
                 return Upgraded(kept=tuple(host.host_id for host in plan.hosts), num_routers=plan.routers.count)
             return await self._until_ended(self._roll_to(plan), "its upgrade")
+
+    def restart_terms(self) -> RestartTerms:
+        """Of a restart that begins now."""
+        plan = self._plan
+        per_host_s = 2 * plan.start_timeout_s + plan.routers.let_go_s
+        per_router_s = plan.routers.let_go_s + plan.start_timeout_s + _FOLLOW_TIMEOUT_S
+        timeout_s = len(plan.hosts) * per_host_s + plan.routers.count * per_router_s
+        return RestartTerms(plan.next_generation, timeout_s)
 
     async def restart(self, *, generation: int, routers: bool) -> Restarted:
         """Give hosts of an earlier generation, and then routers, other processes; see ``Controller.restart``."""

@@ -23,7 +23,7 @@ from moe_runtime.ray_backend.seat import Tools
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
 
-    from moe_runtime.ray_backend.changes import Restarted
+    from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.fleet import Keeper
     from moe_runtime.ray_backend.host_keeper import HostKeeper
     from moe_runtime.ray_backend.plan import RuntimePlan
@@ -113,6 +113,10 @@ class Controller:
         """
         return await self._changes.upgrade(plan)
 
+    def restart_terms(self) -> RestartTerms:
+        """Of a restart that begins now."""
+        return self._changes.restart_terms()
+
     async def restart(self, *, generation: int, routers: bool) -> Restarted:
         """Give actors other processes while requests go on, one after the other.
 
@@ -121,7 +125,7 @@ class Controller:
         hosts.
 
         Args:
-            generation: Hosts of an earlier one get a successor of this one; ``plan.next_generation`` means all, 0 none.
+            generation: Hosts of an earlier one get a successor of this one; that of the terms means all, 0 none.
             routers: Whether routers restart.
 
         Raises:

@@ -243,13 +243,12 @@ class HostKeeper:
 
     async def _watch(self) -> str:
         """Return the reason when the host is lost, or drained; meanwhile pings make it suspect and ready again."""
-        if self.handle is None:
+        if (handle := self.handle) is None:
             return "it has no actor"
-        watch = HealthWatch(self._pace)
-        death = asyncio.ensure_future(self.handle.wait())
+        death, watch = asyncio.ensure_future(handle.wait()), HealthWatch(self._pace)
         try:
             while not await ends_within(self._clock, self._pace.ping_every_s, death):
-                verdict = await self._ping(self.handle, watch)
+                verdict = await self._ping(handle, watch)
                 if verdict.finding is Finding.LOST:
                     return verdict.reason or "it is lost"
                 if self._drain is None:

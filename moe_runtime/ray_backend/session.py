@@ -23,6 +23,7 @@ from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.deployment import DepotPlan
     from moe_runtime.ray_backend.plan import RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
@@ -35,7 +36,7 @@ _POLL_EVERY_S = 0.05
 #: Beyond what the controller allows itself.
 _SPARE_S = 30.0
 _GONE_WITHIN_S = 10.0
-_UPGRADE_ERRORS: dict[str, type[MoERuntimeError]] = {"ConfigError": ConfigError, "PlacementError": PlacementError}
+_ERRORS: dict[str, type[MoERuntimeError]] = {"ConfigError": ConfigError, "PlacementError": PlacementError}
 
 
 class RaySession:
@@ -95,10 +96,21 @@ class RaySession:
         finally:
             is_over.set()
             watcher.join()
-        if isinstance(outcome, Failure):
-            raise _UPGRADE_ERRORS.get(outcome.error, StartError)(outcome.message)
-        upgraded: Upgraded = outcome
+        upgraded: Upgraded = _unless_failed(outcome)
         return upgraded
+
+    def restart(self, *, experts: bool, routers: bool) -> Restarted:
+        """Give expert hosts, and then routers, other processes while requests go on.
+
+        Raises:
+            PlacementError: If the cluster has no room for one host beside those that run.
+            StartError: If something did not start, or the controller does not answer. The runtime serves in any case.
+        """
+        terms: RestartTerms = self._ask("restart_terms")
+        generation = terms.generation if experts else 0
+        outcome = self._ask("restart", generation, routers, timeout_s=terms.timeout_s + _SPARE_S)
+        restarted: Restarted = _unless_failed(outcome)
+        return restarted
 
     def close(self, *, drain_timeout_s: float) -> bool:
         """Drain and end the runtime; whether every request was answered. Safe to call twice."""
@@ -151,6 +163,12 @@ class RaySession:
                 if not isinstance(exc, ActorUnavailableError) or time.monotonic() > deadline:
                     raise StartError(f"runtime {self.name}: its controller does not answer: {exc}") from exc
             time.sleep(_POLL_EVERY_S)
+
+
+def _unless_failed(outcome: Any) -> Any:
+    if isinstance(outcome, Failure):
+        raise _ERRORS.get(outcome.error, StartError)(outcome.message)
+    return outcome
 
 
 def launch(
