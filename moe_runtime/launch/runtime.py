@@ -1,9 +1,9 @@
-"""``serve``: a configuration becomes a running system, and what it returns ends it again."""
+"""``serve``: a configuration becomes a running system; what runs is changed, restarted or attached to."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from moe_runtime.launch.build import build_router
 from moe_runtime.launch.in_process import InProcessSession
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
+from moe_runtime.launch.served import Runtime
 from moe_runtime.ray_backend.addresses import is_loopback, split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 from moe_runtime.ray_backend.ports import check_ports
@@ -20,101 +21,12 @@ from moe_runtime.ray_backend.ports import check_ports
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.ray_backend.changes import Restarted
     from moe_runtime.ray_backend.cluster import Cluster
     from moe_runtime.ray_backend.roll import Upgraded
-
-#: How long requests in flight may take when a runtime is closed.
-DEFAULT_DRAIN_TIMEOUT_S = 30.0
-
-
-class Session(Protocol):
-    """What runs a runtime: actors on Ray, or threads of this process."""
-
-    def addresses(self) -> list[str]:
-        """Where clients find the routers."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Layers, hosts and routers, as plain values."""
-        ...
-
-    def close(self, *, drain_timeout_s: float) -> bool:
-        """Drain and end everything; whether every request was answered. Safe to call twice."""
-        ...
-
-
-class Runtime:
-    """A runtime that serves. A context manager: at its end it is closed, or, if detached, left running."""
-
-    def __init__(self, session: Session, *, cluster: Cluster | None = None, detached: bool = False) -> None:
-        """Take over what ``serve`` started."""
-        self._session = session
-        self._cluster = cluster
-        self._detached = detached
-        self._addresses = tuple(session.addresses())
-
-    @property
-    def address(self) -> str:
-        """``host:port`` of the first router."""
-        return self._addresses[0]
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """``host:port`` of every router."""
-        return self._addresses
-
-    def describe(self) -> dict[str, Any]:
-        """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.
-
-        Raises:
-            StartError: If the runtime's controller does not answer.
-        """
-        return self._session.describe()
-
-    def close(self, drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S) -> bool:
-        """End the runtime: routers refuse new requests and answer those in flight, then everything stops.
-
-        Args:
-            drain_timeout_s: How long the requests in flight may take; what is not answered then gets
-                ``UnavailableError``.
-
-        Returns:
-            Whether every request was answered in time. Safe to call twice.
-        """
-        try:
-            return self._session.close(drain_timeout_s=drain_timeout_s)
-        finally:
-            self._disconnect()
-
-    def leave(self) -> None:
-        """Let the runtime run on without this object.
-
-        Raises:
-            StartError: If it was served here without ``detach``: it would end when its lease does.
-        """
-        if not self._detached:
-            raise StartError("expected a runtime that was served with detach=True, found one with a lease; close it")
-        self._disconnect()
-
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._detached:
-            self.leave()
-        else:
-            self.close()
-
-    def _disconnect(self) -> None:
-        if self._cluster is not None:
-            self._cluster.disconnect()
 
 
 def serve(

@@ -14,7 +14,9 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from moe_runtime.errors import AlreadyRunningError, ConfigError, MoERuntimeError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
 from moe_runtime.ray_backend.depot import start_depot
+from moe_runtime.ray_backend.head_watch import HeadWatch, patience_s
 from moe_runtime.ray_backend.names import NAMESPACE, controller_name
+from moe_runtime.ray_backend.node_watch import RayView
 from moe_runtime.ray_backend.nodes import on_head
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
@@ -51,10 +53,18 @@ class RaySession:
         self.name = name
         self._controller = controller
         self._closed = threading.Event()
+        self._on_lost: Callable[[str], None] | None = None
         self._renewing: threading.Thread | None = None
         if renews_lease:
             self._renewing = threading.Thread(target=self._renew, name="moe-lease", daemon=True)
             self._renewing.start()
+
+    def when_lost(self, callback: Callable[[str], None]) -> None:
+        """Have a callback called with the reason, from another thread, when the cluster is gone for good.
+
+        Only a session that renews a lease looks for that.
+        """
+        self._on_lost = callback
 
     def addresses(self) -> list[str]:
         """Where clients find the routers.
@@ -133,7 +143,15 @@ class RaySession:
 
     def _renew(self) -> None:
         is_renewed = True
+        context = ray.get_runtime_context()
+        head = HeadWatch(RayView(context.gcs_address, context.get_node_id()).is_reached, limit_s=patience_s())
         while not self._closed.wait(_RENEW_EVERY_S):
+            if (reason := head.look()) is not None:
+                lost = f"runtime {self.name} is lost: {reason}"
+                _LOG.error(lost)
+                if self._on_lost is not None:
+                    self._on_lost(lost)
+                return
             try:
                 # Bounded, and then just tried again: a controller that restarts starts with a full lease.
                 warnings = ray.get(self._controller.renew.remote(), timeout=_RENEW_EVERY_S)
