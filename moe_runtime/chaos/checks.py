@@ -78,7 +78,7 @@ def _mistakes_in_routing(question: Question, report: Report) -> Iterator[str]:
         return
     per_row = np.bincount(token_ids, minlength=len(question.inputs))
     if (per_row != question.k).any():
-        yield f"routing: {int((per_row != question.k).sum())} rows have another number of assignments than they asked for"
+        yield f"routing: {int((per_row != question.k).sum())} rows have more or fewer assignments than they asked for"
     num_pairs = len(np.unique(token_ids * NUM_EXPERTS + expert_ids))
     if num_pairs != len(token_ids):
         yield f"routing: {len(token_ids) - num_pairs} assignments name an expert that the row has already"

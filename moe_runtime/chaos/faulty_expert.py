@@ -44,11 +44,15 @@ MAGIC: dict[Poison, float] = {
 }
 
 
+#: Sleep before a slow row is computed.
+SLOW_S = 0.3
+
+
 class FaultyOptions(StrictModel):
     """A feed-forward expert, and how long it sleeps when it is asked to."""
 
     hidden_features: int = Field(64, ge=1, description="Width of the hidden layer.")
-    slow_s: float = Field(0.3, gt=0, description="Sleep before a slow row is computed.")
+    slow_s: float = Field(SLOW_S, gt=0, description="Sleep before a slow row is computed.")
     hang_s: float = Field(3600.0, gt=0, description="Sleep that stands for hanging forever.")
 
 

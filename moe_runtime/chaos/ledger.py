@@ -36,6 +36,7 @@ class Outcome:
         timeout_s: The deadline that the call was given.
         lag_s: How late the caller's own event loop ran meanwhile, at worst: not the runtime's doing.
         error: Class of the error; empty where there was none.
+        message: What the error said.
         report: The answer's; None where there was an error.
         mistakes: What is wrong with it, in words.
     """
@@ -45,6 +46,7 @@ class Outcome:
     timeout_s: float
     lag_s: float = 0.0
     error: str = ""
+    message: str = ""
     report: Report | None = None
     mistakes: tuple[str, ...] = ()
 
@@ -113,6 +115,7 @@ class Ledger:
         self._request_ids: set[str] = set()
         self._latencies_s: list[float] = []
         self._examples: list[str] = []
+        self._messages: dict[str, str] = {}
 
     def enter(self, num_assignments: int) -> int:
         """A request is about to be made; its number."""
@@ -167,10 +170,16 @@ class Ledger:
         with self._lock:
             return tuple(self._examples)
 
+    def messages(self) -> dict[str, str]:
+        """What the first error of each class said."""
+        with self._lock:
+            return self._messages.copy()
+
     def _count(self, outcome: Outcome, num_assignments: int) -> None:
         self._endings[outcome.ending] += 1
         if outcome.report is None:
             self._errors[outcome.error] += 1
+            self._messages.setdefault(outcome.error, outcome.message)
             self._failed_assignments += num_assignments
             return
         self._latencies_s.append(outcome.elapsed_s)

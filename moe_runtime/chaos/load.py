@@ -99,8 +99,15 @@ class Asker:
             elapsed_s, lag_s = time.monotonic() - asked_at, self._lag.worst_since(asked_at)
             # No router has to be there to answer with it; everything else is a router's word, or the client's own.
             ending = Ending.TRANSPORT_ERROR if isinstance(exc, UnavailableError) else Ending.TYPED_ERROR
-            mistakes = mistakes_in_error(question, exc)
-            return Outcome(ending, elapsed_s, timeout_s, lag_s, error=type(exc).__name__, mistakes=mistakes)
+            return Outcome(
+                ending,
+                elapsed_s,
+                timeout_s,
+                lag_s,
+                error=type(exc).__name__,
+                message="; ".join([str(exc), *getattr(exc, "__notes__", ())]),
+                mistakes=mistakes_in_error(question, exc),
+            )
         elapsed_s, lag_s = time.monotonic() - asked_at, self._lag.worst_since(asked_at)
         # In a thread: the loop is what the other clients' deadlines are measured with.
         mistakes = await asyncio.to_thread(mistakes_in_answer, question, result, self._reference)

@@ -71,6 +71,11 @@ def draw_poisoned(rng: np.random.Generator, poison: Poison, *, num_rows: int = 4
     return Question(inputs=inputs, k=np.full(num_rows, TOP_K), poison=poison)
 
 
+def draw_small(rng: np.random.Generator) -> Question:
+    """One of many that come one after the other."""
+    return Question(_draw_rows(rng, 4), np.full(4, TOP_K))
+
+
 def draw_flooding(rng: np.random.Generator) -> Question:
     """One of many that come at once."""
     return Question(_draw_rows(rng, MAX_ROWS), np.full(MAX_ROWS, TOP_K), timeout_s=2.0, return_routing=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -71,12 +72,12 @@ def _lines(result: ChaosResult) -> dict[str, str]:
     whole = "every part is back" if result.is_whole_again else "[red]not every part was back[/] when it ended"
     return {
         "requests": f"[bold]{result.num_requests:,}[/] in {result.load_s:.0f} s: {result.num_ok:,} answered, {errors}",
-        "errors": _counts(result.errors),
+        "errors": _errors(result),
         "faults": f"{sum(result.num_faults.values())}: {_counts(result.num_faults)}; {result.num_kills} killed",
         "assignments": f"{result.served:,} served, {result.rerouted:,} rerouted, {result.hedged:,} hedged, {dropped}",
         "latency": f"{_spread(result.latency_ms)}, at the client",
-        "back after": "; ".join(f"{name} {_spread(spread)}" for name, spread in result.back_ms.items()) or "-",
-        "recovery": _recovery(result.recovery),
+        "back after": _spreads(result.back_ms),
+        "recovery": _spreads(result.recovery_ms or {}),
         "deadlines": f"passed by {result.worst_overshoot_ms:.0f} ms at most; this process lagged by up to "
         f"{result.worst_lag_ms:.0f} ms ({result.num_late_excused} excused)",
         "counters": f"{_counts(result.counters_compared)} windows compared with the ledger",
@@ -85,14 +86,14 @@ def _lines(result: ChaosResult) -> dict[str, str]:
     }
 
 
-def _recovery(recovery: Mapping[str, Any] | None) -> str:
-    if not recovery:
-        return "not measured"
-    return "; ".join(
-        f"{name.removesuffix('_ms').replace('_', ' ')} p50 {spread['p50']:.0f}, worst {spread['max']:.0f} ms"
-        for name, spread in recovery.items()
-        if spread is not None
-    )
+def _errors(result: ChaosResult) -> str:
+    lines = (f"{count:,} {name}: {escape(result.messages.get(name, ''))}" for name, count in result.errors.items())
+    return "\n".join(lines) or "none"
+
+
+def _spreads(spreads: Mapping[str, Spread | None]) -> str:
+    lines = (f"{name.replace('_', ' ')}: {_spread(spread)}" for name, spread in spreads.items())
+    return "\n".join(lines) or "not measured"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -100,7 +101,9 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _spread(spread: Spread | None) -> str:
-    return "-" if spread is None else f"p50 {spread.p50:,.0f}, p99 {spread.p99:,.0f}, worst {spread.max:,.0f} ms"
+    if spread is None:
+        return "none"
+    return f"p50 {spread.p50:,.0f}, p99 {spread.p99:,.0f}, worst {spread.max:,.0f} ms of {spread.count:,}"
 
 
 def _judged(count: int) -> str:

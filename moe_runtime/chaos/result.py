@@ -57,6 +57,7 @@ class ChaosResult:
         num_typed_errors: Ended with an error of a class that says why.
         num_transport_errors: Ended because no router could be reached.
         errors: Both, by class.
+        messages: What the first error of each class said.
         num_wrong: Answers with a mistake, errors that a right request must not end with, and counters of routers
             that differ from the ledger.
         num_lost: Without an outcome.
@@ -78,7 +79,7 @@ class ChaosResult:
         is_whole_again: Whether every part was ready again after the last fault.
         back_ms: From the loss of a part to its successor's readiness, by fault.
         growth: What routers and controllers held, and how it grew.
-        recovery: Times that were measured apart, without other faults; None where that was left out.
+        recovery_ms: Times that were measured apart, without other faults; None where that was left out.
     """
 
     seed: int
@@ -90,6 +91,7 @@ class ChaosResult:
     num_typed_errors: int
     num_transport_errors: int
     errors: Mapping[str, int]
+    messages: Mapping[str, str]
     num_wrong: int
     num_lost: int
     num_late: int
@@ -110,7 +112,7 @@ class ChaosResult:
     is_whole_again: bool
     back_ms: Mapping[str, Spread | None]
     growth: tuple[Mapping[str, Any], ...]
-    recovery: Mapping[str, Any] | None = None
+    recovery_ms: Mapping[str, Spread | None] | None = None
 
     @property
     def broken(self) -> dict[str, int]:

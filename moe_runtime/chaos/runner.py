@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import tempfile
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_runtime.chaos.arming import armed
 from moe_runtime.chaos.cluster import Cluster
@@ -28,7 +29,7 @@ from moe_runtime.chaos.storm import Storm
 from moe_runtime.launch.runtime import serve
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from rich.console import Console
     from rich.progress import Progress
@@ -63,7 +64,7 @@ class _Served:
 
     storm: Storm
     cluster: Cluster
-    recovery: Mapping[str, Any] | None
+    recovery: Mapping[str, Spread | None] | None
 
 
 def run(settings: ChaosSettings, *, json_path: Path | None = None, console: Console) -> ChaosResult:
@@ -86,7 +87,7 @@ def run(settings: ChaosSettings, *, json_path: Path | None = None, console: Cons
     show_title(console, seed=settings.seed, minutes=settings.minutes)
     run_id = uuid.uuid4().hex
     before = Traces.now()
-    with make_progress(console) as progress:
+    with make_progress(console) as progress, _expected_warnings_hidden():
         served = _serve(settings, run_id, progress)
         task = progress.add_task("Looking for what is left", total=None, note="")
         leaks = find_leaks(before, run_id=run_id, pids=served.cluster.seen_pids)
@@ -97,6 +98,19 @@ def run(settings: ChaosSettings, *, json_path: Path | None = None, console: Cons
         result.write_json(json_path, machine=describe_machine())
     result.check()
     return result
+
+
+@contextmanager
+def _expected_warnings_hidden() -> Iterator[None]:
+    """Not log each loss: every one of them is on purpose. A level that somebody has set is left alone."""
+    log = logging.getLogger("moe_runtime.ray_backend")
+    before = log.level
+    if logging.getLogger("moe_runtime").level == logging.NOTSET:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _serve(settings: ChaosSettings, run_id: str, progress: Progress) -> _Served:
@@ -121,12 +135,17 @@ def _serve(settings: ChaosSettings, run_id: str, progress: Progress) -> _Served:
 
 async def _storm(
     settings: ChaosSettings, cluster: Cluster, reference: Reference, progress: Progress
-) -> tuple[Storm, Mapping[str, Any] | None]:
+) -> tuple[Storm, Mapping[str, Spread | None] | None]:
     duration_s = 60.0 * settings.minutes
     storm = Storm(cluster, seed=settings.seed, reference=reference)
     loop = asyncio.get_running_loop()
-    # The first interrupt ends the run in order; the next is Python's own.
-    loop.add_signal_handler(signal.SIGINT, lambda: (storm.stop(), loop.remove_signal_handler(signal.SIGINT)))
+
+    def on_interrupt() -> None:
+        # The first interrupt ends the run in order; the next is Python's own.
+        loop.remove_signal_handler(signal.SIGINT)
+        storm.stop()
+
+    loop.add_signal_handler(signal.SIGINT, on_interrupt)
     task = progress.add_task("Storm", total=duration_s, note="")
 
     def on_progress(state: StormProgress) -> None:
@@ -138,9 +157,9 @@ async def _storm(
         if not settings.measures_recovery or storm.was_stopped or not storm.is_whole_again:
             return storm, None
         measuring = progress.add_task("Measuring recovery", total=None, note="")
-        recovery = await measure_recovery(cluster, seed=settings.seed, reference=reference, ledger=storm.ledger)
+        times_s = await measure_recovery(cluster, storm, seed=settings.seed, reference=reference)
         progress.update(measuring, total=1, completed=1)
-        return storm, recovery
+        return storm, {name: Spread.of(times) for name, times in times_s.items()}
     finally:
         loop.remove_signal_handler(signal.SIGINT)
 
@@ -162,6 +181,7 @@ def _result(settings: ChaosSettings, served: _Served, leaks: tuple[str, ...]) ->
         was_stopped=storm.was_stopped,
         num_leaks=len(leaks),
         mistakes=(*storm.ledger.examples(), *leaks),
+        messages=storm.ledger.messages(),
         num_kills=storm.injector.num_kills,
         num_faults={str(kind): count for kind, count in sorted(storm.injector.num_faults.items())},
         latency_ms=Spread.of(storm.ledger.latencies_s()),
@@ -170,6 +190,6 @@ def _result(settings: ChaosSettings, served: _Served, leaks: tuple[str, ...]) ->
         is_whole_again=storm.is_whole_again,
         back_ms={str(kind): Spread.of(times_s) for kind, times_s in sorted(cluster.recovery_s.items())},
         growth=tuple(asdict(growth) for growth in growths),
-        recovery=served.recovery,
+        recovery_ms=served.recovery,
         **sums_of(storm.ledger.sums()),
     )

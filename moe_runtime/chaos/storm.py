@@ -128,9 +128,8 @@ class Storm:
     async def _settle(self) -> None:
         """Hold traffic until nothing is under way, compare counters with the ledger, and go on."""
         self._load.hold()
-        give_up_at = time.monotonic() + _SETTLE_WITHIN_S
-        while (sums := self.ledger.sums()).num_lost and time.monotonic() < give_up_at:
-            await asyncio.sleep(_TICK_S)
+        await _until(lambda: not self.ledger.sums().num_lost, within_s=_SETTLE_WITHIN_S)
+        sums = self.ledger.sums()
         after = None if sums.num_lost else await self._counters.read(sums)
         before, self._reading = self._reading, after
         if before is not None:
@@ -148,9 +147,7 @@ class Storm:
 
     async def _await_whole(self) -> None:
         """Let traffic go on until everything is back."""
-        give_up_at = time.monotonic() + _WHOLE_WITHIN_S
-        while not self._cluster.is_whole and time.monotonic() < give_up_at and not self._stop.is_set():
-            await asyncio.sleep(_TICK_S)
+        await _until(lambda: self._cluster.is_whole or self._stop.is_set(), within_s=_WHOLE_WITHIN_S)
         self.is_whole_again = self._cluster.is_whole
 
     async def _wait(self, seconds: float) -> None:
@@ -170,3 +167,15 @@ class Storm:
                 )
             )
             await asyncio.sleep(_SHOW_EVERY_S)
+
+
+async def _until(is_so: Callable[[], bool], *, within_s: float) -> None:
+    """Return when something has become so, or has not in time."""
+    give_up_at = time.monotonic() + within_s
+    while not is_so() and time.monotonic() < give_up_at:
+        # Nothing tells: neither the ledger nor the controller calls back.
+        await _tick()
+
+
+async def _tick() -> None:
+    await asyncio.sleep(_TICK_S)
