@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,7 +128,8 @@ class ChaosResult:
             path: The file.
             machine: Where it was found out.
         """
-        path.write_text(json.dumps({**asdict(self), "machine": dict(machine)}, indent=1) + "\n")
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        path.write_text(json.dumps({"date": date, "machine": dict(machine), **asdict(self)}, indent=1) + "\n")
 
     def check(self) -> None:
         """Do nothing if every promise was kept.

@@ -11,14 +11,13 @@ import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_runtime.chaos.arming import armed
 from moe_runtime.chaos.cluster import Cluster
 from moe_runtime.chaos.errors import ChaosError
 from moe_runtime.chaos.footprint import Traces, find_leaks
 from moe_runtime.chaos.layer import chaos_config, draw_weights, write_weights
-from moe_runtime.chaos.machine import describe_machine
 from moe_runtime.chaos.processes import marked
 from moe_runtime.chaos.recovery import measure_recovery
 from moe_runtime.chaos.reference import Reference
@@ -67,7 +66,13 @@ class _Served:
     recovery: Mapping[str, Spread | None] | None
 
 
-def run(settings: ChaosSettings, *, json_path: Path | None = None, console: Console) -> ChaosResult:
+def run(
+    settings: ChaosSettings,
+    *,
+    json_path: Path | None = None,
+    machine: Mapping[str, Any] | None = None,
+    console: Console,
+) -> ChaosResult:
     """Serve a layer on a Ray of its own, bring faults over it under load, and show what came of it.
 
     ``KeyboardInterrupt`` ends the load in order, and what was found until then is reported.
@@ -75,6 +80,7 @@ def run(settings: ChaosSettings, *, json_path: Path | None = None, console: Cons
     Args:
         settings: What to run.
         json_path: Where to write the result as well, as JSON; its folder must be there.
+        machine: What is written there about the machine.
         console: Where to print.
 
     Raises:
@@ -95,7 +101,7 @@ def run(settings: ChaosSettings, *, json_path: Path | None = None, console: Cons
     result = _result(settings, served, leaks)
     show_result(console, result)
     if json_path is not None:
-        result.write_json(json_path, machine=describe_machine())
+        result.write_json(json_path, machine=machine or {})
     result.check()
     return result
 
@@ -153,6 +159,8 @@ async def _storm(
 
     try:
         schedule = make_schedule(settings.seed, duration_s, without=settings.without)
+        # A line of its own: where there is no terminal, bars are shown at the end only.
+        progress.console.print(f"[dim]Storm began: {len(schedule)} faults in {duration_s:.0f} s[/]")
         await storm.run(schedule, duration_s=duration_s, on_progress=on_progress)
         if not settings.measures_recovery or storm.was_stopped or not storm.is_whole_again:
             return storm, None

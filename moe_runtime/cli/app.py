@@ -264,11 +264,12 @@ def chaos(
     ] = True,
 ) -> None:
     """Kill, freeze and poison a cluster of its own under load, and check every answer; exit 1 if one is wrong."""
+    from moe_runtime.bench.machine import describe_machine
     from moe_runtime.chaos.runner import ChaosSettings, run
     from moe_runtime.chaos.schedule import fault_kinds
 
     settings = ChaosSettings(minutes, seed, without=fault_kinds(without or ()), measures_recovery=recovery)
-    run(settings, json_path=json_path, console=stdout_console())
+    run(settings, json_path=json_path, machine=describe_machine(), console=stdout_console())
 
 
 @demo_app.command("digits")
