@@ -158,6 +158,8 @@ class _LayerCheck:
             max_batches_in_flight=layer.max_batches_in_flight,
             exact=layer.exact,
             wire_dtype=layer.wire_dtype or layer.dtype,
+            on_failure=layer.on_failure,
+            hedge=layer.hedge,
             experts_per_actor=layer.experts_per_actor,
             strategy=layer.strategy,
             experts=tuple(expert.recipe for expert in self._experts),

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
         CapacityConfig,
         DTypeName,
         GateConfig,
+        HedgeConfig,
+        OnFailureConfig,
         PolicyConfig,
         ResidualRule,
         ResourcesConfig,
@@ -54,6 +56,8 @@ class LayerRecipe:
         max_batches_in_flight: Batches of this layer under way at once.
         exact: Whether answers are bit-identical to one process.
         wire_dtype: Of rows on their way to experts and back.
+        on_failure: What becomes of an assignment whose expert fails.
+        hedge: When a second replica is asked as well; never when None.
         experts_per_actor: Neighbouring experts that share an actor.
         strategy: Whether its actors spread over nodes or fill them one by one.
         experts: In the order of the gate's rows.
@@ -76,6 +80,8 @@ class LayerRecipe:
     max_batches_in_flight: int
     exact: bool
     wire_dtype: DTypeName
+    on_failure: OnFailureConfig
+    hedge: HedgeConfig | None
     experts_per_actor: int
     strategy: Strategy
     experts: tuple[ExpertRecipe, ...]

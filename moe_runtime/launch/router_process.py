@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,8 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
         max_batches_in_flight=recipe.max_batches_in_flight,
         exact=recipe.exact,
         wire_dtype=getattr(torch, recipe.wire_dtype),
+        on_failure=recipe.on_failure,
+        hedge=recipe.hedge,
         experts=tuple(
             ExpertInfo(expert.spec.expert_id, expert.spec.name, expert.spec.kind) for expert in recipe.experts
         ),
@@ -111,6 +114,7 @@ class RouterProcess:
         self._recipe = recipe
         self._open_transport = open_transport
         self._node = node
+        self._closing = threading.Event()
         self._service: RouterService | None = None
         self._server: RpcServer | None = None
 
@@ -175,15 +179,22 @@ class RouterProcess:
         return {} if self._service is None else self._service.status()
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for those in flight; whether all were answered in time."""
+        """Not ready from now on; after ``drain_notice_s`` refuse new requests, and wait for those in flight.
+
+        Returns:
+            Whether all were answered within ``timeout_s``, the notice included.
+        """
         if self._service is None or self._server is None:
             return True
         # Load balancers first: they stop sending before anything is refused.
         self._server.drain()
-        return self._service.drain(timeout_s)
+        notice_s = min(self._recipe.router.drain_notice_s, timeout_s)
+        self._closing.wait(notice_s)
+        return self._service.drain(timeout_s - notice_s)
 
     def close(self) -> None:
         """Stop serving; answers that are ready still leave. Safe to call twice."""
+        self._closing.set()
         if self._server is not None:
             self._server.stop(_GRACE_S)
         if self._service is not None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.cluster import Cluster
     from moe_runtime.ray_backend.roll import Upgraded
 
-#: How long requests in flight may take when a runtime is closed.
+#: How long requests in flight may take when a runtime is closed whose configuration is not at hand.
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
 
 
@@ -50,8 +50,16 @@ class Session(Protocol):
 class Runtime:
     """A runtime that serves. A context manager: at its end it is closed, or, if detached, left running."""
 
-    def __init__(self, session: Session, *, cluster: Cluster | None = None, detached: bool = False) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        cluster: Cluster | None = None,
+        detached: bool = False,
+        drain_s: float = DEFAULT_DRAIN_TIMEOUT_S,
+    ) -> None:
         """Take over what ``serve`` started."""
+        self._drain_s = drain_s
         self._session = session
         self._cluster = cluster
         self._detached = detached
@@ -75,18 +83,19 @@ class Runtime:
         """
         return self._session.describe()
 
-    def close(self, drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S) -> bool:
+    def close(self, drain_timeout_s: float | None = None) -> bool:
         """End the runtime: routers refuse new requests and answer those in flight, then everything stops.
 
         Args:
             drain_timeout_s: How long the requests in flight may take; what is not answered then gets
-                ``UnavailableError``.
+                ``UnavailableError``. None is ``router.drain_s`` of the configuration that was served here, and
+                30 s for a runtime that was attached to.
 
         Returns:
             Whether every request was answered in time. Safe to call twice.
         """
         try:
-            return self._session.close(drain_timeout_s=drain_timeout_s)
+            return self._session.close(drain_timeout_s=self._drain_s if drain_timeout_s is None else drain_timeout_s)
         finally:
             self._disconnect()
 
@@ -225,7 +234,7 @@ def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], No
     hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
     session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
     session.start(on_progress)
-    return Runtime(session)
+    return Runtime(session, drain_s=config.router.drain_s)
 
 
 def _serve_on_ray(
@@ -254,7 +263,8 @@ def _serve_on_ray(
         from moe_runtime.ray_backend.session import launch
 
         plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=detach)
-        return Runtime(launch(plan, on_progress=on_progress), cluster=cluster, detached=detach)
+        session = launch(plan, on_progress=on_progress)
+        return Runtime(session, cluster=cluster, detached=detach, drain_s=router.drain_s)
     except BaseException:
         cluster.disconnect()
         raise

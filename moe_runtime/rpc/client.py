@@ -10,8 +10,9 @@ import grpc
 from moe_runtime.errors import RequestCancelledError, UnavailableError
 from moe_runtime.rpc.client_core import ClientCore
 from moe_runtime.rpc.methods import CHANNEL_OPTIONS, FORWARD_STREAM, path, slices
+from moe_runtime.rpc.reconnecting import Reconnections
 from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
-from moe_runtime.rpc.status import error_of
+from moe_runtime.rpc.status import error_of, is_lost
 from moe_runtime.wire.messages import NO_OPTIONS
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from moe_runtime.errors import MoERuntimeError
     from moe_runtime.rpc.client_core import Attempt, ClientCall
     from moe_runtime.rpc.retries import RetryPolicy
     from moe_runtime.wire.messages import ForwardResult, RequestOptions
@@ -43,6 +45,7 @@ class MoEClient:
         self._channels = {
             address: grpc.insecure_channel(address, options=CHANNEL_OPTIONS) for address in self._core.pool.addresses
         }
+        self._reconnections = Reconnections(self._core.pool)
         self._closed = False
 
     def forward(
@@ -121,9 +124,17 @@ class MoEClient:
                     raise RequestCancelledError("the client was closed while the call was under way") from exc
                 error = error_of(exc.code(), exc.details(), exc.trailing_metadata())
                 error.__cause__ = exc
-                call.failed(error)
+                self._fail(call, error, is_lost=is_lost(error, exc.trailing_metadata()))
             else:
                 return call.succeeded(reply)
+
+    def _fail(self, call: ClientCall[Any], error: MoERuntimeError, *, is_lost: bool) -> None:
+        address = call.attempt.address
+        try:
+            call.failed(error, is_lost=is_lost)
+        finally:
+            if is_lost:
+                self._reconnections.watch(address, self._channels[address])
 
     def _send(self, attempt: Attempt) -> bytes:
         channel = self._channels[attempt.address]

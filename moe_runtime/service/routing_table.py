@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -58,6 +59,14 @@ class RoutingTable:
     def usable(self, layer: str, expert_id: int) -> tuple[Replica, ...]:
         """Replicas of an expert that rows may be sent to."""
         return self._usable.get((layer, expert_id), ())
+
+    def num_reachable(self, layer: str) -> int:
+        """Experts of a layer that have a usable replica."""
+        return self._num_reachable.get(layer, 0)
+
+    @cached_property
+    def _num_reachable(self) -> Counter[str]:
+        return Counter(layer for (layer, _), replicas in self._usable.items() if replicas)
 
     @cached_property
     def _usable(self) -> dict[tuple[str, int], tuple[Replica, ...]]:

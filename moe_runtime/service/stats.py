@@ -10,17 +10,38 @@ from moe_runtime.routing.assignments import count_per_expert
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import Tensor
+
     from moe_runtime.service.batch import BatchResult
     from moe_runtime.service.layer import RoutedLayer
 
 
 @dataclass
 class ExpertStats:
-    """Counters of one expert, in assignments; ``compute_ms`` sums over ``num_products`` matrix products."""
+    """Counters of one expert, in assignments.
+
+    Attributes:
+        num_served: That it answered.
+        num_dropped_capacity: That found it full.
+        num_dropped_failure: That were dropped because it failed, the last expert that they were sent to.
+        num_retried: That asked for it and were sent to another replica after one failed.
+        num_rerouted: That asked for it and went to another expert, because it was full or failed.
+        num_hedged: That asked for it and were sent to a second replica as well.
+        num_timed_out: That it was sent and did not answer in time.
+        num_failed_attempts: That it was sent and did not serve, those that timed out included; one assignment may fail
+            at several replicas.
+        num_products: Matrix products.
+        compute_ms: Time that these took.
+    """
 
     num_served: int = 0
     num_dropped_capacity: int = 0
     num_dropped_failure: int = 0
+    num_retried: int = 0
+    num_rerouted: int = 0
+    num_hedged: int = 0
+    num_timed_out: int = 0
+    num_failed_attempts: int = 0
     num_products: int = 0
     compute_ms: float = 0.0
 
@@ -62,22 +83,35 @@ class LayerStats:
         self.totals.num_tokens += assignments.num_tokens
         for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):
             expert.num_served += num_rows
-        if result.failures:
-            failed = count_per_expert(plan.expert_ids[~result.served], num_experts=len(self.experts))
-            for expert, num_failed in zip(self.experts, failed, strict=True):
-                expert.num_served -= num_failed
-                expert.num_dropped_failure += num_failed
+        if result.failures is not None:
+            dropped = plan.expert_ids[~result.served]
+            self._add("num_dropped_failure", dropped)
+            self._add("num_served", dropped, sign=-1)
+            asked = admission.asked_expert_ids[plan.assignment_ids]
+            self._add("num_retried", asked[result.mask_of(result.failures.retried)])
+            self._add("num_hedged", asked[result.mask_of(result.failures.hedged)])
         if admission.selection is not None:
-            full = count_per_expert(assignments.expert_ids[~admission.admitted], num_experts=len(self.experts))
-            for expert, num_full in zip(self.experts, full, strict=True):
-                expert.num_dropped_capacity += num_full
+            self._add("num_dropped_capacity", assignments.expert_ids[~admission.admitted])
+            self._add("num_rerouted", admission.asked_expert_ids[admission.rerouted])
             self.totals.num_rerouted += int(admission.rerouted.sum())
+
+    def count_failed_attempt(self, expert_id: int, *, num_rows: int, timed_out: bool) -> None:
+        """Add rows that an expert was sent and did not serve."""
+        expert = self.experts[expert_id]
+        expert.num_failed_attempts += num_rows
+        if timed_out:
+            expert.num_timed_out += num_rows
 
     def count_product(self, expert_id: int, compute_ms: float) -> None:
         """Add one matrix product of an expert."""
         expert = self.experts[expert_id]
         expert.num_products += 1
         expert.compute_ms += compute_ms
+
+    def _add(self, counter: str, expert_ids: Tensor, *, sign: int = 1) -> None:
+        counts = count_per_expert(expert_ids, num_experts=len(self.experts))
+        for expert, count in zip(self.experts, counts, strict=True):
+            setattr(expert, counter, getattr(expert, counter) + sign * count)
 
 
 @dataclass
@@ -94,6 +128,8 @@ class RouterStats:
     num_late_replies: int = 0
     num_messages: int = 0
     num_send_errors: int = 0
+    num_hedges: int = 0
+    num_poisoned: int = 0
 
     def snapshot(self) -> dict[str, Any]:
         """All counters as plain values, for the status page."""
