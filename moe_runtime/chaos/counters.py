@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 _ASK_TIMEOUT_S = 2.0
 _QUIET_WITHIN_S = 5.0
 _ASK_EVERY_S = 0.05
-_SUMMED = ("num_served", "num_dropped_capacity", "num_dropped_failure")
+#: Counted per expert by a router, and in every report.
+_SUMMED = (
+    "num_served",
+    "num_dropped_capacity",
+    "num_dropped_failure",
+    "num_retried",
+    "num_rerouted",
+    "num_hedged",
+)
 
 
 class Comparison(StrEnum):

@@ -109,6 +109,7 @@ def chaos_config(name: str, folder: Path) -> dict[str, Any]:
                 "policy": {"kind": "top_k", "k": TOP_K},
                 "residual": "passthrough",
                 "timeout_ms": LAYER_TIMEOUT_MS,
+                "hedge": {"quantile": 0.99, "times": 2.0, "max_share": 0.05},
                 "experts": [experts],
             }
         },

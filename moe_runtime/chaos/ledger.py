@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 GRACE_S = 0.1
 #: Mistakes that are kept in words; beyond them they are counted.
 _MAX_EXAMPLES = 50
-_COUNTED = ("num_served", "num_dropped_capacity", "num_dropped_failure", "num_rerouted", "num_hedged", "num_tokens")
+_COUNTED = (
+    "num_tokens",
+    "num_served",
+    "num_dropped_capacity",
+    "num_dropped_failure",
+    "num_retried",
+    "num_rerouted",
+    "num_hedged",
+)
 
 
 class Ending(StrEnum):

@@ -54,7 +54,7 @@ def ledger_table(result: Mapping[str, Any]) -> str:
             ("**wrong, lost, late, leaked**", "**{num_wrong}, {num_lost}, {num_late}, {num_leaks}**".format(**result)),
             ("faults", f"{faults}; {result['num_kills']:,} processes killed"),
             ("assignments served", f"{result['served']:,}"),
-            ("rerouted, hedged", f"{result['rerouted']:,}, {result['hedged']:,}"),
+            ("retried, rerouted, hedged", f"{result['retried']:,}, {result['rerouted']:,}, {result['hedged']:,}"),
             ("dropped", dropped),
             (
                 "latency at the client",

@@ -60,6 +60,7 @@ def show_result(console: Console, result: ChaosResult) -> None:
 def _lines(result: ChaosResult) -> dict[str, str]:
     errors = f"{result.num_typed_errors:,} typed errors, {result.num_transport_errors:,} without a router"
     dropped = f"{result.dropped_failure:,} dropped by failure, {result.dropped_capacity:,} by capacity"
+    moved = f"{result.retried:,} retried, {result.rerouted:,} rerouted, {result.hedged:,} hedged"
     verdict = ", ".join(
         f"{_judged(count)} {name}"
         for name, count in (
@@ -74,7 +75,7 @@ def _lines(result: ChaosResult) -> dict[str, str]:
         "requests": f"[bold]{result.num_requests:,}[/] in {result.load_s:.0f} s: {result.num_ok:,} answered, {errors}",
         "errors": _errors(result),
         "faults": f"{sum(result.num_faults.values())}: {_counts(result.num_faults)}; {result.num_kills} killed",
-        "assignments": f"{result.served:,} served, {result.rerouted:,} rerouted, {result.hedged:,} hedged, {dropped}",
+        "assignments": f"{result.served:,} served, {moved}, {dropped}",
         "latency": f"{_spread(result.latency_ms)}, at the client",
         "back after": _spreads(result.back_ms),
         "recovery": _spreads(result.recovery_ms or {}),

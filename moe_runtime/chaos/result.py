@@ -71,6 +71,7 @@ class ChaosResult:
         served: Assignments that an expert answered.
         dropped_capacity: Assignments dropped because the expert was full.
         dropped_failure: Assignments dropped because the expert was dead, late or wrong.
+        retried: Assignments that went to another replica.
         rerouted: Assignments that went to another expert.
         hedged: Assignments that were sent to a second replica as well.
         latency_ms: Of the answers, at the caller.
@@ -104,6 +105,7 @@ class ChaosResult:
     served: int
     dropped_capacity: int
     dropped_failure: int
+    retried: int
     rerouted: int
     hedged: int
     latency_ms: Spread | None
@@ -157,6 +159,7 @@ def sums_of(sums: Sums) -> dict[str, Any]:
         "served": sums.counts["num_served"],
         "dropped_capacity": sums.counts["num_dropped_capacity"],
         "dropped_failure": sums.counts["num_dropped_failure"],
+        "retried": sums.counts["num_retried"],
         "rerouted": sums.counts["num_rerouted"],
         "hedged": sums.counts["num_hedged"],
         "worst_overshoot_ms": round(1e3 * sums.worst_overshoot_s, 3),

@@ -15,6 +15,9 @@ def reading(at: float, *, served: int, failed: int, answered: int, ledger: Sums,
         "num_served": served,
         "num_dropped_capacity": 0,
         "num_dropped_failure": failed,
+        "num_retried": 0,
+        "num_rerouted": 0,
+        "num_hedged": 0,
         "num_answered": answered,
     }
     return Reading(at, counts, ledger, youngest_s)
