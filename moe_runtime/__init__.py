@@ -37,6 +37,7 @@ from moe_runtime.errors import (
 if TYPE_CHECKING:
     from moe_runtime.launch.runtime import Runtime, attach, serve, upgrade
     from moe_runtime.rpc.aio_client import AsyncMoEClient
+    from moe_runtime.rpc.channels import ClientTLS
     from moe_runtime.rpc.client import MoEClient
     from moe_runtime.rpc.retries import RetryPolicy
     from moe_runtime.wire.messages import ForwardResult, Report, RequestOptions
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyRunningError",
     "AsyncMoEClient",
+    "ClientTLS",
     "ConfigError",
     "DTypeError",
     "DeadlineExceededError",
@@ -81,6 +83,7 @@ __all__ = [
 
 _MODULES = {
     "AsyncMoEClient": "moe_runtime.rpc.aio_client",
+    "ClientTLS": "moe_runtime.rpc.channels",
     "ForwardResult": "moe_runtime.wire.messages",
     "MoEClient": "moe_runtime.rpc.client",
     "Report": "moe_runtime.wire.messages",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
-    from moe_runtime.ray_backend.plan import HostReport
+    from moe_runtime.ray_backend.plan import HostReport, RouterReport
 
 
 class InProcessSession:
@@ -52,7 +52,7 @@ class InProcessSession:
             RouterProcess(recipe, open_transport=self._network.router_transport, node=self._node)
             for _ in range(recipe.router.replicas)
         ]
-        self._addresses: list[str] = []
+        self._reports: list[RouterReport] = []
 
     def start(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Build and start everything; what was started is stopped again if something fails.
@@ -72,7 +72,7 @@ class InProcessSession:
 
     def addresses(self) -> list[str]:
         """Where clients find the routers."""
-        return list(self._addresses)
+        return [report.address for report in self._reports]
 
     def describe(self) -> dict[str, Any]:
         """Layers, hosts and routers, as plain values."""
@@ -81,8 +81,14 @@ class InProcessSession:
             "addresses": self.addresses(),
             "hosts": [self._describe_host(spec) for spec in self._specs],
             "routers": [
-                {"index": i, "address": address, "state": str(ReplicaState.READY), "pid": os.getpid()}
-                for i, address in enumerate(self._addresses)
+                {
+                    "index": i,
+                    "address": report.address,
+                    "metrics_address": report.metrics_address,
+                    "state": str(ReplicaState.READY),
+                    "pid": os.getpid(),
+                }
+                for i, report in enumerate(self._reports)
             ],
             **self._routers[0].describe(),
         }
@@ -109,7 +115,7 @@ class InProcessSession:
             on_progress(num_ready, num_actors)
         addresses = router_addresses(self._recipe.router.address, [self._node] * len(self._routers))
         for router, address in zip(self._routers, addresses, strict=True):
-            self._addresses.append(router.start(address).address)
+            self._reports.append(router.start(address))
             router.set_table(RoutingTable(1, replicas))
         on_progress(num_actors, num_actors)
 

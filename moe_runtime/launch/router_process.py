@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_runtime.errors import StartError
+from moe_runtime.errors import ConfigError, StartError
 from moe_runtime.launch.gates import load_gate
+from moe_runtime.launch.router_metrics import RouterMetrics
 from moe_runtime.ray_backend.plan import RouterReport
 from moe_runtime.routing.policies import build_policy
 from moe_runtime.rpc.server import RpcServer
@@ -117,12 +118,13 @@ class RouterProcess:
         self._closing = threading.Event()
         self._service: RouterService | None = None
         self._server: RpcServer | None = None
+        self._metrics: RouterMetrics | None = None
 
     def start(self, address: str) -> RouterReport:
         """Build the layers, bind and serve.
 
         Raises:
-            ConfigError: If a gate cannot be built.
+            ConfigError: If a gate cannot be built, or a certificate or the tokens cannot be used.
             StartError: If the address cannot be bound.
         """
         setup = build_setup(self._recipe, store=self._store)
@@ -135,19 +137,30 @@ class RouterProcess:
             node=self._node,
         )
         info = {"name": self._recipe.runtime, "node": self._node}
-        server = RpcServer(service, address=address, limits=self._recipe.limits, info=info)
+        try:
+            server = RpcServer(
+                service, address=address, limits=self._recipe.limits, info=info, security=self._recipe.security
+            )
+        except ConfigError:
+            service.close()
+            raise
+        metrics = RouterMetrics(
+            service, self._recipe, node=self._node, router_address=address, rpc_counts=server.counts
+        )
         service.start()
         try:
             bound = server.start()
+            metrics_address = metrics.start()
         except StartError:
+            server.stop(0.0)
             service.close()
             raise
-        self._service, self._server = service, server
+        self._service, self._server, self._metrics = service, server, metrics
         if self._owns_process:
             # A collection that looks at all of torch would hold up the answers for a tenth of a second or more.
             gc.collect()
             gc.freeze()
-        return RouterReport(bound, transport.public_key)
+        return RouterReport(bound, transport.public_key, metrics_address)
 
     def set_table(self, table: RoutingTable) -> None:
         """Route by this table from the next batch on, unless a newer one is there."""
@@ -195,6 +208,8 @@ class RouterProcess:
     def close(self) -> None:
         """Stop serving; answers that are ready still leave. Safe to call twice."""
         self._closing.set()
+        if self._metrics is not None:
+            self._metrics.stop()
         if self._server is not None:
             self._server.stop(_GRACE_S)
         if self._service is not None:

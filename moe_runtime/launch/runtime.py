@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from moe_runtime.config.hosts import is_loopback
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import StartError
 from moe_runtime.launch.build import build_router
 from moe_runtime.launch.in_process import InProcessSession
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
-from moe_runtime.ray_backend.addresses import is_loopback, split_address
+from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 from moe_runtime.ray_backend.ports import check_ports
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
+    from moe_runtime.logs import LogSettings
     from moe_runtime.ray_backend.cluster import Cluster
     from moe_runtime.ray_backend.roll import Upgraded
 
@@ -133,6 +135,7 @@ def serve(
     address: str | None = None,
     detach: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    logging: LogSettings | None = None,
 ) -> Runtime:
     """Check a configuration, start it, and return when it serves.
 
@@ -147,6 +150,7 @@ def serve(
         address: ``HOST:PORT`` of the first router, instead of the configuration's.
         detach: Let the runtime outlive this process; needs a cluster that does.
         on_progress: Called with the number of actors that are ready, and of all.
+        logging: How its actors log, instead of the configuration's; this process's own logging is left alone.
 
     Raises:
         ConfigError: If the configuration cannot work; one line per mistake.
@@ -154,7 +158,7 @@ def serve(
         PlacementError: If the cluster has no room for an actor within ``start_timeout_s``.
         StartError: If something did not start, or ``detach`` has no cluster to stay on. Nothing is left behind.
     """
-    loaded = _with_address(load_config(config), address)
+    loaded = _with_changes(load_config(config), address=address, logging=logging)
     if not ray:
         if detach:
             raise StartError("detach: expected ray=True, found False: threads of this process cannot outlive it")
@@ -270,10 +274,13 @@ def _serve_on_ray(
         raise
 
 
-def _with_address(loaded: LoadedConfig, address: str | None) -> LoadedConfig:
-    if address is None:
+def _with_changes(loaded: LoadedConfig, *, address: str | None, logging: LogSettings | None) -> LoadedConfig:
+    if address is None and logging is None:
         return loaded
-    # Through the model again, which checks it.
+    # Through the model again, which checks them.
     data = loaded.config.model_dump()
-    data["router"]["address"] = address
+    if address is not None:
+        data["router"]["address"] = address
+    if logging is not None:
+        data["logging"] = vars(logging)
     return replace(loaded, config=load_config(data).config)

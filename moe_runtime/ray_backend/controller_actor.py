@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from moe_runtime.errors import MoERuntimeError, StartError
+from moe_runtime.logs import LogIdentity, install
 from moe_runtime.ray_backend.controller import Controller
 from moe_runtime.ray_backend.deployment import DeploymentStanding, Phase
 from moe_runtime.ray_backend.names import controller_name
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ray_spawner import RaySpawner, find_actor
 from moe_runtime.ray_backend.spawner import LoopClock
+from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
     from moe_runtime.ray_backend.plan import RuntimePlan
@@ -51,6 +53,7 @@ class ControllerActor:
         """Make the controller of a plan; the first one waits for ``start``."""
         self._name = plan.name
         self._phase = Phase.NEW
+        install(plan.logging, LogIdentity("controller", plan.name, locate().node))
         self._warnings = _WarningKeeper()
         logging.getLogger("moe_runtime").addHandler(self._warnings)
         self._controller = Controller(plan, spawner=RaySpawner(plan.name), clock=LoopClock())

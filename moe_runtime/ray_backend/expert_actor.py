@@ -85,7 +85,7 @@ class ExpertActor:
         # Before the factory brings torch in, whose OpenMP reads this once.
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
         try:
-            factory: HostFactory = pickle.loads(self._factory)
+            factory: HostFactory = pickle.loads(self._factory)  # nosec B301  # from the controller, by Ray
             self._process = factory(locate(), num_threads=num_threads)
             return self._process.start()
         except MoERuntimeError as exc:

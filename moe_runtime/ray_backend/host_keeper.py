@@ -221,6 +221,7 @@ class HostKeeper:
                     weights_version=self._report.weights_versions.get(plan.replica_id, ""),
                     device=self._report.device,
                     pid=self.location.pid,
+                    num_restarts=self.num_restarts,
                 ),
             )
 

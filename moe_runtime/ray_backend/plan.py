@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moe_runtime.logs import LogSettings
 from moe_runtime.ray_backend.placer import ActorDemand
 from moe_runtime.service.routing_table import RoutingTable
 
@@ -100,10 +101,12 @@ class RouterReport:
         address: The ``host:port`` that it bound.
         public_key: Key that hosts must admit before it reaches them from another node; None if they ask for none.
             Each process has its own.
+        metrics_address: The ``host:port`` of its metrics; None where it serves none.
     """
 
     address: str
     public_key: str | None = None
+    metrics_address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ class RuntimePlan:
         start_timeout_s: Bounds every placement, and every start after it.
         lease_s: Without a renewal for so long, everything is torn down; None for a detached runtime.
         deployment: Id of the bundle that it was deployed from; None if it was served.
+        logging: How its controller logs.
     """
 
     name: str
@@ -219,6 +223,7 @@ class RuntimePlan:
     start_timeout_s: float = 60.0
     lease_s: float | None = 10.0
     deployment: str | None = None
+    logging: LogSettings = field(default_factory=LogSettings)
 
     @property
     def actors(self) -> tuple[ActorDemand, ...]:

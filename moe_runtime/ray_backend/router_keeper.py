@@ -59,6 +59,7 @@ class RouterKeeper:
         self.bound: str | None = None
         self.public_key: str | None = None
         self.num_restarts = 0
+        self._metrics_address: str | None = None
         self._plan = plan
         self._spawner = tools.spawner
         self._clock = tools.clock
@@ -131,7 +132,7 @@ class RouterKeeper:
         except MoERuntimeError as exc:
             raise StartError(f"router {self.index}: {exc}") from exc
         self.bound, self.public_key = report.address, report.public_key
-        self._bound_on = self.location.node
+        self._bound_on, self._metrics_address = self.location.node, report.metrics_address
         self.life = self.life.become_ready(self._clock.now())
         self._on_change()
 
@@ -160,6 +161,7 @@ class RouterKeeper:
             "state": str(self.life.state),
             "reason": self.life.reason,
             "address": self.address,
+            "metrics_address": self._metrics_address,
             "num_restarts": self.num_restarts,
             "node": None if self.location is None else self.location.node,
             "pid": None if self.location is None else self.location.pid,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 
 from moe_runtime.errors import RequestCancelledError, UnavailableError
+from moe_runtime.rpc.channels import connector
 from moe_runtime.rpc.client_core import ClientCore
-from moe_runtime.rpc.methods import CHANNEL_OPTIONS, FORWARD_STREAM, path, slices
+from moe_runtime.rpc.methods import FORWARD_STREAM, path, slices
 from moe_runtime.rpc.reconnecting import AioReconnections
 from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
 from moe_runtime.rpc.status import error_of, is_lost
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from moe_runtime.errors import MoERuntimeError
+    from moe_runtime.rpc.channels import ClientTLS
     from moe_runtime.rpc.client_core import Attempt, ClientCall
     from moe_runtime.rpc.retries import RetryPolicy
     from moe_runtime.wire.messages import ForwardResult, RequestOptions
@@ -36,14 +38,26 @@ class AsyncMoEClient:
 
     Args:
         target: ``HOST:PORT`` of a router, or of several, which take turns.
+        token: As for ``MoEClient``.
+        tls: As for ``MoEClient``.
+        insecure: As for ``MoEClient``.
         retry_policy: When calls are tried again, as for ``MoEClient``.
 
     Raises:
-        InvalidRequestError: If the target is no address.
+        InvalidRequestError: As ``MoEClient``.
     """
 
-    def __init__(self, target: str | Sequence[str], *, retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY) -> None:
+    def __init__(
+        self,
+        target: str | Sequence[str],
+        *,
+        token: str | None = None,
+        tls: bool | ClientTLS | None = None,
+        insecure: bool = False,
+        retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
+    ) -> None:
         self._core = ClientCore(target, retry_policy=retry_policy)
+        self._connector = connector(self._core.pool.addresses, token=token, tls=tls, insecure=insecure)
         # made on the first call: a channel belongs to the loop that runs when it is made
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._unary_calls: dict[tuple[str, str], grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {}
@@ -120,14 +134,14 @@ class AsyncMoEClient:
 
     async def _send(self, attempt: Attempt) -> bytes:
         channel = self._channel(attempt.address)
-        name = path(attempt.method)
+        name, metadata = path(attempt.method), self._connector.metadata
         if attempt.method != FORWARD_STREAM:
             call = self._unary_calls.get((attempt.address, name))
             if call is None:
                 call = self._unary_calls[attempt.address, name] = channel.unary_unary(name)
-            unary: bytes = await call(attempt.body, timeout=attempt.timeout_s)
+            unary: bytes = await call(attempt.body, timeout=attempt.timeout_s, metadata=metadata)
             return unary
-        stream = channel.stream_stream(name)(slices(attempt.body), timeout=attempt.timeout_s)
+        stream = channel.stream_stream(name)(slices(attempt.body), timeout=attempt.timeout_s, metadata=metadata)
         try:
             return b"".join([piece async for piece in stream])
         finally:
@@ -135,5 +149,5 @@ class AsyncMoEClient:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._channels[address] = self._connector.aio_channel(address)
         return self._channels[address]

@@ -82,7 +82,7 @@ class ClientCore:
         self.retry_policy = retry_policy
         self.retry_budget = RetryBudget(retry_policy)
         self.now = now
-        self.rng = rng or random.Random()
+        self.rng = rng or random.Random()  # nosec B311  # for jitter
 
     def forward(
         self,

@@ -13,6 +13,8 @@ FORWARD_STREAM = "ForwardStream"
 DESCRIBE = "Describe"
 STATUS = "Status"
 
+#: Metadata of a call: ``Bearer TOKEN``.
+AUTHORIZATION_KEY = "authorization"
 #: Trailing metadata of a call that failed: the error's class name, and when to try again.
 ERROR_KEY = "moe-error"
 RETRY_AFTER_KEY = "moe-retry-after-ms"
@@ -27,8 +29,11 @@ _SIZE_OPTIONS = (
     ("grpc.max_send_message_length", UNARY_BYTES),
 )
 _MAX_PENDING_CALLS = 1 << 20
+_HANDSHAKE_TIMEOUT_MS = 10_000
 SERVER_OPTIONS = (
     *_SIZE_OPTIONS,
+    # Connections on which nothing is said are not for keeps.
+    ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_MS),
     # Above these gRPC would cancel calls at random, without a word; the router refuses them with an error instead.
     ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),

@@ -178,6 +178,7 @@ class Attempts:
                 self._start(self._lanes.leave(ticket))
             return str(exc)
         self._stats.num_messages += 1
+        self._stats.num_bytes_sent += request.rows.nbytes
         return None
 
     def _start(self, tickets: Iterable[int]) -> None:

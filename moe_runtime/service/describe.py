@@ -49,6 +49,7 @@ def _describe_replica(replica: Replica) -> dict[str, Any]:
         "node": replica.endpoint.node,
         "device": replica.device,
         "pid": replica.pid,
+        "num_restarts": replica.num_restarts,
         "incarnation": f"{replica.endpoint.incarnation:016x}",
         "weights_version": replica.weights_version,
     }

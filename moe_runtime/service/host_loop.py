@@ -188,6 +188,8 @@ class HostLoop:
                     self._note_wait(request, waited_s)
             self._waiting.popleft()
         self.num_rows += num_rows
+        if _LOG.isEnabledFor(logging.DEBUG):
+            _log_run(batch)
         return batch
 
     def _note_wait(self, request: HostRequest, waited_s: float) -> None:
@@ -252,6 +254,14 @@ def _log_failures(request: HostRequest, results: Iterable[SegmentResult]) -> Non
     for result in results:
         if result.error is not None:
             _LOG.warning("requests %s%s: %s", named, more, result.error, extra={"request_ids": [*ids]})
+
+
+def _log_run(batch: Iterable[_Waiting]) -> None:
+    for waiting in batch:
+        request = waiting.delivery.request
+        experts = [segment.replica_id for segment in request.segments]
+        about = {"request_ids": request.request_ids, "expert": experts}
+        _LOG.debug("running %d rows", request.rows.shape[0], extra=about)
 
 
 def _too_late(request: HostRequest) -> HostReply:

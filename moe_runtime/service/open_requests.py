@@ -63,11 +63,20 @@ class OpenRequests:
         pending = self._pending.pop(request_key)
         if isinstance(answer, LayerAnswer):
             self._stats.num_answered += 1
+        if _LOG.isEnabledFor(logging.DEBUG):
+            self._log(pending, answer)
         try:
             pending.on_done(answer)
         except Exception:
             _LOG.exception("request %s: its caller could not take the answer", pending.request.request_id)
         self._on_answered(pending.request.client)
+
+    def _log(self, pending: PendingRequest, answer: LayerAnswer | MoERuntimeError) -> None:
+        outcome = "answered" if isinstance(answer, LayerAnswer) else type(answer).__name__
+        took_ms = round((self._clock.now() - pending.arrived_at) * 1000.0, 3)
+        request = pending.request
+        about = {"request_id": request.request_id, "layer": request.layer, "outcome": outcome, "took_ms": took_ms}
+        _LOG.debug("request ended", extra=about)
 
     def fail(self, request_key: int, error: MoERuntimeError) -> None:
         """Answer a request with an error, unless it was answered; its rows that wait leave the queue."""

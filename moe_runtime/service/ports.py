@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     import torch
+    from _typeshed import DataclassInstance
     from torch import Tensor
 
 
@@ -148,6 +149,11 @@ class Transport(Protocol):
     @property
     def public_key(self) -> str | None:
         """Key that hosts must admit before they talk to this router; None if they ask for none."""
+        ...
+
+    @property
+    def counters(self) -> DataclassInstance:
+        """What it has counted so far, whole numbers all. Thread-safe."""
         ...
 
     def allocate(self, endpoint: Endpoint, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import threading
@@ -37,10 +38,12 @@ if TYPE_CHECKING:
     from moe_runtime.service.batcher import JoinedBatch
     from moe_runtime.service.generations import Generation, RouterSetup
     from moe_runtime.service.layer import RoutedLayer
+    from moe_runtime.service.lineup import Lineup
     from moe_runtime.service.pending import OnDone
     from moe_runtime.service.ports import Clock, Transport
     from moe_runtime.service.requests import LayerRequest
     from moe_runtime.service.routing_table import RoutingTable
+    from moe_runtime.service.stats import RouterStats
 
 _LOG = logging.getLogger(__name__)
 
@@ -152,6 +155,16 @@ class RouterService:
         """
         return self._generations.current.lineup.layer(name)
 
+    @property
+    def lineup(self) -> Lineup:
+        """What it serves now: layers, their table and their counters, which go on counting."""
+        return self._generations.current.lineup
+
+    @property
+    def stats(self) -> RouterStats:
+        """Its counters, which go on counting."""
+        return self._engine.stats
+
     def describe(self) -> dict[str, Any]:
         """Layers, experts and their replicas, as plain values."""
         return describe_lineup(self._generations.current.lineup)
@@ -169,6 +182,8 @@ class RouterService:
             "uptime_s": self._clock.now() - self._started_at,
             "open_requests": self._inbox.num_open,
             "draining": self._inbox.is_closed,
+            "queued_bytes": self._budget.num_bytes,
+            "transport": dataclasses.asdict(self._transport.counters),
         }
 
     def drain(self, timeout_s: float) -> bool:
@@ -266,6 +281,9 @@ class RouterService:
                 self._requests.fail(part.request_key, error)
             return
         self._batches[batch_id] = joined, generation
+        if _LOG.isEnabledFor(logging.DEBUG):
+            about = {"request_ids": joined.batch.request_ids, "layer": joined.batch.layer, "batch_id": batch_id}
+            _LOG.debug("dispatched a batch of %d tokens", joined.batch.tokens.shape[0], extra=about)
 
     def _finish(self, result: BatchResult) -> None:
         if result.batch_id not in self._batches:
@@ -273,6 +291,7 @@ class RouterService:
             return
         joined, generation = self._batches.pop(result.batch_id)
         generation.batcher.batch_answered(joined)
+        generation.lineup.stats[joined.batch.layer].count_waits(joined)
         ledger = BatchLedger(result, generation.lineup.layer(joined.batch.layer))
         for place, part in enumerate(joined.parts):
             if place in result.errors:

@@ -34,6 +34,7 @@ class Replica:
         weights_version: Hash of the weights that it serves, or ``seed:<n>`` when initialised.
         device: Device that it computes on.
         pid: Process id of its host on its node.
+        num_restarts: How often its host came back, since the controller started.
     """
 
     replica_id: str
@@ -42,6 +43,7 @@ class Replica:
     weights_version: str = ""
     device: str = "cpu"
     pid: int = 0
+    num_restarts: int = 0
 
 
 @dataclass(frozen=True)
