@@ -314,6 +314,30 @@ def bench(
     run(suites or (), json_path=json_path, quick=quick, console=stdout_console())
 
 
+@app.command()
+def chaos(
+    *,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long the load lasts.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the schedule of faults, the weights and the requests.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write what was found to this file.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="FAULT", help="A kind of fault to leave out; may be given again.")
+    ] = None,
+    recovery: Annotated[
+        bool, typer.Option("--recovery/--no-recovery", help="Measure recovery times apart, after the storm.")
+    ] = True,
+) -> None:
+    """Kill, freeze and poison a cluster of its own under load, and check every answer; exit 1 if one is wrong."""
+    from moe_runtime.bench.machine import describe_machine
+    from moe_runtime.chaos.runner import ChaosSettings, run
+    from moe_runtime.chaos.schedule import fault_kinds
+
+    settings = ChaosSettings(minutes, seed, without=fault_kinds(without or ()), measures_recovery=recovery)
+    run(settings, json_path=json_path, machine=describe_machine(), console=stdout_console())
+
+
 @demo_app.command("digits")
 def demo_digits(
     json_path: Annotated[
