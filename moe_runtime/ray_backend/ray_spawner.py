@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayError
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayError
 
 from moe_runtime.errors import StartError
 from moe_runtime.ray_backend.expert_actor import ExpertActor
@@ -14,7 +14,7 @@ from moe_runtime.ray_backend.nodes import living_nodes
 from moe_runtime.ray_backend.placement import actor_options, explain_unmet, place_options
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.router_actor import RouterActor
-from moe_runtime.ray_backend.spawner import NodeRefusedError
+from moe_runtime.ray_backend.spawner import AwayError, NodeRefusedError
 from moe_runtime.ray_backend.whereabouts import end_process_here, locate
 from moe_runtime.transport.ipc_folder import default_ipc_folder, remove_ipc, sweep_ipc
 
@@ -92,6 +92,8 @@ class RayActor:
             value = await answer
         except ActorUnschedulableError as exc:
             raise NodeRefusedError(_in_words(exc)) from exc
+        except ActorUnavailableError as exc:
+            raise AwayError(_in_words(exc)) from exc
         except RayError as exc:
             raise StartError(_in_words(exc)) from exc
         if isinstance(value, Failure):

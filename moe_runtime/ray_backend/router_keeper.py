@@ -12,7 +12,7 @@ from moe_runtime.ray_backend.addresses import is_bindable_on, public_address
 from moe_runtime.ray_backend.health_watch import Finding, Silence, Verdict
 from moe_runtime.ray_backend.replica_state import ReplicaLife
 from moe_runtime.ray_backend.seat import Seat
-from moe_runtime.ray_backend.spawner import ends_within, within
+from moe_runtime.ray_backend.spawner import AwayError, ends_within, within
 from moe_runtime.service.routing_table import ReplicaState
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.spawner import RouterHandle
 
 _LOG = logging.getLogger(__name__)
+
+#: Between two looks for the process that Ray starts in a router's place.
+_PAUSE_S = 0.2
 
 
 class RouterKeeper:
@@ -107,16 +110,13 @@ class RouterKeeper:
             StartError: If it died.
         """
         timeout_s = self._pace.start_timeout_s
-        self._seat.handle = self._spawner.find_router(self.index)
         try:
-            self.location = await self._seat.take(timeout_s)
+            self.location = await within(self._clock, timeout_s, self._await_place(timeout_s))
         except TimeoutError as exc:
             unmet = self._spawner.explain(self._plan.demand)
             raise PlacementError(f"router {self.index}: found no place within {timeout_s:g} s: it {unmet}") from exc
         except MoERuntimeError as exc:
             raise StartError(f"router {self.index}: {exc}") from exc
-        if self.location.pid == self._ended_pid:
-            raise StartError(f"router {self.index}: its old process has not ended yet")
 
     async def start(self, address: str) -> None:
         """Have a placed router bind and serve; afterwards it is ready.
@@ -187,6 +187,16 @@ class RouterKeeper:
             "node": None if self.location is None else self.location.node,
             "pid": None if self.location is None else self.location.pid,
         }
+
+    async def _await_place(self, timeout_s: float) -> Location:
+        """Where its next process runs, after Ray has noticed the end of the last one."""
+        while True:
+            self._seat.handle = self._spawner.find_router(self.index)
+            with contextlib.suppress(AwayError):
+                location = await self._seat.take(timeout_s)
+                if location.pid != self._ended_pid:
+                    return location
+            await self._clock.sleep(_PAUSE_S)
 
     async def _drain(self, handle: RouterHandle, drain_timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):

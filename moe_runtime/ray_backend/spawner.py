@@ -32,6 +32,10 @@ class NodeRefusedError(StartError):
     """The node that an actor was meant for is gone, or has no room any more."""
 
 
+class AwayError(StartError):
+    """The actor's process has ended, or cannot be reached; Ray may bring it back."""
+
+
 class AsyncClock(Protocol):
     """Tells the time and waits; tests bring their own."""
 
