@@ -146,13 +146,11 @@ class RouterProcess:
         except ConfigError:
             service.close()
             raise
-        metrics = RouterMetrics(
-            service, self._recipe, node=self._node, router_address=address, rpc_counts=server.counts
-        )
+        metrics = RouterMetrics(service, self._recipe, node=self._node, rpc_counts=server.counts)
         service.start()
         try:
             bound = server.start()
-            metrics_address = metrics.start()
+            metrics_address = metrics.start(asked=address, bound=bound)
         except StartError:
             server.stop(0.0)
             service.close()
