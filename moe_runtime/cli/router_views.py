@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moe_runtime.cli.connections import Connection
 from moe_runtime.errors import MoERuntimeError, UnavailableError
-from moe_runtime.rpc.client import MoEClient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,33 +37,40 @@ class Silence:
     reason: str
 
 
-def ask_routers(addresses: tuple[str, ...], *, timeout_s: float) -> tuple[RouterView, ...]:
+_PLAIN = Connection()
+
+
+def ask_routers(
+    addresses: tuple[str, ...], *, timeout_s: float, connection: Connection = _PLAIN
+) -> tuple[RouterView, ...]:
     """What the routers at these addresses say.
 
     Raises:
         UnavailableError: If one of them does not answer.
         MoERuntimeError: If one answers with an error.
     """
-    return tuple(_ask(address, timeout_s=timeout_s) for address in addresses)
+    return tuple(_ask(address, timeout_s=timeout_s, connection=connection) for address in addresses)
 
 
-def ask_each(addresses: tuple[str, ...], *, timeout_s: float) -> tuple[RouterView | Silence, ...]:
+def ask_each(
+    addresses: tuple[str, ...], *, timeout_s: float, connection: Connection = _PLAIN
+) -> tuple[RouterView | Silence, ...]:
     """What the routers at these addresses say, all asked at once; those that do not answer are silent."""
     with ThreadPoolExecutor(len(addresses)) as pool:
-        return tuple(pool.map(partial(_ask_or_silence, timeout_s=timeout_s), addresses))
+        return tuple(pool.map(partial(_ask_or_silence, timeout_s=timeout_s, connection=connection), addresses))
 
 
-def _ask_or_silence(address: str, *, timeout_s: float) -> RouterView | Silence:
+def _ask_or_silence(address: str, *, timeout_s: float, connection: Connection) -> RouterView | Silence:
     try:
-        return _ask(address, timeout_s=timeout_s)
+        return _ask(address, timeout_s=timeout_s, connection=connection)
     except UnavailableError:
         return Silence(address, "no answer")
     except MoERuntimeError as exc:
         return Silence(address, f"{type(exc).__name__}: {exc}")
 
 
-def _ask(address: str, *, timeout_s: float) -> RouterView:
-    with MoEClient(address) as client:
+def _ask(address: str, *, timeout_s: float, connection: Connection) -> RouterView:
+    with connection.client(address) as client:
         try:
             return RouterView(
                 address, description=client.describe(timeout_s=timeout_s), load=client.status(timeout_s=timeout_s)

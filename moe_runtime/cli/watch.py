@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
+    from moe_runtime.cli.connections import Connection
     from moe_runtime.cli.router_views import Silence
 
 
@@ -37,21 +39,24 @@ class Look:
 
 
 def looks(
-    addresses: tuple[str, ...], *, timeout_s: float, every_s: float, wait: Callable[[float], object]
+    ask: Callable[[], tuple[RouterView | Silence, ...]], *, every_s: float, wait: Callable[[float], object]
 ) -> Iterator[Look]:
     """A look at the routers every ``every_s``, for ever; the first one at once."""
     while True:
         started_at = time.monotonic()
-        yield Look(time.monotonic(), ask_each(addresses, timeout_s=timeout_s))
+        yield Look(time.monotonic(), ask())
         wait(max(0.0, started_at + every_s - time.monotonic()))
 
 
-def watch(addresses: tuple[str, ...], *, timeout_s: float, every_s: float, console: Console) -> None:
+def watch(
+    addresses: tuple[str, ...], *, timeout_s: float, every_s: float, connection: Connection, console: Console
+) -> None:
     """Show the routers until SIGINT: in place on a terminal, else one set of tables after the other."""
     # An event that nobody sets: its wait ends with an interrupt at once, and with nothing else.
     wait = threading.Event().wait
+    ask = partial(ask_each, addresses, timeout_s=timeout_s, connection=connection)
     try:
-        show(looks(addresses, timeout_s=timeout_s, every_s=every_s, wait=wait), console=console)
+        show(looks(ask, every_s=every_s, wait=wait), console=console)
     except KeyboardInterrupt:
         return
 

@@ -42,6 +42,7 @@ class ExpertProcessFactory:
             num_threads=num_threads,
             owns_process=True,
             store=None if self.weights is None else self.weights.store(),
+            node=location.node,
         )
 
 

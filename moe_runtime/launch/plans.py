@@ -5,11 +5,12 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING
 
+from moe_runtime.config.hosts import is_loopback
 from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.revisions import host_revision, routers_revision
 from moe_runtime.launch.weights_recipe import WeightsRecipe
-from moe_runtime.ray_backend.addresses import is_loopback, split_address
+from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from moe_runtime.logs import LogSettings
     from moe_runtime.ray_backend.cluster import Cluster
 
+_SECURITY_FILES = ("security.tls.cert", "security.tls.key", "security.tls.client_ca", "security.tokens")
 #: Without a sign of life from the process that serves, its runtime is torn down after so long.
 LEASE_S = 10.0
 
@@ -47,7 +49,9 @@ def plan_runtime(
     hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
     return RuntimePlan(
         name=config.name,
-        hosts=tuple(_host_plan(spec, weights, config=config) for spec in hosts),
+        hosts=tuple(
+            _host_plan(spec, weights, config=config, max_forward_s=_max_forward_s(spec, recipe)) for spec in hosts
+        ),
         routers=_routers_plan(recipe, weights, node_id=cluster.node_id, logging=config.logging.settings),
         num_threads=None if config.threads == "auto" else config.threads,
         start_timeout_s=config.start_timeout_s,
@@ -82,12 +86,20 @@ def _fixed(recipe: RouterRecipe) -> dict[str, str]:
         "router.address": recipe.router.address,
         "router.node_labels": str(dict(sorted(recipe.router.node_labels.items()))),
         "data_plane.encryption": recipe.encryption,
+        "security.insecure": str(recipe.security.insecure),
+        **{key: recipe.security.files.get(key, "null") for key in _SECURITY_FILES},
         **{f"metrics.{key}": str(value) for key, value in recipe.metrics.model_dump().items()},
         **limits,
     }
 
 
-def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, config: RuntimeConfig) -> HostPlan:
+def _max_forward_s(spec: HostSpec, recipe: RouterRecipe) -> float:
+    """After so long nobody waits for a forward of this host any more."""
+    layers = {hosted.spec.layer for hosted in spec.experts}
+    return max(layer.timeout_s for layer in recipe.layers if layer.name in layers)
+
+
+def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, config: RuntimeConfig, max_forward_s: float) -> HostPlan:
     # A host that knows of no other file can fetch no other.
     own_weights = weights.only(hosted.spec.weights for hosted in spec.experts)
     return HostPlan(
@@ -100,6 +112,7 @@ def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, config: RuntimeConfig)
         strategy=spec.strategy,
         twins=spec.twins,
         revision=host_revision(spec, threads=config.threads, listed=weights.listed),
+        max_forward_s=max_forward_s,
     )
 
 
@@ -108,6 +121,7 @@ def _demand(resources: ResourcesConfig) -> Demand:
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or 0.0,
         memory_bytes=resources.memory_bytes,
+        max_rss_bytes=resources.max_rss_bytes,
         custom=resources.custom,
         node_labels=resources.node_labels,
     )

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
         CapacityConfig,
         DTypeName,
         GateConfig,
+        HedgeConfig,
+        OnFailureConfig,
         PolicyConfig,
         ResidualRule,
         ResourcesConfig,
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         WeightOn,
     )
     from moe_runtime.config.runtime import LimitsConfig, RouterConfig
+    from moe_runtime.config.security import SecurityConfig
     from moe_runtime.experts.spec import ExpertSpec
     from moe_runtime.transport.curve import Encryption
 
@@ -56,6 +59,8 @@ class LayerRecipe:
         max_batches_in_flight: Batches of this layer under way at once.
         exact: Whether answers are bit-identical to one process.
         wire_dtype: Of rows on their way to experts and back.
+        on_failure: What becomes of an assignment whose expert fails.
+        hedge: When a second replica is asked as well; never when None.
         experts_per_actor: Neighbouring experts that share an actor.
         strategy: Whether its actors spread over nodes or fill them one by one.
         experts: In the order of the gate's rows.
@@ -78,6 +83,8 @@ class LayerRecipe:
     max_batches_in_flight: int
     exact: bool
     wire_dtype: DTypeName
+    on_failure: OnFailureConfig
+    hedge: HedgeConfig | None
     experts_per_actor: int
     strategy: Strategy
     experts: tuple[ExpertRecipe, ...]
@@ -125,12 +132,13 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class RouterRecipe:
-    """What every router of a runtime builds and serves, and what it speaks to the hosts of other nodes."""
+    """What every router of a runtime builds and serves, whom it lets in, and what it speaks to other nodes' hosts."""
 
     runtime: str
     layers: tuple[LayerRecipe, ...]
     router: RouterConfig
     limits: LimitsConfig
+    security: SecurityConfig
     encryption: Encryption = "curve"
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     import torch
     from _typeshed import DataclassInstance
@@ -206,7 +206,7 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
 
 
 class HostTransport(Protocol):
-    """The expert host's end. Owned by one thread; only ``admit`` and ``wake`` may be called from others.
+    """The expert host's end. Owned by one thread; only ``admit``, ``counts`` and ``wake`` may be called from others.
 
     Every delivery is to be answered, those that are too late as well: the answer gives back what the request took
     of the router's credit and of the memory that they share.
@@ -225,6 +225,10 @@ class HostTransport(Protocol):
         Raises:
             TransportError: If a key is malformed.
         """
+        ...
+
+    def counts(self) -> Mapping[str, int]:
+        """Its counters since it was opened, by name. Thread-safe."""
         ...
 
     def receive(self, timeout_s: float) -> list[Delivery]:

@@ -11,6 +11,8 @@ from moe_runtime.service.histograms import ExpertHistograms, LayerHistograms
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import Tensor
+
     from moe_runtime.service.batch import BatchResult
     from moe_runtime.service.batcher import JoinedBatch
     from moe_runtime.service.layer import RoutedLayer
@@ -102,16 +104,24 @@ class LayerStats:
         )
         for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):
             expert.num_served += num_rows
-        if result.failures:
-            failed = count_per_expert(plan.expert_ids[~result.served], num_experts=len(self.experts))
-            for expert, num_failed in zip(self.experts, failed, strict=True):
-                expert.num_served -= num_failed
-                expert.num_dropped_failure += num_failed
+        if result.failures is not None:
+            dropped = plan.expert_ids[~result.served]
+            self._add("num_dropped_failure", dropped)
+            self._add("num_served", dropped, sign=-1)
+            asked = admission.asked_expert_ids[plan.assignment_ids]
+            self._add("num_retried", asked[result.mask_of(result.failures.retried)])
+            self._add("num_hedged", asked[result.mask_of(result.failures.hedged)])
         if admission.selection is not None:
-            full = count_per_expert(assignments.expert_ids[~admission.admitted], num_experts=len(self.experts))
-            for expert, num_full in zip(self.experts, full, strict=True):
-                expert.num_dropped_capacity += num_full
+            self._add("num_dropped_capacity", assignments.expert_ids[~admission.admitted])
+            self._add("num_rerouted", admission.asked_expert_ids[admission.rerouted])
             self.totals.num_rerouted += int(admission.rerouted.sum())
+
+    def count_failed_attempt(self, expert_id: int, *, num_rows: int, timed_out: bool) -> None:
+        """Add rows that an expert was sent and did not serve."""
+        expert = self.experts[expert_id]
+        expert.num_failed_attempts += num_rows
+        if timed_out:
+            expert.num_timed_out += num_rows
 
     def count_waits(self, joined: JoinedBatch) -> None:
         """Add how long the requests of a finished batch waited for it."""
@@ -119,11 +129,16 @@ class LayerStats:
             self.histograms.queue_s.add(joined.joined_at - part.arrived_at)
 
     def count_product(self, expert_id: int, compute_ms: float, *, taken_s: float) -> None:
-        """Add one matrix product of an expert, whose rows came ``taken_s`` after the dispatch of their batch."""
+        """Add one matrix product of an expert, whose rows came ``taken_s`` after they were sent."""
         expert = self.experts[expert_id]
         expert.num_products += 1
         expert.compute_ms += compute_ms
         self.expert_histograms[expert_id].count_product(compute_ms / 1000.0, taken_s=taken_s)
+
+    def _add(self, counter: str, expert_ids: Tensor, *, sign: int = 1) -> None:
+        counts = count_per_expert(expert_ids, num_experts=len(self.experts))
+        for expert, count in zip(self.experts, counts, strict=True):
+            setattr(expert, counter, getattr(expert, counter) + sign * count)
 
 
 @dataclass
@@ -143,6 +158,8 @@ class RouterStats:
     num_late_replies: int = 0
     num_messages: int = 0
     num_send_errors: int = 0
+    num_hedges: int = 0
+    num_poisoned: int = 0
     num_bytes_sent: int = 0
     num_bytes_received: int = 0
 

@@ -112,7 +112,7 @@ def test_without_a_terminal_each_look_is_printed_after_the_other() -> None:
 
 def test_routers_are_looked_at_every_so_often() -> None:
     waited: list[float] = []
-    each = looks((NOWHERE,), timeout_s=0.2, every_s=30.0, wait=waited.append)
+    each = looks(lambda: ask_each((NOWHERE,), timeout_s=0.2), every_s=30.0, wait=waited.append)
     first, second = next(each), next(each)
     assert first.routers == second.routers == (Silence(NOWHERE, "no answer"),)
     assert len(waited) == 1
