@@ -113,7 +113,7 @@ EXPERT_COMPUTE = Metric(
 EXPERT_WAIT = Metric(
     "moe_expert_wait_seconds",
     "histogram",
-    "Dispatch to answer without the product itself: the way there and back, and the queue at the host.",
+    "Rows sent to rows answered, without the product itself: the way there and back, and the queue at the host.",
     ("layer", "expert"),
 )
 REPLICAS = Metric("moe_replicas", "gauge", f"Replicas of experts by state: {_STATES}.", ("layer", "state"))

@@ -31,7 +31,7 @@ class Router:
         }
         return {
             "layers": layers,
-            "queued_bytes": 99,
+            "queue": {"bytes": 99},
             "open_requests": 3,
             "draining": True,
             "uptime_s": 1.5,
