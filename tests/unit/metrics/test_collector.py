@@ -31,7 +31,12 @@ class Router:
         }
         return {
             "layers": layers,
-            "queue": {"bytes": 99},
+            "queue": {
+                "bytes": 99,
+                "refused": {"bytes": 6, "draining": 0},
+                "num_expired_before_compute": 8,
+                "num_cancelled_before_compute": 9,
+            },
             "open_requests": 3,
             "draining": True,
             "uptime_s": 1.5,
@@ -61,6 +66,9 @@ def collector_of(router: Router, *, hottest_experts: int = 20) -> RouterCollecto
         'moe_batches_in_flight{layer="layer"} 1.0',
         "moe_queue_bytes 99.0",
         "moe_open_requests 3.0",
+        'moe_requests_refused_total{reason="bytes"} 6.0',
+        'moe_requests_uncomputed_total{cause="expired"} 8.0',
+        'moe_requests_uncomputed_total{cause="cancelled"} 9.0',
         "moe_draining 1.0",
         "moe_uptime_seconds 1.5",
         "moe_table_version 4.0",
