@@ -50,14 +50,31 @@ def test_full_queue_refuses_by_tokens_and_by_bytes() -> None:
     assert setting.refused() == {"tokens": 1, "bytes": 1}
 
 
-def test_hint_is_the_time_that_what_waits_takes_at_the_pace_of_late_not_since_the_start() -> None:
+def test_hint_follows_the_pace_of_late_not_that_since_the_start() -> None:
     setting = Setting(max_queued_tokens=10, max_queued_s=60.0)
     setting.reserve(8)
     setting.clock.advance(3600.0)
     setting.measure(40.0)
-    with pytest.raises(OverloadedError, match="try again in 200 ms") as refused:
+    # Half of the 8 tokens that wait, and 3 of its own, at 40 per second.
+    with pytest.raises(OverloadedError, match="try again in 175 ms") as refused:
         setting.reserve(3)
-    assert refused.value.retry_after_ms == pytest.approx(8 / 40 * 1000.0)
+    assert refused.value.retry_after_ms == pytest.approx(175.0)
+
+
+def test_callers_are_told_to_come_back_one_after_the_other_up_to_five_seconds() -> None:
+    setting = Setting(max_queued_tokens=10, max_queued_s=60.0)
+    setting.measure(10.0, batch_s=1.0)
+    setting.reserve(10)
+    hints = []
+    for _ in range(6):
+        with pytest.raises(OverloadedError) as refused:
+            setting.reserve(10)
+        hints.append(refused.value.retry_after_ms)
+    assert hints == pytest.approx([1500, 2500, 3500, 4500, 5000, 5000])
+    setting.clock.advance(10.0)
+    with pytest.raises(OverloadedError) as refused:
+        setting.reserve(10)
+    assert refused.value.retry_after_ms == pytest.approx(1500)
 
 
 def test_more_work_than_may_wait_is_refused_but_the_next_batch_may_always_be_filled() -> None:
