@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 #: A request is taken in if it should be answered within this part of the time that it has left: what is estimated is
 #: sometimes late, and an answer that is late was computed for nothing.
 _USABLE_TIME = 0.75
+#: A batch's time, and half of one until there is a slot for it.
+_WITH_WAIT_FOR_SLOT = 1.5
 #: With more clients than this, what is ahead of one is bounded rather than added up.
 _MOST_CLIENTS_SUMMED = 64
 #: Names of clients come from outside.
@@ -158,10 +161,12 @@ class QueueBudget:
             return
         ahead = self._tokens_ahead(place, load)
         wait_s = load.pace.seconds_for(ahead)
-        if ahead >= self._router.max_batch_tokens and wait_s > self._router.max_queued_s:
+        if ahead >= load.pace.batch_tokens and wait_s > self._router.max_queued_s:
             reason = f"{wait_s:.3f} s of work wait before this request, more than {self._router.max_queued_s} s"
             raise self._refusal(place, "time", reason)
-        finish_s = wait_s + load.pace.seconds_for(place.num_tokens) + load.pace.batch_s
+        # What the next batch has room for takes no longer than that: else the queue would never fill it.
+        num_batches = max(0, math.ceil((ahead + place.num_tokens) / load.pace.batch_tokens) - 1)
+        finish_s = load.pace.seconds_for(num_batches * load.pace.batch_tokens) + _WITH_WAIT_FOR_SLOT * load.pace.batch_s
         if finish_s > _USABLE_TIME * time_left_s:
             reason = f"the answer would take about {finish_s:.3f} s, and the deadline is in {time_left_s:.3f} s"
             raise self._refusal(place, "time", reason)
