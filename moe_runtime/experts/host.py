@@ -178,7 +178,11 @@ class ExpertHost:
         """The outcomes of calls for one replica that were one forward."""
         expert, parts = product.expert, product.parts
         forwarded = _waited_for(expert, product.forwarding)
-        expert.note(len(parts), product.num_rows, forwarded.compute_ms)
+        # Not a method: small experts cost what calls cost.
+        expert.num_calls += len(parts)
+        expert.num_rows += product.num_rows
+        expert.num_forwards += 1
+        expert.compute_ms += forwarded.compute_ms
         if isinstance(forwarded, Failure):
             return self._salvaged(product, forwarded, is_late)
         rows, compute_ms = forwarded
@@ -208,7 +212,8 @@ class ExpertHost:
 
     def _try(self, expert: ServedExpert, rows: Tensor) -> Forwarded | Failure:
         forwarded = _waited_for(expert, self._forward(expert, [rows]))
-        expert.note(0, 0, forwarded.compute_ms)
+        expert.num_forwards += 1
+        expert.compute_ms += forwarded.compute_ms
         return forwarded
 
     def _judged(
