@@ -258,13 +258,17 @@ class RouterEngine:
             self._recovery.fail(attempt.flight, attempt.message.segments, reason, timed_out=True)
 
     def _recover(self) -> None:
-        while self._recovery.has_work or self._attempts.has_unsent:
-            for attempt, reason in self._attempts.take_unsent():
+        while self._recovery.has_work or self._attempts.has_turns:
+            for attempt, reason in self._attempts.start_waiting():
                 self._recovery.fail(attempt.flight, attempt.message.segments, reason)
             self._recovery.run()
 
     def _patience(self, timeout_s: float) -> float:
-        if self._recovery.has_work or not all(flight.num_open_rows for flight in self._flights.values()):
+        if (
+            self._recovery.has_work
+            or self._attempts.has_turns
+            or not all(flight.num_open_rows for flight in self._flights.values())
+        ):
             return 0.0
         return max(0.0, min(timeout_s, self._attempts.next_due - self._clock.now()))
 

@@ -207,7 +207,9 @@ def test_the_requests_that_own_failed_rows_fail_and_their_batch_mates_do_not(fai
         router.engine.poll(0.0)
     reason = fail(router, router.sent_to(10), endpoint(10))
     result = router.finish()
-    assert {place: str(error) for place, error in result.errors.items()} == {1: f"layer layer: expert expert-0: {reason}"}
+    assert {place: str(error) for place, error in result.errors.items()} == {
+        1: f"layer layer: expert expert-0: {reason}"
+    }
     assert isinstance(result.errors[1], ExpertError)
     assert torch.equal(result.outputs[[0, 2, 3]], 2 * tokens[[0, 2, 3]])
 
