@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fakes.service import FakeClock, FakeTransport, endpoint, logits_for, make_layer, replica, table_of, tokens_of
+from fakes.service import FakeClock, FakeTransport, endpoint, make_layer, replica, table_of, tokens_of
 from moe_runtime.errors import PoisonedRequestError
 from moe_runtime.service.batch import Batch, BatchResult
 from moe_runtime.service.engine import RouterEngine
