@@ -52,7 +52,6 @@ class RoutingInputs:
         mask: One truth value per row; False is padding.
         row_seeds: One per row, for ``drop: random``; the row's index when None.
         failed: (token, expert) pairs that the expert does not answer.
-        unreachable: Experts that nothing can be sent to, when failed pairs look for another one.
     """
 
     router_logits: Tensor
@@ -60,7 +59,6 @@ class RoutingInputs:
     mask: Sequence[bool] | None = None
     row_seeds: Sequence[int] | None = None
     failed: Collection[tuple[int, int]] = ()
-    unreachable: Collection[int] = ()
 
 
 @dataclass
@@ -251,10 +249,7 @@ def _reroute(
 def _reroute_failed(
     pairs: list[RoutedPair], logits: list[list[float]], inputs: RoutingInputs, rules: RoutingRules
 ) -> None:
-    """Pairs whose expert fails take another one: all that fail at first, by expert; then those that fail again.
-
-    No place becomes free at an expert that failed.
-    """
+    """Pairs whose expert fails take another one, by expert; then those that fail again. No place becomes free."""
     num_experts = inputs.router_logits.shape[1]
     places = [_capacity(pairs, num_experts, rules.capacity)] * num_experts
     had = {(pair.token, pair.requested) for pair in pairs} | {(pair.token, pair.expert) for pair in pairs}
@@ -264,19 +259,16 @@ def _reroute_failed(
     turn.sort(key=lambda pair: pair.token)
     for num_moves in range(rules.capacity.max_reroutes):
         turn.sort(key=lambda pair: pair.expert)
-        moved = []
         for pair in turn:
             scores = _scores_of(logits[pair.token], rules.policy)
             candidates = [expert for expert in range(num_experts) if (pair.token, expert) not in had]
-            candidates = sorted({*candidates}.difference(inputs.unreachable), key=lambda expert: -scores[expert])
+            candidates.sort(key=lambda expert: -scores[expert])
             for expert in candidates[: rules.capacity.max_reroutes - num_moves]:
                 if places[expert] > 0:
-                    places[expert] -= 1
-                    pair.expert = expert
+                    pair.expert, places[expert] = expert, places[expert] - 1
                     had.add((pair.token, expert))
-                    moved.append(pair)
                     break
-        turn = [pair for pair in moved if (pair.token, pair.expert) in inputs.failed]
+        turn = [pair for pair in turn if (pair.token, pair.expert) in inputs.failed]
     _rescore(pairs, logits, rules.policy)
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from moe_runtime.errors import ExpertError, PoisonedRequestError
-from moe_runtime.routing.combine import gather_rows
 from moe_runtime.service.attempts import Attempt
 from moe_runtime.service.dispatch import History, PlannedSegment, as_rows, make_message
 from moe_runtime.service.failures import FailedAttempt
+from moe_runtime.service.gathering import gather_anew
 from moe_runtime.service.rerouting import Rerouting
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class Recovery:
         """Send rows of a batch that were dispatched before, to another replica."""
         now = self._clock.now()
         deadline = now + self.attempt_s(flight, message.segments, now=now)
-        reason = self._attempts.send(Attempt(flight, message, now, deadline), _gather(flight, message))
+        reason = self._attempts.send(Attempt(flight, message, now, deadline), gather_anew(flight, message))
         if reason is not None:
             self.fail(flight, message.segments, reason)
 
@@ -266,11 +266,3 @@ def _company(failed: _Failed) -> tuple[int, int]:
 
 def _host(placed: _Placed) -> int:
     return placed.endpoint.incarnation
-
-
-def _gather(flight: Flight, message: HostMessage) -> Tensor:
-    layer = flight.layer
-    # Rows that carry their weights to the expert need those of the expert that they were moved to.
-    plan = flight.present_plan() if layer.weight_on == "input" else flight.plan
-    rows = gather_rows(flight.batch.tokens, plan, weight_on=layer.weight_on, planned_ids=message.planned_ids())
-    return rows.to(layer.row_dtype)

@@ -68,7 +68,13 @@ def answer_truthfully(transport: FakeTransport, request: HostRequest) -> None:
     seed=st.integers(0, 10_000),
 )
 def test_outputs_and_outcomes_equal_the_reference(
-    policy: PolicyConfig, capacity: CapacityConfig, residual: str, num_tokens: int, dead: set[int], steps: tuple[str, ...], seed: int
+    policy: PolicyConfig,
+    capacity: CapacityConfig,
+    residual: str,
+    num_tokens: int,
+    dead: set[int],
+    steps: tuple[str, ...],
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(num_tokens, 3, generator=generator)

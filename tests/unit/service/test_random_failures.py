@@ -125,9 +125,7 @@ def scaled(request: HostRequest) -> torch.Tensor:
 
 def check_part(result: BatchResult, layer: RoutedLayer, tokens: torch.Tensor, rows: range) -> dict[str, int]:
     """The counts of one request, after its rows were found to be what its report says."""
-    report = BatchLedger(result, layer).part(
-        first_row=rows.start, last_row=rows.stop, queue_s=0.0, return_routing=True
-    )
+    report = BatchLedger(result, layer).part(first_row=rows.start, last_row=rows.stop, queue_s=0.0, return_routing=True)
     assert report.num_assignments == report.num_served + report.num_dropped_capacity + report.num_dropped_failure
     assert report.token_ids is not None
     assert report.expert_ids is not None
