@@ -19,7 +19,7 @@ COVERED := routing wire service
 MIN_COVERAGE := 95
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster check format venv docs coverage soak bench bench-peers bench-results bench-docs clean
+.PHONY: help demo test test-cluster check format venv docs coverage soak chaos chaos-docs bench bench-peers bench-results bench-docs clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,12 +35,14 @@ test-cluster: $(STAMP)  ## Run `ray up` and what follows for real, on hosts made
 	@PYTHONPATH=tests $(BIN)/python -m cluster.lab
 	$(PYTEST) tests/cluster
 
-check: $(STAMP)  ## Formatting, lint, types, layering and spelling: what CI runs before the tests.
+check: $(STAMP)  ## Formatting, lint, types, layering, spelling and security: what CI runs before the tests.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml moe_runtime
+	@$(audit)
 
 format: $(STAMP)  ## Format the code and repair what ruff can.
 	$(BIN)/ruff format .
@@ -48,15 +50,24 @@ format: $(STAMP)  ## Format the code and repair what ruff can.
 
 venv: $(STAMP)  ## Set up .venv and nothing else.
 
-docs: $(STAMP)  ## Write docs/configuration.md from the configuration's models.
+docs: $(STAMP)  ## Write docs/configuration.md and the metrics of docs/observability.md from the code.
 	$(BIN)/python -m moe_runtime.cli.configuration_page docs/configuration.md
+	$(BIN)/python -m moe_runtime.metrics.page docs/observability.md
 
 coverage: $(STAMP)  ## Coverage of the core by the tests that need no Ray, line by line.
 	$(PYTEST) tests/unit $(wildcard tests/rpc) -m "not soak" -q --cov --cov-report=term-missing
 	$(coverage_gates)
 
-soak: $(STAMP)  ## Run the long tests.
+soak: $(STAMP)  ## Run the long tests, and half an hour of chaos.
 	$(PYTEST) -m soak
+	$(MAKE) chaos MINUTES=30
+
+chaos: $(STAMP)  ## Break a cluster under load and check every answer; also MINUTES=2, SEED=0, WITHOUT="fault ..." and JSON=PATH.
+	$(BIN)/moe-runtime chaos --minutes $(or $(MINUTES),2) --seed $(or $(SEED),0) \
+	  $(foreach fault,$(WITHOUT),--without $(fault)) $(if $(JSON),--json $(JSON))
+
+chaos-docs: $(STAMP)  ## Write the figures of docs/reliability.md anew from JSON (benchmarks/chaos.json); breaks nothing.
+	$(BIN)/python -m moe_runtime.chaos.page $(or $(JSON),benchmarks/chaos.json) docs/reliability.md
 
 bench: $(BENCH_STAMP)  ## Run every benchmark, or SUITE=name; also QUICK=1 and JSON=PATH.
 	$(BENCH) $(SUITE)
@@ -77,6 +88,24 @@ clean:  ## Remove .venv and every cache.
 	rm -rf $(VENV) $(HIVEMIND_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage* build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -maxdepth 3 -name '*.egg-info' -type d -prune -exec rm -rf {} +
+
+# Known vulnerabilities of what constraints.txt pins. Without an index to ask there is no report, and no failure.
+define audit
+report=$$(timeout 120 $(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --timeout 5 \
+  --progress-spinner off --format json 2>/dev/null); \
+if [ -z "$$report" ]; then echo "pip-audit: skipped, no index could be reached"; \
+else echo "$$report" | $(BIN)/python -c "$$AUDIT_SUMMARY"; fi
+endef
+
+define AUDIT_SUMMARY
+import json, sys
+packages = json.load(sys.stdin)["dependencies"]
+skipped = [package for package in packages if "skip_reason" in package]
+found = [(package["name"], package["version"], v["id"]) for package in packages for v in package.get("vulns", ())]
+print(f"pip-audit: {len(packages) - len(skipped)} packages audited, {len(skipped)} unknown to the index")
+sys.exit("\n".join(f"{name} {version}: {known_as}" for name, version, known_as in found) or 0)
+endef
+export AUDIT_SUMMARY
 
 define coverage_gates
 $(foreach package,$(COVERED),$(BIN)/coverage report --include='moe_runtime/$(package)/*' --fail-under=$(MIN_COVERAGE)

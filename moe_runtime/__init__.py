@@ -35,8 +35,10 @@ from moe_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from moe_runtime.launch.runtime import Runtime, attach, serve, upgrade
+    from moe_runtime.launch.runtime import attach, restart, serve, upgrade
+    from moe_runtime.launch.served import Runtime
     from moe_runtime.rpc.aio_client import AsyncMoEClient
+    from moe_runtime.rpc.channels import ClientTLS
     from moe_runtime.rpc.client import MoEClient
     from moe_runtime.rpc.retries import RetryPolicy
     from moe_runtime.wire.messages import ForwardResult, Report, RequestOptions
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyRunningError",
     "AsyncMoEClient",
+    "ClientTLS",
     "ConfigError",
     "DTypeError",
     "DeadlineExceededError",
@@ -75,19 +78,22 @@ __all__ = [
     "UnknownLayerError",
     "WeightsError",
     "attach",
+    "restart",
     "serve",
     "upgrade",
 ]
 
 _MODULES = {
     "AsyncMoEClient": "moe_runtime.rpc.aio_client",
+    "ClientTLS": "moe_runtime.rpc.channels",
     "ForwardResult": "moe_runtime.wire.messages",
     "MoEClient": "moe_runtime.rpc.client",
     "Report": "moe_runtime.wire.messages",
     "RequestOptions": "moe_runtime.wire.messages",
     "RetryPolicy": "moe_runtime.rpc.retries",
-    "Runtime": "moe_runtime.launch.runtime",
+    "Runtime": "moe_runtime.launch.served",
     "attach": "moe_runtime.launch.runtime",
+    "restart": "moe_runtime.launch.runtime",
     "serve": "moe_runtime.launch.runtime",
     "upgrade": "moe_runtime.launch.runtime",
 }

@@ -7,7 +7,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moe_runtime.config.hosts import is_loopback
 from moe_runtime.config.models import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_THREADS, LayerConfig, Name, StrictModel
+from moe_runtime.config.observing import LoggingConfig, MetricsConfig
+from moe_runtime.config.security import SecurityConfig
 
 
 class RouterConfig(StrictModel):
@@ -36,6 +39,37 @@ class RouterConfig(StrictModel):
     max_queued_bytes: int = Field(
         1 << 30, ge=1, le=MAX_BYTES, description="Queued bytes above which requests are refused."
     )
+    max_queued_s: float = Field(
+        0.5,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Seconds of work, at the pace measured lately, that may wait before a request; it is refused "
+        "beyond that, unless it would be in the next batch, and where its answer would probably be late.",
+    )
+    max_client_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the queue and of the open requests that one client may hold while others are active.",
+    )
+    drain_s: float = Field(
+        30.0, gt=0, le=MAX_SECONDS, description="How long requests in flight may take when a router is ended."
+    )
+    drain_notice_s: float = Field(
+        0.0,
+        ge=0,
+        le=MAX_SECONDS,
+        description="How long a router that is to end tells health checks so before it refuses requests; for load "
+        "balancers that look rarely.",
+    )
+
+    @model_validator(mode="after")
+    def _notice_within_drain(self) -> RouterConfig:
+        if self.drain_notice_s >= self.drain_s:
+            raise ValueError(
+                f"drain_notice_s: expected less than {self.drain_s}, the drain_s, found {self.drain_notice_s}"
+            )
+        return self
 
     @field_validator("address")
     @classmethod
@@ -55,6 +89,9 @@ class LimitsConfig(StrictModel):
     max_request_tokens: int = Field(65536, ge=1, le=MAX_COUNT, description="Tokens of one request.")
     max_concurrent_requests: int = Field(
         1024, ge=1, le=MAX_COUNT, description="Requests that a router holds; more are refused."
+    )
+    max_metadata_bytes: int = Field(
+        16384, ge=1024, le=1 << 20, description="Bytes of a call's metadata (HTTP/2 headers); calls with more fail."
     )
     default_timeout_s: float = Field(10.0, gt=0, le=MAX_SECONDS, description="Deadline of a request that has none.")
     max_timeout_s: float = Field(300.0, gt=0, le=MAX_SECONDS, description="Longest deadline that a request may have.")
@@ -120,6 +157,9 @@ class RuntimeConfig(StrictModel):
     router: RouterConfig = Field(default_factory=RouterConfig, description="Router processes.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on one request.")
     data_plane: DataPlaneConfig = Field(default_factory=DataPlaneConfig, description="Token transport.")
+    security: SecurityConfig = Field(default_factory=SecurityConfig, description="Who may call the routers, and how.")
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="Metrics for Prometheus.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Logs of all processes.")
 
     @field_validator("threads")
     @classmethod
@@ -127,3 +167,18 @@ class RuntimeConfig(StrictModel):
         if threads != "auto" and not 1 <= threads <= MAX_THREADS:
             raise ValueError(f"expected auto or 1 to {MAX_THREADS}, found {threads}")
         return threads
+
+    @model_validator(mode="after")
+    def _plain_text_stays_on_its_machine(self) -> RuntimeConfig:
+        host = self.router.address.rpartition(":")[0]
+        if self.security.tls is None and not self.security.insecure and not is_loopback(host):
+            raise ValueError(
+                f"security.tls: expected cert and key, since others reach router.address {self.router.address}, found "
+                "none; `moe-runtime certs DIR` makes them, and `security: {insecure: true}` serves in plain text"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_are_for_those_let_in(self) -> RuntimeConfig:
+        self.metrics.check(self.security)
+        return self

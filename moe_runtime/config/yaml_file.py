@@ -27,18 +27,31 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path.name}: expected UTF-8 text, found other bytes at offset {exc.start}") from exc
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
+    return parse_yaml(text, origin=path.name)
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """The plain values in a YAML document; JSON is one, too.
+
+    Args:
+        text: The document.
+        origin: How messages name it.
+
+    Raises:
+        ConfigError: If it is not one YAML document, or repeats a key.
+    """
     try:
         # A loader of plain values: safe, and stricter than SafeLoader.
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # nosec B506  # a SafeLoader
     except yaml.MarkedYAMLError as exc:
-        raise ConfigError(f"{path.name}: {_in_one_line(exc)}") from exc
+        raise ConfigError(f"{origin}: {_in_one_line(exc)}") from exc
     except RecursionError as exc:
-        raise ConfigError(f"{path.name}: expected a few levels of nesting, found too many to read") from exc
+        raise ConfigError(f"{origin}: expected a few levels of nesting, found too many to read") from exc
     except ValueError as exc:
         # PyYAML passes on what int() and date() say, such as of too many digits.
-        raise ConfigError(f"{path.name}: a value cannot be read: {exc}") from exc
+        raise ConfigError(f"{origin}: a value cannot be read: {exc}") from exc
     except yaml.YAMLError as exc:
-        raise ConfigError(f"{path.name}: {' '.join(str(exc).split())}") from exc
+        raise ConfigError(f"{origin}: {' '.join(str(exc).split())}") from exc
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

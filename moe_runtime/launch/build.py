@@ -63,7 +63,9 @@ def build_router(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> Rou
         layers=build_layers(loaded, nodes_have_paths=nodes_have_paths),
         router=config.router,
         limits=config.limits,
+        security=config.security.located(loaded.base_dir),
         encryption=config.data_plane.encryption,
+        metrics=config.metrics,
     )
 
 

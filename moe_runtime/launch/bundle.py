@@ -125,7 +125,7 @@ def _relative_paths(loaded: LoadedConfig) -> set[str]:
     Raises:
         ConfigError: With one line per file that is missing or lies outside.
     """
-    mistakes, paths = [], set()
+    mistakes, paths = _secrets_to_ship(loaded), set()
     for key, source in _sources(loaded):
         if is_uri(source) or Path(source).is_absolute():
             continue
@@ -141,6 +141,19 @@ def _relative_paths(loaded: LoadedConfig) -> set[str]:
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))
     return paths
+
+
+def _secrets_to_ship(loaded: LoadedConfig) -> list[str]:
+    """Certificates, keys and tokens that are meant as files of this machine.
+
+    They stay out of bundles, which outlive what they are for; on a node they can be replaced without a deployment.
+    """
+    return [
+        f"{loaded.origin}{key}: expected an absolute path, or one that starts with ~/, of a file on every node with "
+        f"routers, found {path!r}: keys and tokens do not travel with a configuration; see docs/security.md"
+        for key, path in loaded.config.security.files.items()
+        if not path.startswith(("/", "~/"))
+    ]
 
 
 def _sources(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_runtime.config.hosts import is_loopback
 from moe_runtime.errors import ConfigError
 from moe_runtime.experts.spec import build_module
 from moe_runtime.launch.build import build_router
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
-from moe_runtime.ray_backend.addresses import is_loopback, router_addresses, split_address
+from moe_runtime.ray_backend.addresses import router_addresses, split_address
 from moe_runtime.ray_backend.cluster import Cluster
 from moe_runtime.ray_backend.placer import NodeShape, place_actors
 from moe_runtime.routing.policies import build_policy

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+from moe_runtime.config.observing import MetricsConfig
 
 if TYPE_CHECKING:
     from moe_runtime.config.models import (
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         WeightOn,
     )
     from moe_runtime.config.runtime import LimitsConfig, RouterConfig
+    from moe_runtime.config.security import SecurityConfig
     from moe_runtime.experts.spec import ExpertSpec
     from moe_runtime.transport.curve import Encryption
 
@@ -129,13 +132,15 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class RouterRecipe:
-    """What every router of a runtime builds and serves, and what it speaks to the hosts of other nodes."""
+    """What every router of a runtime builds and serves, whom it lets in, and what it speaks to other nodes' hosts."""
 
     runtime: str
     layers: tuple[LayerRecipe, ...]
     router: RouterConfig
     limits: LimitsConfig
+    security: SecurityConfig
     encryption: Encryption = "curve"
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import TYPE_CHECKING
 
+from moe_runtime.config.hosts import is_loopback
 from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,16 +19,6 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of ``HOST:PORT``; an IPv6 host keeps its brackets."""
     host, _, port = address.rpartition(":")
     return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only the same machine reaches this host."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def router_addresses(address: str, nodes: Sequence[str], *, ips: Sequence[str] = ()) -> list[str]:
@@ -99,4 +89,4 @@ def _host_on(host: str, ip: str | None) -> str:
 def public_address(bound: str, ip: str) -> str:
     """The address that clients use: where every interface is bound, the node's own."""
     host, port = split_address(bound)
-    return f"{ip}:{port}" if host in ("0.0.0.0", "[::]") else bound
+    return f"{ip}:{port}" if host in ("0.0.0.0", "[::]") else bound  # nosec B104  # compared, not bound

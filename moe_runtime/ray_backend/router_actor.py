@@ -76,8 +76,9 @@ class RouterActor:
             self._prepared = (plan.revision, outcome)
         return None
 
-    async def ping(self) -> None:
-        """Answer."""
+    async def ping(self) -> str | None:
+        """Answer: what of the router stands still, in words; None where nothing does."""
+        return None if self._process is None else await asyncio.to_thread(self._process.standstill)
 
     async def keep(self, snapshot: Snapshot) -> None:
         """Serve by the snapshot from now on, unless a newer one is here, or hosts do not know this router."""
@@ -123,7 +124,7 @@ class RouterActor:
 
     def _start(self, address: str, plan: RoutersPlan) -> RouterReport | Failure:
         try:
-            factory: RouterFactory = pickle.loads(plan.factory)
+            factory: RouterFactory = pickle.loads(plan.factory)  # nosec B301  # from the controller, by Ray
             process = factory(self._locate())
             report = process.start(address)
         except Exception as exc:
@@ -157,7 +158,7 @@ class RouterActor:
 
 def _prepare(plan: RoutersPlan) -> Any:
     try:
-        factory: RouterFactory = pickle.loads(plan.factory)
+        factory: RouterFactory = pickle.loads(plan.factory)  # nosec B301  # from the controller, by Ray
         return factory.prepare()
     except Exception as exc:
         # As a value: the one who asked wants the error's text, not a remote traceback.

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 
 from moe_runtime.errors import RequestCancelledError, UnavailableError
+from moe_runtime.rpc.channels import connector
 from moe_runtime.rpc.client_core import ClientCore
-from moe_runtime.rpc.methods import CHANNEL_OPTIONS, FORWARD_STREAM, path, slices
+from moe_runtime.rpc.methods import FORWARD_STREAM, path, slices
+from moe_runtime.rpc.reconnecting import AioReconnections
 from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
-from moe_runtime.rpc.status import error_of
+from moe_runtime.rpc.status import error_of, is_lost
 from moe_runtime.wire.messages import NO_OPTIONS
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from moe_runtime.errors import MoERuntimeError
+    from moe_runtime.rpc.channels import ClientTLS
     from moe_runtime.rpc.client_core import Attempt, ClientCall
     from moe_runtime.rpc.retries import RetryPolicy
     from moe_runtime.wire.messages import ForwardResult, RequestOptions
@@ -34,17 +38,30 @@ class AsyncMoEClient:
 
     Args:
         target: ``HOST:PORT`` of a router, or of several, which take turns.
+        token: As for ``MoEClient``.
+        tls: As for ``MoEClient``.
+        insecure: As for ``MoEClient``.
         retry_policy: When calls are tried again, as for ``MoEClient``.
 
     Raises:
-        InvalidRequestError: If the target is no address.
+        InvalidRequestError: As ``MoEClient``.
     """
 
-    def __init__(self, target: str | Sequence[str], *, retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY) -> None:
+    def __init__(
+        self,
+        target: str | Sequence[str],
+        *,
+        token: str | None = None,
+        tls: bool | ClientTLS | None = None,
+        insecure: bool = False,
+        retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
+    ) -> None:
         self._core = ClientCore(target, retry_policy=retry_policy)
+        self._connector = connector(self._core.pool.addresses, token=token, tls=tls, insecure=insecure)
         # made on the first call: a channel belongs to the loop that runs when it is made
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._unary_calls: dict[tuple[str, str], grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {}
+        self._reconnections = AioReconnections(self._core.pool)
         self._closed = False
 
     async def forward(
@@ -77,6 +94,7 @@ class AsyncMoEClient:
     async def close(self) -> None:
         """Close the connections; calls under way end with ``RequestCancelledError``. Safe to call twice."""
         self._closed = True
+        await self._reconnections.close()
         for channel in self._channels.values():
             await channel.close()
 
@@ -101,21 +119,29 @@ class AsyncMoEClient:
                     raise RequestCancelledError("the client was closed while the call was under way") from exc
                 error = error_of(exc.code(), exc.details(), exc.trailing_metadata())
                 error.__cause__ = exc
-                call.failed(error)
+                self._fail(call, error, is_lost=is_lost(error, exc.trailing_metadata()))
             else:
                 is_large = len(reply) > _INLINE_BYTES
                 return await asyncio.to_thread(call.succeeded, reply) if is_large else call.succeeded(reply)
 
+    def _fail(self, call: ClientCall[Any], error: MoERuntimeError, *, is_lost: bool) -> None:
+        address = call.attempt.address
+        try:
+            call.failed(error, is_lost=is_lost)
+        finally:
+            if is_lost:
+                self._reconnections.watch(address, self._channels[address])
+
     async def _send(self, attempt: Attempt) -> bytes:
         channel = self._channel(attempt.address)
-        name = path(attempt.method)
+        name, metadata = path(attempt.method), self._connector.metadata
         if attempt.method != FORWARD_STREAM:
             call = self._unary_calls.get((attempt.address, name))
             if call is None:
                 call = self._unary_calls[attempt.address, name] = channel.unary_unary(name)
-            unary: bytes = await call(attempt.body, timeout=attempt.timeout_s)
+            unary: bytes = await call(attempt.body, timeout=attempt.timeout_s, metadata=metadata)
             return unary
-        stream = channel.stream_stream(name)(slices(attempt.body), timeout=attempt.timeout_s)
+        stream = channel.stream_stream(name)(slices(attempt.body), timeout=attempt.timeout_s, metadata=metadata)
         try:
             return b"".join([piece async for piece in stream])
         finally:
@@ -123,5 +149,5 @@ class AsyncMoEClient:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._channels[address] = self._connector.aio_channel(address)
         return self._channels[address]

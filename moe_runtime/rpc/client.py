@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import grpc
 
 from moe_runtime.errors import RequestCancelledError, UnavailableError
+from moe_runtime.rpc.channels import connector
 from moe_runtime.rpc.client_core import ClientCore
-from moe_runtime.rpc.methods import CHANNEL_OPTIONS, FORWARD_STREAM, path, slices
+from moe_runtime.rpc.methods import FORWARD_STREAM, path, slices
+from moe_runtime.rpc.reconnecting import Reconnections
 from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
-from moe_runtime.rpc.status import error_of
+from moe_runtime.rpc.status import error_of, is_lost
 from moe_runtime.wire.messages import NO_OPTIONS
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from moe_runtime.errors import MoERuntimeError
+    from moe_runtime.rpc.channels import ClientTLS
     from moe_runtime.rpc.client_core import Attempt, ClientCall
     from moe_runtime.rpc.retries import RetryPolicy
     from moe_runtime.wire.messages import ForwardResult, RequestOptions
@@ -31,18 +35,30 @@ class MoEClient:
 
     Args:
         target: ``HOST:PORT`` of a router, or of several, which take turns.
+        token: Shown to the routers; None takes that of the environment's ``MOE_RUNTIME_TOKEN``, if there is one.
+        tls: How routers are called by TLS; True trusts the usual CAs; None is plain text.
+        insecure: Send the token in plain text to other machines, too.
         retry_policy: When calls are tried again: after ``UnavailableError``, and after ``OverloadedError`` where
             the router's hint fits the deadline. The request id stays the same.
 
     Raises:
-        InvalidRequestError: If the target is no address.
+        InvalidRequestError: If the target is no address, a file of ``tls`` cannot be read, or the token cannot be
+            sent, or not without others on the way reading it.
     """
 
-    def __init__(self, target: str | Sequence[str], *, retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY) -> None:
+    def __init__(
+        self,
+        target: str | Sequence[str],
+        *,
+        token: str | None = None,
+        tls: bool | ClientTLS | None = None,
+        insecure: bool = False,
+        retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY,
+    ) -> None:
         self._core = ClientCore(target, retry_policy=retry_policy)
-        self._channels = {
-            address: grpc.insecure_channel(address, options=CHANNEL_OPTIONS) for address in self._core.pool.addresses
-        }
+        self._connector = connector(self._core.pool.addresses, token=token, tls=tls, insecure=insecure)
+        self._channels = {address: self._connector.channel(address) for address in self._core.pool.addresses}
+        self._reconnections = Reconnections(self._core.pool)
         self._closed = False
 
     def forward(
@@ -121,17 +137,25 @@ class MoEClient:
                     raise RequestCancelledError("the client was closed while the call was under way") from exc
                 error = error_of(exc.code(), exc.details(), exc.trailing_metadata())
                 error.__cause__ = exc
-                call.failed(error)
+                self._fail(call, error, is_lost=is_lost(error, exc.trailing_metadata()))
             else:
                 return call.succeeded(reply)
 
+    def _fail(self, call: ClientCall[Any], error: MoERuntimeError, *, is_lost: bool) -> None:
+        address = call.attempt.address
+        try:
+            call.failed(error, is_lost=is_lost)
+        finally:
+            if is_lost:
+                self._reconnections.watch(address, self._channels[address])
+
     def _send(self, attempt: Attempt) -> bytes:
         channel = self._channels[attempt.address]
-        name = path(attempt.method)
+        name, metadata = path(attempt.method), self._connector.metadata
         if attempt.method != FORWARD_STREAM:
-            unary: bytes = channel.unary_unary(name)(attempt.body, timeout=attempt.timeout_s)
+            unary: bytes = channel.unary_unary(name)(attempt.body, timeout=attempt.timeout_s, metadata=metadata)
             return unary
-        stream = channel.stream_stream(name)(slices(attempt.body), timeout=attempt.timeout_s)
+        stream = channel.stream_stream(name)(slices(attempt.body), timeout=attempt.timeout_s, metadata=metadata)
         try:
             return b"".join(stream)
         finally:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from moe_runtime.errors import InternalError, RequestTooLargeError, StreamRequiredError
+from moe_runtime.errors import MoERuntimeError, RequestTooLargeError, StreamRequiredError
+from moe_runtime.rpc.access import caller_of
+from moe_runtime.rpc.border import Border
 from moe_runtime.rpc.intake import Intake
 from moe_runtime.rpc.methods import (
     DESCRIBE,
@@ -23,7 +25,7 @@ from moe_runtime.rpc.methods import (
     slices,
 )
 from moe_runtime.rpc.pending import Answers, PendingAnswer
-from moe_runtime.rpc.status import answerable, metadata_of, status_of
+from moe_runtime.rpc.status import metadata_of, status_of
 from moe_runtime.service.requests import LayerRequest
 from moe_runtime.wire.codec import decode_info_request, decode_request, encode_info, encode_reply
 from moe_runtime.wire.messages import ForwardReply
@@ -78,6 +80,7 @@ class RouterHandlers:
         self._executor = executor
         self._intake = Intake(limits)
         self._answers = Answers()
+        self._border = Border()
         self._num_calls: Counter[str] = Counter()
         self._num_errors: Counter[str] = Counter()
 
@@ -92,6 +95,14 @@ class RouterHandlers:
                 STATUS: grpc.unary_unary_rpc_method_handler(self._status),
             },
         )
+
+    def count_error(self, error: MoERuntimeError) -> None:
+        """Count an error that a call was answered with."""
+        self._num_errors[type(error).__name__] += 1
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """``num_calls`` by method and ``num_errors`` by the name of the error. Thread-safe."""
+        return {"num_calls": dict(self._num_calls), "num_errors": dict(self._num_errors)}
 
     async def _forward(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         return await self._or_abort(FORWARD, self._answer_unary(body, context), context)
@@ -118,7 +129,7 @@ class RouterHandlers:
         async with self._intake.admitted(timeout_s):
             pending = PendingAnswer(self._service, self._answers)
             try:
-                submit = partial(self._submit, body, pending, deadline=deadline, unary=True)
+                submit = partial(self._submit, body, pending, deadline=deadline, client=caller_of(context), unary=True)
                 await self._off_loop_if_large(len(body), submit)
                 reply = await self._encoded(await pending.wait())
             finally:
@@ -137,7 +148,9 @@ class RouterHandlers:
             try:
                 with self._intake.streamed() as body:
                     content = await body.receive(pieces)
-                    submit = partial(self._submit, content, pending, deadline=deadline, unary=False)
+                    submit = partial(
+                        self._submit, content, pending, deadline=deadline, client=caller_of(context), unary=False
+                    )
                     await self._off_loop_if_large(len(content), submit)
                 return await self._encoded(await pending.wait())
             finally:
@@ -148,8 +161,13 @@ class RouterHandlers:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: encode_info(info()))
 
-    def _submit(self, body: bytes | bytearray, pending: PendingAnswer, *, deadline: float, unary: bool) -> None:
+    def _submit(
+        self, body: bytes | bytearray, pending: PendingAnswer, *, deadline: float, client: str, unary: bool
+    ) -> None:
         request = decode_request(body)
+        if logger.isEnabledFor(logging.DEBUG):
+            about = {"request_id": request.request_id, "layer": request.layer}
+            logger.debug("received %d tokens", request.inputs.shape[0] if request.inputs.shape else 0, extra=about)
         if unary:
             _check_reply_fits(request, self._service.layer(request.layer))
         pending.submit(
@@ -160,12 +178,14 @@ class RouterHandlers:
                 options=request.options.map_arrays(to_torch),
                 return_routing=request.return_routing,
                 deadline=deadline,
+                client=client,
             )
         )
 
     async def _encoded(self, answer: LayerAnswer) -> bytes:
         def encode() -> bytes:
-            return encode_reply(ForwardReply(outputs=from_torch(answer.outputs), report=answer.report))
+            report = self._border.report(answer.report)
+            return encode_reply(ForwardReply(outputs=from_torch(answer.outputs), report=report))
 
         return await self._off_loop_if_large(answer.outputs.nbytes, encode)
 
@@ -178,8 +198,7 @@ class RouterHandlers:
         return {**self._info, **self._service.describe()}
 
     def _load(self) -> dict[str, Any]:
-        calls = {"num_calls": dict(self._num_calls), "num_errors": dict(self._num_errors)}
-        return {**self._service.status(), "rpc": calls}
+        return {**self._service.status(), "rpc": self.counts()}
 
     async def _or_abort(
         self,
@@ -192,10 +211,8 @@ class RouterHandlers:
         try:
             return await answer
         except Exception as exc:  # the border: gRPC would send the text of whatever gets past here
-            error = answerable(exc)
-            if error is not exc or isinstance(error, InternalError):
-                logger.exception("%s failed", method)
-        self._num_errors[type(error).__name__] += 1
+            error = self._border.error(exc, method=method)
+        self.count_error(error)
         code, details = status_of(error)
         await context.abort(code, details, metadata_of(error))
         raise error  # abort has raised; this tells the type checker

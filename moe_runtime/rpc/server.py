@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from moe_runtime.config.security import SecurityConfig
 from moe_runtime.errors import StartError
+from moe_runtime.rpc.access import Doorman
 from moe_runtime.rpc.handlers import RouterHandlers
 from moe_runtime.rpc.methods import SERVER_OPTIONS, SERVICE
+from moe_runtime.rpc.server_tls import server_credentials
+from moe_runtime.rpc.tokens import TokenFile
 from moe_runtime.service.ports import Clock, MonotonicClock
 
 if TYPE_CHECKING:
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 _NUM_WORKERS = 4
 #: gRPC itself refuses calls beyond the limit plus these, which leave room for health checks and descriptions.
 _SPARE_CALLS = 64
+#: Beyond its most streams a connection's calls wait without a word, or, before the client has heard of the number, are
+#: reset: so it is far above the number of calls that are refused with an error.
+_MIN_STREAMS = 8192
 
 
 class RpcServer:
@@ -36,6 +43,10 @@ class RpcServer:
         limits: What one request may ask for.
         info: Goes into descriptions, before what the service says.
         clock: The service's clock, which deadlines are told in.
+        security: Certificates and tokens; plain text, and everybody may call, when None.
+
+    Raises:
+        ConfigError: If a certificate, its key or the tokens cannot be used.
     """
 
     def __init__(
@@ -46,13 +57,19 @@ class RpcServer:
         limits: LimitsConfig,
         info: Mapping[str, Any],
         clock: Clock | None = None,
+        security: SecurityConfig | None = None,
     ) -> None:
         self._address = address
         self._limits = limits
+        security = security or SecurityConfig()
+        # Files first: nothing is started that would have to be ended.
+        self._credentials = None if security.tls is None else server_credentials(security.tls)
+        tokens = None if security.tokens is None else TokenFile(security.tokens)
         self._executor = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="rpc-worker")
         self._handlers = RouterHandlers(
             service, limits=limits, info=info, clock=clock or MonotonicClock(), executor=self._executor
         )
+        self._doormen = () if tokens is None else (Doorman(tokens, on_refused=self._handlers.count_error),)
         self._bound: Future[str] = Future()
         self._thread = threading.Thread(target=self._run, name="rpc-server", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -71,6 +88,18 @@ class RpcServer:
         """
         self._thread.start()
         return self._bound.result()
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """``num_calls`` by method and ``num_errors`` by the name of the error. Thread-safe."""
+        return self._handlers.counts()
+
+    def turns(self, timeout_s: float) -> bool:
+        """Whether its loop does what it is asked within that time; one that was stopped does not."""
+        turned: Future[None] = Future()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(turned.set_result, None)
+        return bool(wait([turned], timeout=timeout_s).done)
 
     def drain(self) -> None:
         """Tell health checks that no new requests are wanted; calls go on."""
@@ -100,9 +129,11 @@ class RpcServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        most_calls = self._limits.max_concurrent_requests + _SPARE_CALLS
         server = grpc.aio.server(
-            options=SERVER_OPTIONS,
-            maximum_concurrent_rpcs=self._limits.max_concurrent_requests + _SPARE_CALLS,
+            options=(*SERVER_OPTIONS, *_limit_options(self._limits, most_calls)),
+            interceptors=self._doormen,
+            maximum_concurrent_rpcs=most_calls,
         )
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
@@ -116,7 +147,10 @@ class RpcServer:
 
     def _bind(self, server: grpc.aio.Server) -> str:
         try:
-            port = server.add_insecure_port(self._address)
+            if self._credentials is None:
+                port = server.add_insecure_port(self._address)
+            else:
+                port = server.add_secure_port(self._address, self._credentials)
         except RuntimeError as exc:
             raise StartError(
                 f"expected to bind {self._address}, found it taken or not an address of this machine:"
@@ -132,3 +166,12 @@ class RpcServer:
         await stopping
         draining.cancel()
         await server.stop(self._grace_s)
+
+
+def _limit_options(limits: LimitsConfig, most_calls: int) -> tuple[tuple[str, int], ...]:
+    return (
+        # Both: between them gRPC would refuse calls at random.
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", max(_MIN_STREAMS, 2 * most_calls)),
+    )

@@ -77,7 +77,12 @@ _MAX_DETAILS_BYTES = 1024  # gRPC bounds the trailing metadata, where each byte 
 def status_of(error: MoERuntimeError) -> tuple[grpc.StatusCode, str]:
     """The code and the words with which a router answers a call that raised this error."""
     code = STATUS_CODES.get(type(error), grpc.StatusCode.INTERNAL)
-    return code, str(error).encode()[:_MAX_DETAILS_BYTES].decode(errors="ignore")
+    return code, printable(str(error)).encode()[:_MAX_DETAILS_BYTES].decode(errors="ignore")
+
+
+def printable(text: str) -> str:
+    """A text in one line: what would change how a log or a terminal shows it is escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def metadata_of(error: MoERuntimeError) -> tuple[tuple[str, str], ...]:
@@ -86,13 +91,6 @@ def metadata_of(error: MoERuntimeError) -> tuple[tuple[str, str], ...]:
     if isinstance(error, OverloadedError):
         return (name, (RETRY_AFTER_KEY, f"{error.retry_after_ms:.3f}"))
     return (name,)
-
-
-def answerable(error: Exception) -> MoERuntimeError:
-    """The error itself where clients may see it, else an ``InternalError`` that tells nothing of the inside."""
-    if isinstance(error, MoERuntimeError) and type(error) in STATUS_CODES:
-        return error
-    return InternalError("the router failed to answer this request; its log has the details")
 
 
 def error_of(code: grpc.StatusCode, details: str | None, metadata: Iterable[tuple[str, Any]] | None) -> MoERuntimeError:
@@ -111,6 +109,11 @@ def error_of(code: grpc.StatusCode, details: str | None, metadata: Iterable[tupl
     if ERROR_KEY not in entries and _GRPC_OVERSIZE in message:
         return RequestTooLargeError(message)
     return OverloadedError(message, retry_after_ms=_milliseconds(entries.get(RETRY_AFTER_KEY)))
+
+
+def is_lost(error: MoERuntimeError, metadata: Iterable[tuple[str, Any]] | None) -> bool:
+    """Whether a call ended without a word of the router's: it could not be reached, or the connection broke."""
+    return isinstance(error, UnavailableError) and ERROR_KEY not in dict(metadata or ())
 
 
 def _milliseconds(text: object) -> float:

@@ -186,6 +186,7 @@ class Attempts:
                 self._turns += self._lanes.leave(ticket)
             return str(exc)
         self._stats.num_messages += 1
+        self._stats.num_bytes_sent += request.rows.nbytes
         return None
 
     def _start(self, ticket: int, attempt: Attempt | None) -> str | None:

@@ -189,9 +189,10 @@ class RouterEngine:
         if attempt is None:
             return
         flight, segments = attempt.flight, attempt.message.segments
-        layer = flight.layer
+        layer, took_s = flight.layer, self._clock.now() - attempt.sent_at
+        if reply.rows is not None:
+            self.stats.num_bytes_received += reply.rows.nbytes
         if layer.hedge is not None:
-            took_s = self._clock.now() - attempt.sent_at
             self._hedging.answered(layer, segments, took_s=took_s)
         fault = fault_in(reply, segments, out_shape=layer.out_shape, dtype=layer.row_dtype)
         if fault is not None:
@@ -203,9 +204,11 @@ class RouterEngine:
             if result.has_rows and reply.rows is not None:
                 rows = reply.rows if len(segments) == 1 else reply.rows.narrow(0, start, len(segment.rows))
                 start += len(segment.rows)
-            self._settle(flight, segment, result, rows)
+            self._settle(flight, segment, result, rows, took_s=took_s)
 
-    def _settle(self, flight: Flight, segment: PlannedSegment, result: SegmentResult, rows: Tensor | None) -> None:
+    def _settle(
+        self, flight: Flight, segment: PlannedSegment, result: SegmentResult, rows: Tensor | None, *, took_s: float
+    ) -> None:
         """Take what a host says of a segment, unless another host was faster."""
         race = segment.race
         if race is not None and race.is_won:
@@ -219,7 +222,7 @@ class RouterEngine:
             segment, rows = self._recovery.fail_rows(flight, segment, result, rows)
         flight.expert_rows.place(segment.rows, rows)
         flight.num_open_rows -= len(segment.rows)
-        flight.stats.count_product(segment.expert_id, result.compute_ms)
+        flight.stats.count_product(segment.expert_id, result.compute_ms, taken_s=took_s)
 
     def _lose(self, endpoint: Endpoint, reason: str, *, is_death: bool) -> None:
         for attempt in self._attempts.take_lost(endpoint):

@@ -149,8 +149,8 @@ class Recovery:
         if not flight.has_failed(request):
             self._stats.num_poisoned += 1
             flight.log().errors[request] = PoisonedRequestError(
-                f"layer {flight.layer.name}: {flight.request_name(request)}: two expert hosts died of it, the second "
-                "while it worked on nothing else; do not send it again"
+                f"layer {flight.layer.name}: {flight.request_name(request)}: two expert hosts died of it, the second"
+                " while it worked on nothing else; do not send it again"
             )
 
     def _place(self, failed: _Failed) -> Iterator[_Placed]:

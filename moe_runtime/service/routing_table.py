@@ -34,6 +34,8 @@ class Replica:
         weights_version: Hash of the weights that it serves, or ``seed:<n>`` when initialised.
         device: Device that it computes on.
         pid: Process id of its host on its node.
+        num_restarts: How often its host came back, since the controller started.
+        reason: Why it is in that state, in words, where it is not simply ready.
     """
 
     replica_id: str
@@ -42,6 +44,8 @@ class Replica:
     weights_version: str = ""
     device: str = "cpu"
     pid: int = 0
+    num_restarts: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def default_ipc_folder() -> Path:
 
     Not under ``$XDG_RUNTIME_DIR``: that goes when the user logs out, and a detached runtime stays.
     """
-    return Path("/tmp") / f"moe-runtime-{os.geteuid()}"
+    return Path("/tmp") / f"moe-runtime-{os.geteuid()}"  # nosec B108  # its owner and mode are checked
 
 
 def prepare_ipc_folder(folder: Path) -> None:

@@ -60,10 +60,12 @@ class Fields:
         return value
 
     def text(self, name: str, *, low: int = 1, high: int) -> str:
-        """The string of that name, of ``low`` to ``high`` characters."""
+        """The string of that name, of ``low`` to ``high`` printable characters: it goes into logs."""
         value = self._take(name)
         if not isinstance(value, str) or not low <= len(value) <= high:
             raise self._unexpected(name, f"a string of {low} to {high} characters", value)
+        if not value.isprintable():
+            raise self._unexpected(name, "a string of printable characters", value)
         return value
 
     def list(self, name: str) -> list[Any]:

@@ -121,6 +121,8 @@ def _brief(value: object) -> str:
     if type(value) is int and value.bit_length() > 128:
         return "a number above 2**128"  # printing it could take longer than refusing it
     if isinstance(value, list):
-        return f"[{', '.join(_brief(item) for item in value[: MAX_DIMS + 1])}]"
+        # Nested lists by their name: a peer chooses how deep they are.
+        shown = ("list" if isinstance(item, list) else _brief(item) for item in value[: MAX_DIMS + 1])
+        return f"[{', '.join(shown)}]"
     text = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}..."

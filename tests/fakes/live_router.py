@@ -11,6 +11,7 @@ import torch
 
 from moe_runtime.config.models import CapacityConfig, LinearGateConfig, TopKPolicyConfig
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
+from moe_runtime.config.security import SecurityConfig
 from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.spec import ExpertSpec
@@ -41,11 +42,18 @@ LAYER_CHANGES: dict[str, dict[str, Any]] = {
 class LiveRouter:
     """Layers of identity experts, whose answer is the input; ``wide`` answers zeros, ``stuck`` waits for ``free``."""
 
-    def __init__(self, *, address: str = "127.0.0.1:0", limits: LimitsConfig, router: RouterConfig) -> None:
+    def __init__(
+        self,
+        *,
+        address: str = "127.0.0.1:0",
+        limits: LimitsConfig,
+        router: RouterConfig,
+        security: SecurityConfig | None = None,
+    ) -> None:
         network = InProcessNetwork()
         layers = {name: _layer(name, **changes) for name, changes in LAYER_CHANGES.items()}
         self.service = RouterService(layers, network.router_transport(), router=router, limits=limits)
-        self.server = RpcServer(self.service, address=address, limits=limits, info={"name": "live"})
+        self.server = RpcServer(self.service, address=address, limits=limits, info={"name": "live"}, security=security)
         replicas: dict[tuple[str, int], tuple[Replica, ...]] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._loops: dict[str, HostLoop] = {}
@@ -92,7 +100,7 @@ class LiveRouter:
             transport.close()
 
 
-#: ``start_router(address=..., limits=..., router=...)``, each optional.
+#: ``start_router(address=..., limits=..., router=..., security=...)``, each optional.
 StartRouter = Callable[..., LiveRouter]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from fakes.live_router import LiveRouter, StartRouter
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
+from moe_runtime.config.security import SecurityConfig
 from moe_runtime.rpc.client import MoEClient
 
 
@@ -15,9 +16,15 @@ def start_router() -> Iterator[StartRouter]:
     started: list[LiveRouter] = []
 
     def start(
-        *, address: str = "127.0.0.1:0", limits: LimitsConfig | None = None, router: RouterConfig | None = None
+        *,
+        address: str = "127.0.0.1:0",
+        limits: LimitsConfig | None = None,
+        router: RouterConfig | None = None,
+        security: SecurityConfig | None = None,
     ) -> LiveRouter:
-        live = LiveRouter(address=address, limits=limits or LimitsConfig(), router=router or RouterConfig())
+        live = LiveRouter(
+            address=address, limits=limits or LimitsConfig(), router=router or RouterConfig(), security=security
+        )
         started.append(live)
         return live.start()
 

@@ -17,8 +17,9 @@ from moe_runtime.errors import (
     UnavailableError,
     UnknownLayerError,
 )
+from moe_runtime.rpc.border import Border
 from moe_runtime.rpc.methods import ERROR_KEY, RETRY_AFTER_KEY
-from moe_runtime.rpc.status import STATUS_CODES, answerable, error_of, metadata_of, status_of
+from moe_runtime.rpc.status import STATUS_CODES, error_of, metadata_of, status_of
 
 CODES = grpc.StatusCode
 OF_THE_START = {"ConfigError", "PlugInError", "WeightsError", "StartError", "PlacementError", "AlreadyRunningError"}
@@ -83,7 +84,7 @@ def test_error_that_a_newer_router_knows_is_told_by_its_code() -> None:
 
 @pytest.mark.parametrize("exc", [KeyError("secret"), ConfigError("secret"), MoERuntimeError("secret")])
 def test_unexpected_exception_becomes_an_internal_error_without_its_text(exc: Exception) -> None:
-    error = answerable(exc)
+    error = Border().error(exc, method="Forward")
     assert type(error) is InternalError
     assert "secret" not in str(error)
 

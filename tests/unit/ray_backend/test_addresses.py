@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from moe_runtime.config.hosts import is_loopback
 from moe_runtime.errors import ConfigError
-from moe_runtime.ray_backend.addresses import is_loopback, next_address, public_address, router_addresses
+from moe_runtime.ray_backend.addresses import next_address, public_address, router_addresses
 
 
 def test_the_second_router_on_a_node_takes_the_next_port():
