@@ -166,7 +166,9 @@ def test_a_recipe_is_the_same_layer_after_pickling():
 
 
 def test_a_layer_knows_what_to_do_when_experts_fail_or_are_slow():
-    (recipe,) = build(config([FEED_FORWARD], on_failure={"order": ["replica", "error"]}, hedge={"times": 3.0}))
+    (recipe,) = build(
+        config([{**FEED_FORWARD, "count": 3}], on_failure={"order": ["replica", "error"]}, hedge={"times": 3.0})
+    )
     layer = build_routed_layer(recipe)
     assert layer.on_failure.order == ("replica", "error")
     assert layer.hedge is not None
