@@ -39,6 +39,7 @@ class RoutingRules:
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     residual: ResidualRule = "none"
     weight_on: WeightOn = "output"
+    reroutes_failures: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class RoutedPair:
         token: Row of the batch.
         rank: Choice, 0 for the token's first.
         requested: Expert that the token asked for.
-        expert: Expert that it got; the requested one unless it was rerouted.
+        expert: Expert that it got, the last one if several were tried; the requested one unless it was rerouted.
         score: Un-normalised score of ``expert``.
         admitted: Has a place at ``expert``.
         outcome: How it ended.
@@ -95,6 +96,8 @@ def route_reference(inputs: RoutingInputs, rules: RoutingRules) -> list[RoutedPa
     logits = inputs.router_logits.double().tolist()
     pairs = _request(logits, inputs, rules.policy)
     _admit(pairs, logits, inputs, rules)
+    if rules.reroutes_failures:
+        _reroute_failed(pairs, logits, inputs, rules)
     for pair in pairs:
         if pair.admitted:
             failed = (pair.token, pair.expert) in inputs.failed
@@ -241,6 +244,32 @@ def _reroute(
             places[expert] -= 1
             pair.expert, pair.admitted = expert, True
             return
+
+
+def _reroute_failed(
+    pairs: list[RoutedPair], logits: list[list[float]], inputs: RoutingInputs, rules: RoutingRules
+) -> None:
+    """Pairs whose expert fails take another one, by expert; then those that fail again. No place becomes free."""
+    num_experts = inputs.router_logits.shape[1]
+    places = [_capacity(pairs, num_experts, rules.capacity)] * num_experts
+    had = {(pair.token, pair.requested) for pair in pairs} | {(pair.token, pair.expert) for pair in pairs}
+    for pair in pairs:
+        places[pair.expert] -= pair.admitted
+    turn = [pair for pair in pairs if pair.admitted and (pair.token, pair.expert) in inputs.failed]
+    turn.sort(key=lambda pair: pair.token)
+    for num_moves in range(rules.capacity.max_reroutes):
+        turn.sort(key=lambda pair: pair.expert)
+        for pair in turn:
+            scores = _scores_of(logits[pair.token], rules.policy)
+            candidates = [expert for expert in range(num_experts) if (pair.token, expert) not in had]
+            candidates.sort(key=lambda expert: -scores[expert])
+            for expert in candidates[: rules.capacity.max_reroutes - num_moves]:
+                if places[expert] > 0:
+                    pair.expert, places[expert] = expert, places[expert] - 1
+                    had.add((pair.token, expert))
+                    break
+        turn = [pair for pair in turn if (pair.token, pair.expert) in inputs.failed]
+    _rescore(pairs, logits, rules.policy)
 
 
 def _rescore(pairs: list[RoutedPair], logits: list[list[float]], policy: PolicyConfig) -> None:

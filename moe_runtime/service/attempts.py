@@ -12,7 +12,7 @@ from moe_runtime.service.lanes import SuspectLanes
 from moe_runtime.service.ports import HostRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -70,12 +70,12 @@ class Attempts:
         self._overdue: dict[int, HostMessage] = {}
         self._lanes = SuspectLanes()
         self._next_due = math.inf
-        self._unsent: list[tuple[Attempt, str]] = []
+        self._turns: list[int] = []
 
     @property
-    def has_unsent(self) -> bool:
-        """Whether there are any to be taken by ``take_unsent``."""
-        return bool(self._unsent)
+    def has_turns(self) -> bool:
+        """Whether ``start_waiting`` has something to do."""
+        return bool(self._turns)
 
     @property
     def next_due(self) -> float:
@@ -118,7 +118,7 @@ class Attempts:
         if message is not None:
             self._choice.answered(message)
             if message.alone is not None:
-                self._start(self._lanes.leave(ticket))
+                self._turns += self._lanes.leave(ticket)
         return attempt
 
     def take_lost(self, endpoint: Endpoint) -> list[Attempt]:
@@ -126,7 +126,7 @@ class Attempts:
         self._overdue = {key: message for key, message in self._overdue.items() if message.endpoint != endpoint}
         lost = self._take(lambda attempt: attempt.message.endpoint == endpoint)
         self._choice.host_lost(endpoint)
-        self._start(self._lanes.host_lost(endpoint.incarnation))
+        self._turns += self._lanes.host_lost(endpoint.incarnation)
         return list(lost.values())
 
     def take_overdue(self, now: float) -> list[Attempt]:
@@ -137,17 +137,25 @@ class Attempts:
                 self._overdue[ticket] = attempt.message
                 self._choice.timed_out(attempt.message, sent_at=attempt.sent_at)
             if attempt.message.alone is not None:
-                self._start(self._lanes.leave(ticket, host_is_done=attempt.waiting is not None))
+                self._turns += self._lanes.leave(ticket, host_is_done=attempt.waiting is not None)
         while len(self._overdue) > _MAX_OVERDUE:
             oldest = next(iter(self._overdue))
             del self._overdue[oldest]
-            self._start(self._lanes.leave(oldest))
+            self._turns += self._lanes.leave(oldest)
         self._next_due = min([min(each.deadline, each.hedge_at) for each in self._open.values()], default=math.inf)
         return list(late.values())
 
-    def take_unsent(self) -> list[tuple[Attempt, str]]:
-        """Those that could not be sent when their turn came, and why."""
-        unsent, self._unsent = self._unsent, []
+    def start_waiting(self) -> list[tuple[Attempt, str]]:
+        """Send those whose turn has come; those that could not be sent, and why."""
+        unsent = []
+        while self._turns:
+            ticket = self._turns.pop(0)
+            attempt = self._open.get(ticket)
+            reason = self._start(ticket, attempt)
+            if attempt is not None and reason is not None:
+                del self._open[ticket]
+                self._choice.ended(attempt.message)
+                unsent.append((attempt, reason))
         return unsent
 
     def take_slow(self, now: float) -> list[Attempt]:
@@ -175,23 +183,16 @@ class Attempts:
         except TransportError as exc:
             self._stats.num_send_errors += 1
             if message.alone is not None:
-                self._start(self._lanes.leave(ticket))
+                self._turns += self._lanes.leave(ticket)
             return str(exc)
         self._stats.num_messages += 1
         self._stats.num_bytes_sent += request.rows.nbytes
         return None
 
-    def _start(self, tickets: Iterable[int]) -> None:
-        """Send what waited for its turn."""
-        for ticket in tickets:
-            attempt = self._open.get(ticket)
-            if attempt is None or attempt.waiting is None or attempt.flight.has_failed(attempt.message.alone):
-                reason: str | None = "its request has failed"
-                self._start(self._lanes.leave(ticket))
-            else:
-                request, attempt.waiting, attempt.sent_at = attempt.waiting, None, self._clock.now()
-                reason = self._hand_over(ticket, attempt.message, request)
-            if attempt is not None and reason is not None:
-                del self._open[ticket]
-                self._choice.ended(attempt.message)
-                self._unsent.append((attempt, reason))
+    def _start(self, ticket: int, attempt: Attempt | None) -> str | None:
+        """Send what waited for its turn; None, or why it is not sent."""
+        if attempt is None or attempt.waiting is None or attempt.flight.has_failed(attempt.message.alone):
+            self._turns += self._lanes.leave(ticket)
+            return "its request has failed"
+        request, attempt.waiting, attempt.sent_at = attempt.waiting, None, self._clock.now()
+        return self._hand_over(ticket, attempt.message, request)

@@ -25,12 +25,13 @@ class History(NamedTuple):
     Attributes:
         tried: Replicas that failed them.
         num_moves: Experts that they were moved to.
-        is_suspect: Whether a host died while it had them, so that they travel with rows of their own request only.
+        alone: Where a host died while it had them: the request, by its place in the batch, whose rows they are, and
+            with which alone they travel from then on.
     """
 
     tried: tuple[str, ...] = ()
     num_moves: int = 0
-    is_suspect: bool = False
+    alone: int | None = None
 
 
 _FRESH = History()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from moe_runtime.experts.outputs import non_finite_rows
 from moe_runtime.routing.capacity import admit
-from moe_runtime.routing.combine import combine, gather_rows
+from moe_runtime.routing.combine import combine
 from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.service.attempts import Attempt, Attempts
 from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
 from moe_runtime.service.flight import Flight
+from moe_runtime.service.gathering import gather_messages
 from moe_runtime.service.hedging import Hedging
 from moe_runtime.service.lineup import Lineup
 from moe_runtime.service.ports import HostLost, MonotonicClock
@@ -25,7 +25,7 @@ from moe_runtime.service.row_buffers import ExpertRows, RowBuffers
 from moe_runtime.service.stats import RouterStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -36,17 +36,14 @@ if TYPE_CHECKING:
     from moe_runtime.service.ports import Clock, Endpoint, HostReply, SegmentResult, Transport
     from moe_runtime.service.routing_table import RoutingTable
 
-#: Up to this many bytes of a batch, one pass over its rows is quicker than one per host.
-_GATHER_AT_ONCE_BYTES = 64 << 10
-
 
 class RouterEngine:
     """Routes batches through expert hosts, several in flight at once.
 
     Synchronous and owned by one thread: no method may be called from another. ``submit`` never waits;
     ``poll`` waits for hosts and returns what is finished, in any order. Every submitted batch comes back
-    exactly once, at the latest ``timeout_s`` of its layer after its dispatch: what an expert did not serve
-    by then is dropped, counted, and left to the residual.
+    exactly once, at the latest ``timeout_s`` of its layer after its dispatch. What an expert does not serve goes on by
+    the layer's ``on_failure.order``; what nobody serves in time is dropped, counted, and left to the residual.
 
     Args:
         layers: The layers, by name.
@@ -174,23 +171,9 @@ class RouterEngine:
         layer, plan = flight.layer, flight.plan
         dispatch = split_by_host(plan.rows_per_expert, flight.table, layer=layer.name, choice=self._choice)
         self._recovery.unreachable(flight, dispatch.unreachable)
-        for message, rows in self._gather(flight, dispatch.messages):
+        for message, rows in gather_messages(flight, dispatch.messages, self._transport):
             self._send(flight, message, rows)
         self._recover()
-
-    def _gather(self, flight: Flight, messages: Iterable[HostMessage]) -> Iterator[tuple[HostMessage, Tensor]]:
-        """Each message with its rows: large ones straight into the transport's memory, small ones all at once."""
-        layer, plan = flight.layer, flight.plan
-        gather = partial(gather_rows, flight.batch.tokens, plan, weight_on=layer.weight_on)
-        if plan.num_planned * layer.item_size * layer.row_dtype.itemsize <= _GATHER_AT_ONCE_BYTES:
-            every_row = gather().to(layer.row_dtype)
-            for message in messages:
-                yield message, every_row[message.planned_ids()]
-            return
-        for message in messages:
-            shape = (message.num_rows, *layer.item_shape)
-            memory = self._transport.allocate(message.endpoint, shape, layer.row_dtype)
-            yield message, gather(planned_ids=message.planned_ids(), out=memory)
 
     def _send(self, flight: Flight, message: HostMessage, rows: Tensor) -> None:
         now = self._clock.now()
@@ -261,13 +244,17 @@ class RouterEngine:
             self._recovery.fail(attempt.flight, attempt.message.segments, reason, timed_out=True)
 
     def _recover(self) -> None:
-        while self._recovery.has_work or self._attempts.has_unsent:
-            for attempt, reason in self._attempts.take_unsent():
+        while self._recovery.has_work or self._attempts.has_turns:
+            for attempt, reason in self._attempts.start_waiting():
                 self._recovery.fail(attempt.flight, attempt.message.segments, reason)
             self._recovery.run()
 
     def _patience(self, timeout_s: float) -> float:
-        if self._recovery.has_work or not all(flight.num_open_rows for flight in self._flights.values()):
+        if (
+            self._recovery.has_work
+            or self._attempts.has_turns
+            or not all(flight.num_open_rows for flight in self._flights.values())
+        ):
             return 0.0
         return max(0.0, min(timeout_s, self._attempts.next_due - self._clock.now()))
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from moe_runtime.errors import ExpertError, PoisonedRequestError
-from moe_runtime.routing.combine import gather_rows
 from moe_runtime.service.attempts import Attempt
 from moe_runtime.service.dispatch import History, PlannedSegment, as_rows, make_message
 from moe_runtime.service.failures import FailedAttempt
+from moe_runtime.service.gathering import gather_anew
 from moe_runtime.service.rerouting import Rerouting
 
 if TYPE_CHECKING:
@@ -37,11 +37,10 @@ class _Failed(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """Rows that have a next replica, and the request that they travel alone with."""
+    """Rows that have a next replica."""
 
     flight: Flight
     endpoint: Endpoint
-    alone: int | None
     segment: PlannedSegment
 
 
@@ -105,20 +104,18 @@ class Recovery:
             if not self._is_over(flight, segment, reason):
                 continue
             for request, rows in flight.by_request(segment.rows):
-                if segment.history.is_suspect:
+                if segment.history.alone is not None:
                     self._poison(flight, request)
-                suspect = _tried(segment._replace(rows=rows), is_suspect=True)
+                suspect = _tried(segment._replace(rows=rows), alone=request)
                 self._failed.append(_Failed(flight, suspect, reason))
 
     def run(self) -> None:
         """Let all failed rows go on, until none is left that has failed."""
         while self._failed:
-            failed, self._failed = self._failed, []
-            placed = [each for one in failed for each in self._place(one)]
-            placed.sort(key=_destination)
-            for _, group in groupby(placed, key=_destination):
-                flight, endpoint, alone, _ = (same := [*group])[0]
-                self.send(flight, make_message(endpoint, [each.segment for each in same], alone=alone))
+            failed, self._failed = sorted(self._failed, key=_company), []
+            for _, company in groupby(failed, key=_company):
+                # Sent before the next are placed, so that those see what each replica has to do.
+                self._send([placed for each in company for placed in self._place(each)])
 
     def attempt_s(self, flight: Flight, segments: Iterable[PlannedSegment], *, now: float) -> float:
         """Seconds that an attempt at these rows gets: half of what remains, all of it where nothing could follow."""
@@ -187,13 +184,7 @@ class Recovery:
     def _to_twin(self, flight: Flight, segment: PlannedSegment, twin: Replica) -> _Placed:
         if segment.history.tried:
             flight.log().retried.update(segment.rows)
-        return self._placed(flight, segment, twin)
-
-    def _placed(self, flight: Flight, segment: PlannedSegment, replica: Replica) -> _Placed:
-        alone = None
-        if segment.history.is_suspect:
-            alone = next(flight.by_request(segment.rows[:1]))[0]
-        return _Placed(flight, replica.endpoint, alone, segment._replace(replica_id=replica.replica_id))
+        return _Placed(flight, twin.endpoint, segment._replace(replica_id=twin.replica_id))
 
     def _reroute(self, flight: Flight, segment: PlannedSegment, reason: str) -> tuple[list[_Placed], PlannedSegment]:
         """Rows that found another expert, and the segment of those that did not."""
@@ -206,15 +197,15 @@ class Recovery:
         experts = flight.rerouting.choose(
             flight.token_ids(segment.rows), usable=[choice is not None for choice in choices], limit=limit
         )
-        moved = History(history.tried, history.num_moves + 1, history.is_suspect)
+        moved = history._replace(num_moves=history.num_moves + 1)
         placed = []
         for expert_id, replica in enumerate(choices):
             rows = [row for row, chosen in zip(segment.rows, experts, strict=True) if chosen == expert_id]
             if rows and replica is not None:
                 self._note_unreachable(flight, segment._replace(rows=rows), reason)
                 flight.log().moves.update(dict.fromkeys(rows, expert_id))
-                new = PlannedSegment(expert_id, as_rows(rows), history=moved)
-                placed.append(self._placed(flight, new, replica))
+                new = PlannedSegment(expert_id, as_rows(rows), replica.replica_id, moved)
+                placed.append(_Placed(flight, replica.endpoint, new))
         left = [row for row, chosen in zip(segment.rows, experts, strict=True) if chosen is None]
         return placed, segment._replace(rows=as_rows(left) if left else ())
 
@@ -232,19 +223,25 @@ class Recovery:
                 error = ExpertError(f"layer {flight.layer.name}: expert {name}: {reason}")
                 flight.log().errors.setdefault(request, error)
 
+    def _send(self, placed: list[_Placed]) -> None:
+        for _, same_host in groupby(sorted(placed, key=_host), key=_host):
+            group = list(same_host)
+            segments = [each.segment for each in group]
+            self.send(group[0].flight, make_message(group[0].endpoint, segments, alone=segments[0].history.alone))
+
     def send(self, flight: Flight, message: HostMessage) -> None:
         """Send rows of a batch that were dispatched before, to another replica."""
         now = self._clock.now()
         deadline = now + self.attempt_s(flight, message.segments, now=now)
-        reason = self._attempts.send(Attempt(flight, message, now, deadline), _gather(flight, message))
+        reason = self._attempts.send(Attempt(flight, message, now, deadline), gather_anew(flight, message))
         if reason is not None:
             self.fail(flight, message.segments, reason)
 
 
-def _tried(segment: PlannedSegment, *, is_suspect: bool = False) -> PlannedSegment:
+def _tried(segment: PlannedSegment, *, alone: int | None = None) -> PlannedSegment:
     """The segment without its replica, which has failed it."""
     history = segment.history
-    after = History(segment.tried, history.num_moves, history.is_suspect or is_suspect)
+    after = History(segment.tried, history.num_moves, history.alone if alone is None else alone)
     return PlannedSegment(segment.expert_id, segment.rows, history=after)
 
 
@@ -261,13 +258,11 @@ def _without_failed_requests(flight: Flight, segment: PlannedSegment) -> Planned
     return segment._replace(rows=as_rows(kept) if kept else ())
 
 
-def _destination(placed: _Placed) -> tuple[int, int, int]:
-    return placed.flight.batch_id, placed.endpoint.incarnation, -1 if placed.alone is None else placed.alone
+def _company(failed: _Failed) -> tuple[int, int]:
+    """Equal for rows that may share a message."""
+    alone = failed.segment.history.alone
+    return failed.flight.batch_id, -1 if alone is None else alone
 
 
-def _gather(flight: Flight, message: HostMessage) -> Tensor:
-    layer = flight.layer
-    # Rows that carry their weights to the expert need those of the expert that they were moved to.
-    plan = flight.present_plan() if layer.weight_on == "input" else flight.plan
-    rows = gather_rows(flight.batch.tokens, plan, weight_on=layer.weight_on, planned_ids=message.planned_ids())
-    return rows.to(layer.row_dtype)
+def _host(placed: _Placed) -> int:
+    return placed.endpoint.incarnation

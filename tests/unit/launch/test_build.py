@@ -165,6 +165,17 @@ def test_a_recipe_is_the_same_layer_after_pickling():
     torch.testing.assert_close(layer.gate(tokens), build_routed_layer(recipe).gate(tokens), rtol=0, atol=0)
 
 
+def test_a_layer_knows_what_to_do_when_experts_fail_or_are_slow():
+    (recipe,) = build(
+        config([{**FEED_FORWARD, "count": 3}], on_failure={"order": ["replica", "error"]}, hedge={"times": 3.0})
+    )
+    layer = build_routed_layer(recipe)
+    assert layer.on_failure.order == ("replica", "error")
+    assert layer.hedge is not None
+    assert layer.hedge.times == 3.0
+    assert not layer.can_reroute
+
+
 def test_a_gate_takes_its_weights_from_a_file_whose_keys_are_its_parameters(tmp_path):
     path = tmp_path / "gate.safetensors"
     save_weights(path, {"weight": torch.arange(12.0).reshape(2, 6)})

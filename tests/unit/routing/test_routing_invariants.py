@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.config.models import (
@@ -15,9 +17,10 @@ from moe_runtime.config.models import (
 )
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine, gather_rows
+from moe_runtime.routing.moved import move_rows
 from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.routing.policies import build_policy
-from moe_runtime.routing.reference import RoutingInputs, RoutingRules
+from moe_runtime.routing.reference import RoutingInputs, RoutingRules, forward_reference, route_reference
 
 NORMALIZE = st.sampled_from(["before_drop", "after_drop", "none"])
 EXAMPLES = settings(max_examples=40, deadline=None)
@@ -151,3 +154,41 @@ def test_a_large_hot_batch_is_rerouted_as_the_oracle_does_it(route, num_tokens, 
     rules = RoutingRules(TopKPolicyConfig(k=3), capacity, "passthrough")
     routed = route(normal(num_tokens, 2, seed=0), RoutingInputs(logits), rules, [lambda x: x] * 16)
     assert int(routed.plan.admission.rerouted.sum()) > num_tokens // 2
+
+
+@given(batches())
+@settings(max_examples=150, deadline=None)
+def test_rows_that_are_moved_after_the_dispatch_weigh_what_the_oracle_says(batch):
+    tokens, inputs, rules = batch
+    policy = build_policy(rules.policy, num_experts=inputs.router_logits.shape[1])
+    assume(policy.can_reroute)
+    rules = replace(rules, reroutes_failures=True)
+    k = inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k)
+    mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
+    seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
+    assignments = policy.assign(inputs.router_logits, k=k, mask=mask)
+    plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
+    pairs = route_reference(inputs, rules)
+    assume(pairs)
+    final = torch.tensor([pair.expert for pair in pairs])[plan.assignment_ids]
+    rows = (final != plan.expert_ids).nonzero().squeeze(1)
+    moved = move_rows(plan, rows, final[rows])
+
+    assert torch.equal(moved.expert_ids, final)
+    assert torch.equal(moved.token_ids, plan.token_ids)
+    assert moved.rows_per_expert == tuple(torch.bincount(final, minlength=assignments.num_experts).tolist())
+    assert moved.admission.rerouted.tolist() == [pair.rerouted for pair in pairs]
+    assert moved.admission.asked_expert_ids.tolist() == [pair.requested for pair in pairs]
+    untouched = ~torch.isin(plan.token_ids, plan.token_ids[rows])
+    assert torch.equal(moved.weights[untouched], plan.weights[untouched])
+
+    served = torch.tensor([pair.outcome == "served" for pair in pairs])[plan.assignment_ids]
+    sent = gather_rows(tokens, moved, weight_on=rules.weight_on)
+    answers = sent * (1.0 + final)[:, None]
+    answers[~served] = torch.nan
+    combined = combine(tokens, answers, moved, residual=rules.residual, weight_on=rules.weight_on, served=served)
+    weights = torch.tensor([pair.weight for pair in pairs])[plan.assignment_ids]
+    torch.testing.assert_close(combined.weights, weights.float(), rtol=1e-5, atol=1e-6)
+    experts = [lambda x, scale=scale: scale * x for scale in range(1, assignments.num_experts + 1)]
+    expected = forward_reference(tokens, inputs, rules, experts=experts)
+    torch.testing.assert_close(combined.outputs.double(), expected, rtol=1e-5, atol=1e-5)

@@ -41,6 +41,7 @@ capacities = st.builds(
     CapacityConfig,
     factor=st.sampled_from([None, 0.5, 1.0, 1.25]),
     min=st.integers(1, 2),
+    max_reroutes=st.integers(1, 3),
     drop=st.sampled_from(["position", "priority", "score", "random"]),
 )
 
@@ -56,17 +57,24 @@ def answer_truthfully(transport: FakeTransport, request: HostRequest) -> None:
     transport.arrivals.append(HostReply(request.ticket, results, torch.cat(rows)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     policy=policies,
     capacity=capacities,
     residual=st.sampled_from(["add", "passthrough", "none"]),
     num_tokens=st.integers(1, 9),
     dead=st.sets(st.integers(0, NUM_EXPERTS - 1), max_size=2),
+    steps=st.sampled_from([("drop",), ("reroute", "drop"), ("replica", "reroute", "error")]),
     seed=st.integers(0, 10_000),
 )
 def test_outputs_and_outcomes_equal_the_reference(
-    policy: PolicyConfig, capacity: CapacityConfig, residual: str, num_tokens: int, dead: set[int], seed: int
+    policy: PolicyConfig,
+    capacity: CapacityConfig,
+    residual: str,
+    num_tokens: int,
+    dead: set[int],
+    steps: tuple[str, ...],
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(num_tokens, 3, generator=generator)
@@ -77,7 +85,7 @@ def test_outputs_and_outcomes_equal_the_reference(
         policy=build_policy(policy, num_experts=NUM_EXPERTS),
         capacity=capacity,
         residual=residual,
-        on_failure=OnFailureConfig(order=("drop",)),
+        on_failure=OnFailureConfig(order=steps),
     )
     transport = FakeTransport(refusing={endpoint(10 + expert_id) for expert_id in dead})
     engine = RouterEngine({"layer": layer}, transport)
@@ -87,7 +95,8 @@ def test_outputs_and_outcomes_equal_the_reference(
         answer_truthfully(transport, request)
     (result,) = engine.poll(0.0)
 
-    rules = RoutingRules(policy, capacity, residual)
+    can_reroute = "reroute" in steps and layer.policy.can_reroute
+    rules = RoutingRules(policy, capacity, residual, reroutes_failures=can_reroute)
     inputs = RoutingInputs(
         logits,
         mask=mask.tolist(),
@@ -106,4 +115,6 @@ def test_outputs_and_outcomes_equal_the_reference(
     assert report.token_ids.tolist() == [pair.token for pair in pairs]
     assert report.expert_ids.tolist() == [pair.expert for pair in pairs]
     assert report.outcomes.tolist() == [OUTCOMES[pair.outcome] for pair in pairs]
+    assert report.num_rerouted == sum(pair.rerouted for pair in pairs)
+    assert bool(result.errors) == (steps[-1] == "error" and report.num_dropped_failure > 0)
     assert report.num_assignments == report.num_served + report.num_dropped_capacity + report.num_dropped_failure

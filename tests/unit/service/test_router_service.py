@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from fakes.service import FakeClock, make_layer, tokens_of
+from moe_runtime.config.models import OnFailureConfig
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.errors import (
     DeadlineExceededError,
+    ExpertError,
     InternalError,
     MoERuntimeError,
     OverloadedError,
@@ -390,3 +392,25 @@ def test_an_engine_that_fails_answers_its_requests_and_refuses_new_ones(
     with pytest.raises(UnavailableError):
         setting.submit(tokens_of(1))
     assert "the router's engine failed" in caplog.text
+
+
+def test_a_request_whose_expert_fails_is_answered_with_an_error_where_the_layer_says_so() -> None:
+    layer = make_layer(
+        2, gate_features=2, item_shape=(2,), out_shape=(2,), on_failure=OnFailureConfig(order=("error",))
+    )
+    network = InProcessNetwork()
+    host = network.host_transport()
+    service = RouterService({"layer": layer}, network.router_transport(), router=RouterConfig(), limits=LimitsConfig())
+    service.set_table(RoutingTable(1, {("layer", 1): (Replica("layer/1/0", host.endpoint),)}))
+    service.start()
+    box = Mailbox()
+    service.submit(LayerRequest("r", "layer", torch.tensor([[9.0, 0.0], [0.0, 9.0]])), box)
+    (delivery,) = host.receive(WAIT_S)
+    results = tuple(SegmentResult(s.replica_id, s.num_rows) for s in delivery.request.segments)
+    host.reply(delivery, HostReply(delivery.request.ticket, results, delivery.request.rows))
+    error = box.take()
+    assert isinstance(error, ExpertError)
+    assert str(error) == "layer layer: expert expert-0: no replica is ready"
+    assert service.status()["num_failed"] == 1
+    service.close()
+    assert delivery.request.request_ids == ("r",)
