@@ -30,8 +30,8 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 def imported(tree: ast.Module) -> set[str]:
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    froms = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    return {name.partition(".")[0] for name in names | froms}
+    parents = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in names | parents}
 
 
 def test_only_what_ray_carries_is_pickled() -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import moe_runtime as moe
 from fakes.secured import ALICE, METRICS, write_tokens
 from moe_runtime.cli.app import app
+from moe_runtime.launch.build import validate as moe_validate
 from moe_runtime.rpc.certificates import CertificateFiles, make_certificates
 
 CONFIG = """
@@ -67,6 +68,19 @@ def test_status_shows_its_token_and_certificate(tmp_path: Path, certs: Certifica
         code, output = status(runtime.address, "--token-file", str(token), *files)
         assert code == 1
         assert "chmod 600" in output
+
+
+def test_files_are_checked_before_anything_starts(tmp_path: Path, certs: CertificateFiles) -> None:
+    assert moe_validate(tmp_path / "config.yaml").name == "secured"
+    write_tokens(tmp_path / "tokens.yaml", "- {name: alice}")
+    with pytest.raises(moe.ConfigError, match=r"tokens\.yaml: 0\.scopes"):
+        moe_validate(tmp_path / "config.yaml")
+    certs.server_key.write_bytes(certs.client_key.read_bytes())
+    with pytest.raises(moe.ConfigError, match="expected a PEM certificate and its unencrypted key"):
+        moe_validate(tmp_path / "config.yaml")
+    # They may be files of the routers' nodes, which this machine need not be one of.
+    certs.ca.unlink()
+    assert moe_validate(tmp_path / "config.yaml").name == "secured"
 
 
 @pytest.mark.parametrize("file", ["certs/server.crt", "certs/server.key", "certs/ca.crt", "tokens.yaml"])
