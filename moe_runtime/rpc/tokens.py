@@ -60,7 +60,7 @@ class TokenFile:
         self._tokens = Reloaded([file], lambda: read_tokens(file), now=now)
         self._today = today
 
-    def authenticate(self, shown: bytes | str | None) -> Token:
+    def authenticate(self, shown: str | None) -> Token:
         """The token that a caller shows.
 
         Raises:
@@ -68,8 +68,8 @@ class TokenFile:
         """
         if not shown:
             raise UnauthenticatedError("expected a token, as metadata `authorization: Bearer TOKEN`, found none")
-        raw = shown if isinstance(shown, bytes) else shown.encode(errors="surrogateescape")
-        digest = hashlib.sha256(raw).digest()
+        # Tokens are ASCII; what is not may be any bytes, and equals none.
+        digest = hashlib.sha256(shown.encode(errors="backslashreplace")).digest()
         found: Token | None = None
         # Against all, each in constant time: how long it takes says nothing of any of them.
         for token in self._tokens.current():
@@ -80,7 +80,7 @@ class TokenFile:
             raise UnauthenticatedError(f"the token of {found.name} expired after {found.expires}; ask for another")
         return found
 
-    def authorize(self, shown: bytes | str | None, *, any_of: Collection[Scope]) -> Token:
+    def authorize(self, shown: str | None, *, any_of: Collection[Scope]) -> Token:
         """The token that a caller shows, if it is good for what the caller wants.
 
         Raises:

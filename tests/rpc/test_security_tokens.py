@@ -322,6 +322,14 @@ def test_client_sends_no_token_in_plain_text_to_other_machines(address: str) -> 
     MoEClient(address, token="").close()
 
 
+def test_no_proxy_sees_calls_to_this_machine(guarded: LiveRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("no_grpc_proxy", raising=False)
+    expect_good_request(guarded.address, token=ALICE)
+
+
 def test_refused_call_is_a_moe_runtime_error_that_is_not_retried(guarded: LiveRouter) -> None:
     with MoEClient(guarded.address, token="") as client, pytest.raises(MoERuntimeError) as caught:
         client.forward(ROWS, layer="vectors", timeout_s=20)

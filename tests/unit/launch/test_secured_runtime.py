@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import moe_runtime as moe
 from fakes.secured import ALICE, METRICS, write_tokens
 from moe_runtime.cli.app import app
+from moe_runtime.cli.serving import print_welcome
 from moe_runtime.launch.build import validate as moe_validate
 from moe_runtime.rpc.certificates import CertificateFiles, make_certificates
 
@@ -68,6 +71,14 @@ def test_status_shows_its_token_and_certificate(tmp_path: Path, certs: Certifica
         code, output = status(runtime.address, "--token-file", str(token), *files)
         assert code == 1
         assert "chmod 600" in output
+
+
+def test_serving_says_what_calls_need(tmp_path: Path, certs: CertificateFiles) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    print_welcome(["a:1"], layers=["l"], console=console, last=("stop", "s"), config=tmp_path / "config.yaml")
+    assert isinstance(console.file, io.StringIO)
+    [needs] = [line for line in console.file.getvalue().splitlines() if "both with" in line]
+    assert all(option in needs for option in ("--ca", "--cert", "--key", "--token-file", "ClientTLS", "token="))
 
 
 def test_files_are_checked_before_anything_starts(tmp_path: Path, certs: CertificateFiles) -> None:
