@@ -19,7 +19,7 @@ COVERED := routing wire service
 MIN_COVERAGE := 95
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster check format venv docs coverage soak bench bench-peers bench-results bench-docs clean
+.PHONY: help demo test test-cluster check format venv docs coverage soak chaos chaos-docs bench bench-peers bench-results bench-docs clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,15 +50,24 @@ format: $(STAMP)  ## Format the code and repair what ruff can.
 
 venv: $(STAMP)  ## Set up .venv and nothing else.
 
-docs: $(STAMP)  ## Write docs/configuration.md from the configuration's models.
+docs: $(STAMP)  ## Write docs/configuration.md and the metrics of docs/observability.md from the code.
 	$(BIN)/python -m moe_runtime.cli.configuration_page docs/configuration.md
+	$(BIN)/python -m moe_runtime.metrics.page docs/observability.md
 
 coverage: $(STAMP)  ## Coverage of the core by the tests that need no Ray, line by line.
 	$(PYTEST) tests/unit $(wildcard tests/rpc) -m "not soak" -q --cov --cov-report=term-missing
 	$(coverage_gates)
 
-soak: $(STAMP)  ## Run the long tests.
+soak: $(STAMP)  ## Run the long tests, and half an hour of chaos.
 	$(PYTEST) -m soak
+	$(MAKE) chaos MINUTES=30
+
+chaos: $(STAMP)  ## Break a cluster under load and check every answer; also MINUTES=2, SEED=0, WITHOUT="fault ..." and JSON=PATH.
+	$(BIN)/moe-runtime chaos --minutes $(or $(MINUTES),2) --seed $(or $(SEED),0) \
+	  $(foreach fault,$(WITHOUT),--without $(fault)) $(if $(JSON),--json $(JSON))
+
+chaos-docs: $(STAMP)  ## Write the figures of docs/reliability.md anew from JSON (benchmarks/chaos.json); breaks nothing.
+	$(BIN)/python -m moe_runtime.chaos.page $(or $(JSON),benchmarks/chaos.json) docs/reliability.md
 
 bench: $(BENCH_STAMP)  ## Run every benchmark, or SUITE=name; also QUICK=1 and JSON=PATH.
 	$(BENCH) $(SUITE)

@@ -55,8 +55,9 @@ class LibraryLayer:
         self.engine.submit(Batch(self.layer.name, tokens, k=k))
         while True:
             for result in self.engine.poll(_POLL_S):
-                if result.failures:
-                    raise BenchError(f"experts failed: {dict(result.failures)}")
+                if result.failures is not None:
+                    reasons = {attempt.expert_id: attempt.reason for attempt in result.failures.attempts}
+                    raise BenchError(f"experts failed: {reasons}")
                 return result
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,9 @@ from moe_runtime.cli.connections import (
     TokenFileOption,
 )
 from moe_runtime.cli.consoles import report_error, stdout_console
+from moe_runtime.cli.log_wishes import LogWishes
 from moe_runtime.errors import MoERuntimeError
+from moe_runtime.logs import LogFormat, LogIdentity, LogSettings, install
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -78,18 +79,23 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Log in detail, and show tracebacks of errors.")] = False,
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option(help="Lines for people, or JSON; for `serve`, of all its processes. [default: human]"),
+    ] = None,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if debug:
-        logging.getLogger("moe_runtime").setLevel(logging.DEBUG)
+    ctx.obj = wishes = LogWishes(log_format, debug=debug)
+    install(wishes.over(LogSettings()), LogIdentity("command"))
 
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     config: ConfigPath,
     *,
     address: Annotated[
@@ -103,9 +109,10 @@ def serve(
     ray: Annotated[bool, typer.Option("--ray/--no-ray", help="Experts as Ray actors, or all in this process.")] = True,
 ) -> None:
     """Serve a configuration until SIGINT or SIGTERM; requests in flight are answered first."""
-    from moe_runtime.cli.serving import serve_until_stopped
+    from moe_runtime.cli.serving import Where, serve_until_stopped
 
-    serve_until_stopped(config, address=address, ray_address=ray_address, detach=detach, ray=ray)
+    where = Where(address, ray_address, detach=detach, ray=ray)
+    serve_until_stopped(config, where, wishes=ctx.find_object(LogWishes))
 
 
 @app.command()
@@ -122,6 +129,20 @@ def stop(
     answered = attach(name, ray_address=ray_address).close()
     outcome = "every request was answered" if answered else "some requests were not answered in time"
     stdout_console().print(f"stopped {name}: {outcome}", markup=False)
+
+
+@app.command()
+def restart(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The runtime's name in its configuration.")] = "default",
+    *,
+    experts_only: Annotated[bool, typer.Option("--experts-only", help="Leave the routers alone.")] = False,
+    routers_only: Annotated[bool, typer.Option("--routers-only", help="Leave the expert hosts alone.")] = False,
+    ray_address: JoinedCluster = None,
+) -> None:
+    """Restart the processes of a runtime one after the other, without losing a request. May be repeated."""
+    from moe_runtime.cli.restarting import restart_and_report
+
+    restart_and_report(name, experts=not routers_only, routers=not experts_only, ray_address=ray_address)
 
 
 @app.command()
@@ -230,6 +251,10 @@ def status(  # noqa: PLR0913  # each argument is an option
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each router.")] = 5.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, with rates, until Ctrl-C.")] = False,
+    every_s: Annotated[
+        float, typer.Option("--every", min=0.1, metavar="S", help="With --watch: seconds between.")
+    ] = 2.0,
     token_file: TokenFileOption = None,
     tls: TlsOption = False,
     ca: CaOption = None,
@@ -239,9 +264,17 @@ def status(  # noqa: PLR0913  # each argument is an option
 ) -> None:
     """Show the layers, experts, routers and load of a running runtime."""
     connection = Connection(token_file, ca=ca, cert=cert, key=key, tls=tls, insecure=insecure)
-    from moe_runtime.cli.status import ask_routers, print_json, print_tables
+    from moe_runtime.cli.router_views import ask_routers
+    from moe_runtime.cli.status import print_json, print_tables
 
     addresses = tuple(address or [DEFAULT_ADDRESS])
+    if watch:
+        if as_json:
+            raise typer.BadParameter("expected --watch or --json, found both")
+        from moe_runtime.cli.watch import watch as watch_routers
+
+        watch_routers(addresses, timeout_s=timeout_s, every_s=every_s, connection=connection, console=stdout_console())
+        return
     routers = ask_routers(addresses, timeout_s=timeout_s, connection=connection)
     if as_json:
         print_json(routers, console=stdout_console())
@@ -279,6 +312,30 @@ def bench(
     from moe_runtime.bench.runner import run
 
     run(suites or (), json_path=json_path, quick=quick, console=stdout_console())
+
+
+@app.command()
+def chaos(
+    *,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long the load lasts.")] = 2.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the schedule of faults, the weights and the requests.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write what was found to this file.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="FAULT", help="A kind of fault to leave out; may be given again.")
+    ] = None,
+    recovery: Annotated[
+        bool, typer.Option("--recovery/--no-recovery", help="Measure recovery times apart, after the storm.")
+    ] = True,
+) -> None:
+    """Kill, freeze and poison a cluster of its own under load, and check every answer; exit 1 if one is wrong."""
+    from moe_runtime.bench.machine import describe_machine
+    from moe_runtime.chaos.runner import ChaosSettings, run
+    from moe_runtime.chaos.schedule import fault_kinds
+
+    settings = ChaosSettings(minutes, seed, without=fault_kinds(without or ()), measures_recovery=recovery)
+    run(settings, json_path=json_path, machine=describe_machine(), console=stdout_console())
 
 
 @demo_app.command("digits")

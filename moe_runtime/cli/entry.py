@@ -7,7 +7,18 @@ import sys
 from importlib.util import find_spec
 
 #: What the runtime extra installs, by the names that it is imported by.
-_RUNTIME_PACKAGES = ("fsspec", "grpc_health", "ray", "rich", "safetensors", "torch", "typer", "yaml", "zmq")
+_RUNTIME_PACKAGES = (
+    "fsspec",
+    "grpc_health",
+    "prometheus_client",
+    "ray",
+    "rich",
+    "safetensors",
+    "torch",
+    "typer",
+    "yaml",
+    "zmq",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

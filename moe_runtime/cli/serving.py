@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from moe_runtime.cli.consoles import stdout_console
+from moe_runtime.cli.consoles import report_error, stdout_console
+from moe_runtime.cli.log_wishes import LogWishes
+from moe_runtime.config.load import load_config
 from moe_runtime.errors import StartError
+from moe_runtime.logs import LogIdentity, install
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,24 +22,45 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from moe_runtime.launch.runtime import Runtime
+    from moe_runtime.launch.served import Runtime
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def serve_until_stopped(config: Path, *, address: str | None, ray_address: str | None, detach: bool, ray: bool) -> None:
+@dataclass(frozen=True)
+class Where:
+    """Where a configuration is to be served.
+
+    Attributes:
+        address: Of the first router, instead of the configuration's.
+        ray_address: Of the Ray cluster.
+        detach: Whether it outlives this process.
+        ray: Whether its parts are Ray actors.
+    """
+
+    address: str | None = None
+    ray_address: str | None = None
+    detach: bool = False
+    ray: bool = True
+
+
+def serve_until_stopped(config: Path, where: Where, *, wishes: LogWishes | None = None) -> None:
     """Serve a configuration until the first SIGINT or SIGTERM, then drain; a second one ends the process at once.
 
-    With ``detach``, return as soon as the runtime serves.
+    With ``detach``, return as soon as the runtime serves. Logs are written as the configuration says, but for the
+    wishes of the command line.
 
     Raises:
         ConfigError: If the configuration cannot work.
         StartError: If the runtime did not start; nothing of it is left behind.
     """
-    if detach and not ray:
+    if where.detach and not where.ray:
         raise StartError("--detach: expected Ray, found --no-ray: threads of this process cannot outlive it")
     from moe_runtime.launch.runtime import serve
 
+    loaded = load_config(config).config
+    logs = (wishes or LogWishes()).over(loaded.logging.settings)
+    install(logs, LogIdentity("command", loaded.name))
     console = stdout_console()
     leave_on_signals()
     with console.status(f"Starting {config.name}") as starting:
@@ -42,15 +68,24 @@ def serve_until_stopped(config: Path, *, address: str | None, ray_address: str |
         def show(num_ready: int, num_actors: int) -> None:
             starting.update(f"Starting {config.name}: {num_ready} of {num_actors} actors are ready")
 
-        runtime = serve(config, ray=ray, ray_address=ray_address, address=address, detach=detach, on_progress=show)
+        runtime = serve(
+            config,
+            ray=where.ray,
+            ray_address=where.ray_address,
+            address=where.address,
+            detach=where.detach,
+            on_progress=show,
+            logging=logs,
+        )
     with runtime:
-        if detach:
+        if where.detach:
             name = runtime.describe()["name"]
-            at = "" if ray_address is None else f" --ray-address {ray_address}"
+            at = "" if where.ray_address is None else f" --ray-address {where.ray_address}"
             _print_welcome(runtime, config=config, console=console, stop=f"moe-runtime stop {name}{at}")
             return
         # After Ray's own handlers, which the start has installed.
         stop = StopSignals()
+        runtime.when_lost(_end_as_lost)
         _print_welcome(
             runtime, config=config, console=console, stop="Ctrl-C or SIGTERM; requests in flight are answered first"
         )
@@ -87,6 +122,13 @@ class StopSignals:
         for each in _STOP_SIGNALS:
             signal.signal(each, _end_at_once)
         self._received.put(signal.Signals(number))
+
+
+def _end_as_lost(reason: str) -> None:
+    """End this process with an error: whatever is left to be done in order would wait for the cluster."""
+    report_error(StartError(reason))
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

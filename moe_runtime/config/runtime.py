@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from moe_runtime.config.hosts import is_loopback
 from moe_runtime.config.models import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_THREADS, LayerConfig, Name, StrictModel
+from moe_runtime.config.observing import LoggingConfig, MetricsConfig
 from moe_runtime.config.security import SecurityConfig
 
 
@@ -38,6 +39,37 @@ class RouterConfig(StrictModel):
     max_queued_bytes: int = Field(
         1 << 30, ge=1, le=MAX_BYTES, description="Queued bytes above which requests are refused."
     )
+    max_queued_s: float = Field(
+        0.5,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Seconds of work, at the pace measured lately, that may wait before a request; it is refused "
+        "beyond that, unless it would be in the next batch, and where its answer would probably be late.",
+    )
+    max_client_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the queue and of the open requests that one client may hold while others are active.",
+    )
+    drain_s: float = Field(
+        30.0, gt=0, le=MAX_SECONDS, description="How long requests in flight may take when a router is ended."
+    )
+    drain_notice_s: float = Field(
+        0.0,
+        ge=0,
+        le=MAX_SECONDS,
+        description="How long a router that is to end tells health checks so before it refuses requests; for load "
+        "balancers that look rarely.",
+    )
+
+    @model_validator(mode="after")
+    def _notice_within_drain(self) -> RouterConfig:
+        if self.drain_notice_s >= self.drain_s:
+            raise ValueError(
+                f"drain_notice_s: expected less than {self.drain_s}, the drain_s, found {self.drain_notice_s}"
+            )
+        return self
 
     @field_validator("address")
     @classmethod
@@ -126,6 +158,8 @@ class RuntimeConfig(StrictModel):
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on one request.")
     data_plane: DataPlaneConfig = Field(default_factory=DataPlaneConfig, description="Token transport.")
     security: SecurityConfig = Field(default_factory=SecurityConfig, description="Who may call the routers, and how.")
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="Metrics for Prometheus.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Logs of all processes.")
 
     @field_validator("threads")
     @classmethod

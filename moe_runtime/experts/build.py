@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 
 from moe_runtime.config.load import is_uri
 from moe_runtime.errors import PlugInError, WeightsError
+from moe_runtime.experts.golden_probe import GoldenProbe
 from moe_runtime.experts.outputs import output_mistake
 from moe_runtime.experts.remote_files import check_uri
 from moe_runtime.experts.spec import build_module, contract_of, raised_by_kind
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from moe_runtime.experts.protocol import ExpertContract
     from moe_runtime.experts.spec import ExpertSpec
     from moe_runtime.experts.view import View
+    from moe_runtime.experts.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class LoadedExpert:
         contract: The shapes of its rows.
         view: What it sees of a full row.
         weights_version: sha256 of its weight file, or ``seed:<n>``.
+        probe: What it must answer to a few rows for as long as it is fit, on its device: that of its weight file, or
+            what it answered when it was tried; None if nobody knows.
     """
 
     spec: ExpertSpec
@@ -43,6 +47,7 @@ class LoadedExpert:
     contract: ExpertContract
     view: View
     weights_version: str
+    probe: GoldenProbe | None = None
 
 
 def build_expert(
@@ -61,15 +66,24 @@ def build_expert(
     Raises:
         ConfigError: If the kind, its options, the view or the shapes do not work.
         PlugInError: If the kind's plug-in is broken, or its module does not keep its contract.
-        WeightsError: If the weight file is missing, corrupt, or does not fit the module.
+        WeightsError: If the weight file is missing, corrupt, or does not fit the module, or if the module does not
+            answer the file's golden probe as it must.
     """
+    device = torch.device(device)
     module = initial_module(spec)
     contract = contract_of(module, spec)
-    version = f"seed:{spec.seed}" if spec.weights is None else _load(module, spec, store or WeightsStore())
+    weights = None if spec.weights is None else _load(module, spec, contract, store or WeightsStore())
     module.to(device)
+    version = f"seed:{spec.seed}" if weights is None else weights.sha256
     expert = LoadedExpert(spec, module, contract, resolve_view(spec.item_shape, spec.view), version)
-    _try_out(expert, torch.device(device))
-    return expert
+    tried = _try_out(expert, device)
+    if weights is None or weights.probe is None:
+        return replace(expert, probe=tried)
+    probe = weights.probe.to(device)
+    mistake = probe.mistake(module)
+    if mistake is not None:
+        raise _placed(WeightsError(mistake), spec)
+    return replace(expert, probe=probe)
 
 
 def check_weights(spec: ExpertSpec) -> str:
@@ -92,6 +106,8 @@ def check_weights(spec: ExpertSpec) -> str:
             module = build_module(spec).to(spec.torch_dtype)
         weights = load_weights(spec.weights)
         check_fit(module, weights.tensors)
+        if weights.probe is not None:
+            weights.probe.check_fit(contract_of(module, spec), spec.torch_dtype)
     except WeightsError as exc:
         raise _placed(exc, spec) from exc
     return weights.sha256
@@ -116,13 +132,15 @@ def _stream_seed(spec: ExpertSpec) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def _load(module: nn.Module, spec: ExpertSpec, store: WeightsStore) -> str:
+def _load(module: nn.Module, spec: ExpertSpec, contract: ExpertContract, store: WeightsStore) -> Weights:
     try:
         weights = load_weights(store.fetch(str(spec.weights)))
         load_into(module, weights.tensors)
+        if weights.probe is not None:
+            weights.probe.check_fit(contract, spec.torch_dtype)
     except WeightsError as exc:
         raise _placed(exc, spec) from exc
-    return weights.sha256
+    return replace(weights, tensors={})
 
 
 def _placed(error: WeightsError, spec: ExpertSpec) -> WeightsError:
@@ -131,7 +149,8 @@ def _placed(error: WeightsError, spec: ExpertSpec) -> WeightsError:
     return WeightsError("\n".join(prefix + line for line in lines))
 
 
-def _try_out(expert: LoadedExpert, device: torch.device) -> None:
+def _try_out(expert: LoadedExpert, device: torch.device) -> GoldenProbe:
+    """What the expert answers to two rows, once it has kept its contract twice."""
     spec, contract = expert.spec, expert.contract
     size = 2 * prod(contract.in_shape)
     # Not zeros: they would hide a dropout that is still on.
@@ -147,6 +166,8 @@ def _try_out(expert: LoadedExpert, device: torch.device) -> None:
         raise raised_by_kind(f"a trial run of kind {spec.kind!r} in {spec.dtype} on {device}", spec, exc) from exc
     if mistake is not None:
         raise PlugInError(f"{spec.where}: a trial run of kind {spec.kind!r} broke its contract: {mistake}")
+    # A copy: an output may lie in the module's parameters.
+    return GoldenProbe(rows, outputs.clone())
 
 
 def _impurity(given: Tensor, rows: Tensor, outputs: Tensor, again: Tensor) -> str | None:

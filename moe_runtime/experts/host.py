@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_runtime.errors import ExpertError
 from moe_runtime.experts.cuda_stage import CudaStage
+from moe_runtime.experts.culprits import FailedRows, Failure, salvage
 from moe_runtime.experts.device_stage import CpuStage
-from moe_runtime.experts.outputs import non_finite_rows, num_spoiled_rows
+from moe_runtime.experts.outcomes import ExpertOutcome, outcomes_of
+from moe_runtime.experts.outputs import non_finite_rows, spoiled_rows
 from moe_runtime.experts.served_expert import ServedExpert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from moe_runtime.experts.build import LoadedExpert
     from moe_runtime.experts.device_stage import DeviceStage, Forwarded, Forwarding
@@ -40,21 +42,6 @@ class ExpertCall(NamedTuple):
     rows: Tensor
 
 
-class ExpertOutcome(NamedTuple):
-    """How one call went.
-
-    Attributes:
-        rows: ``(num_rows, *out_shape)``, contiguous, in the wire's dtype, on the CPU; or None if there is an
-            error. May share memory with the call's rows.
-        error: None, or what went wrong, in words.
-        compute_ms: Time that the product took that these rows were part of, with those of merged calls.
-    """
-
-    rows: Tensor | None
-    error: str | None
-    compute_ms: float
-
-
 class ExpertRun(NamedTuple):
     """Calls that have begun: what ``ExpertHost.begin`` gives to ``finish``.
 
@@ -67,16 +54,34 @@ class ExpertRun(NamedTuple):
     products: list[_Product]
 
 
+def _never() -> bool:
+    return False
+
+
+def _waited_for(expert: ServedExpert, forwarding: Forwarding | Failure) -> Forwarded | Failure:
+    if isinstance(forwarding, Failure):
+        return forwarding
+    try:
+        return forwarding.wait()
+    except Exception as exc:
+        return expert.failure(exc, 0.0)
+
+
 class ExpertHost:
     """Owns the experts of one device and runs calls for them; used by one thread.
 
     Guarantees: ``run`` answers every call, in order, and does not raise for anything that an expert does. Calls
     for one replica are merged into one forward of at most ``MAX_MERGED_ROWS`` rows, unless the expert is exact;
-    a call is never split, so that a call alone is the same product as in any other process. An error costs the
-    calls that caused it: when a merged forward raises, its calls run again one by one.
+    a call is never split, so that a call alone is the same product as in any other process.
+
+    An error costs what caused it. A row whose output is not finite fails alone. When a forward raises, it runs again
+    in halves until the culprits are alone (see ``salvage``), unless the expert is exact. An output of the wrong shape
+    or dtype costs the whole call, and counts as a fault of the expert.
 
     Attributes:
         overlaps: Whether forwards may be under way when ``begin`` returns, so that it pays to begin another run.
+        unfit: Why this host should be replaced: after a bad answer, an expert did not answer its golden probe as it
+            did when it was loaded. None while all do; never None again. May be read from any thread.
     """
 
     def __init__(
@@ -100,6 +105,21 @@ class ExpertHost:
         self._stage: DeviceStage = stage or (CpuStage(now) if device.type == "cpu" else CudaStage(device))
         self._now = now
         self.overlaps = self._stage.overlaps
+        self.unfit: str | None = None
+
+    def num_faults(self) -> dict[str, int]:
+        """Outputs of the wrong kind, by replica, of those that gave any. Thread-safe."""
+        return {name: expert.num_faults for name, expert in self._experts.items() if expert.num_faults}
+
+    def status(self) -> dict[str, dict[str, float]]:
+        """Counters by replica, see ``ServedExpert``. Thread-safe."""
+        return {name: expert.status() for name, expert in self._experts.items()}
+
+    def note_wait(self, replica_id: str, seconds: float) -> None:
+        """Count time that a call has waited before it was begun."""
+        expert = self._experts.get(replica_id)
+        if expert is not None:
+            expert.queue_s += seconds
 
     def run(self, calls: Sequence[ExpertCall]) -> list[ExpertOutcome]:
         """Run calls for any replicas of this host, and give their outcomes in the same order."""
@@ -128,52 +148,87 @@ class ExpertHost:
             product.forwarding = self._forward(product.expert, product.parts)
         return ExpertRun(outcomes, products)
 
-    def finish(self, run: ExpertRun) -> list[ExpertOutcome]:
-        """Wait for a run; the outcomes of its calls, in their order."""
+    def finish(self, run: ExpertRun, *, is_late: Callable[[], bool] = _never) -> list[ExpertOutcome]:
+        """Wait for a run; the outcomes of its calls, in their order.
+
+        Args:
+            run: The oldest that has begun.
+            is_late: Whether nobody waits for the outcomes any more; then no more is done to find culprits.
+        """
         outcomes = run.outcomes
         for product in run.products:
-            results = self._results(product.expert, product.parts, product.forwarding)
-            outcomes.update(zip(product.indices, results, strict=True))
+            outcomes.update(zip(product.indices, self._results(product, is_late), strict=True))
         return [outcomes[index] for index in range(len(outcomes))]
 
     def _not_here(self, replica_id: str) -> str:
         return f"{replica_id}: expected one of this host's replicas ({', '.join(self._experts)})"
 
-    def _forward(self, expert: ServedExpert, parts: list[Tensor]) -> Forwarding | _Failure:
+    def _forward(self, expert: ServedExpert, parts: list[Tensor]) -> Forwarding | Failure:
         if not torch.is_inference_mode_enabled():
             with torch.inference_mode():
                 return self._forward(expert, parts)
         started = self._now()
         try:
             return self._stage.begin(expert.forward, parts, dtype=expert.dtype, row_dtype=expert.row_dtype)
-        except ExpertError as exc:
-            error = exc
-        except Exception as exc:
-            # Of its device, most likely: no memory left.
-            error = expert.raised(exc)
-        return _Failure(error, (self._now() - started) * 1e3)
+        except BaseException as exc:
+            # An expert is anybody's code, and SystemExit is raised as easily as ValueError; or no memory is left.
+            return expert.failure(exc, (self._now() - started) * 1e3)
 
-    def _results(
-        self, expert: ServedExpert, parts: list[Tensor], forwarding: Forwarding | _Failure
-    ) -> list[ExpertOutcome]:
+    def _results(self, product: _Product, is_late: Callable[[], bool]) -> Iterable[ExpertOutcome]:
         """The outcomes of calls for one replica that were one forward."""
-        if not isinstance(forwarding, _Failure):
-            try:
-                return _judged(expert, parts, forwarding.wait())
-            except RuntimeError as exc:
-                forwarding = _Failure(expert.raised(exc), 0.0)
-        if len(parts) > 1:
-            apart = ([part] for part in parts)
-            return [outcome for part in apart for outcome in self._results(expert, part, self._forward(expert, part))]
-        _LOG.warning("%s", forwarding.error, exc_info=forwarding.error.__cause__)
-        return [ExpertOutcome(None, str(forwarding.error), forwarding.compute_ms)]
+        expert, parts = product.expert, product.parts
+        forwarded = _waited_for(expert, product.forwarding)
+        expert.note(len(parts), product.num_rows, forwarded.compute_ms)
+        if isinstance(forwarded, Failure):
+            return self._salvaged(product, forwarded, is_late)
+        rows, compute_ms = forwarded
+        if non_finite_rows(rows) is not None:
+            return self._judged(product, rows, [], compute_ms)
+        if len(parts) == 1:
+            return (ExpertOutcome(rows, None, compute_ms),)
+        pieces = torch.split(rows, [part.shape[0] for part in parts])
+        return [ExpertOutcome(piece, None, compute_ms) for piece in pieces]
 
+    def _salvaged(self, product: _Product, failure: Failure, is_late: Callable[[], bool]) -> list[ExpertOutcome]:
+        """The outcomes of calls whose forward failed: some more forwards find out which rows are to blame."""
+        expert, num_faults = product.expert, product.expert.num_faults - failure.is_fault
+        if expert.may_tell(self._now()):
+            _LOG.warning("%s", failure.error, exc_info=failure.cause)
+        outputs = expert.zeros(product.num_rows)
+        failed = [FailedRows(0, product.num_rows, failure)]
+        before_ms = expert.compute_ms - failure.compute_ms
+        # A call of an exact expert is never split, and one that is answered wrongly fails as a whole.
+        if not expert.exact and not (failure.is_fault and len(product.parts) == 1):
+            failed = salvage(
+                product.rows, failure, forward=partial(self._try, expert), outputs=outputs, is_late=is_late
+            )
+        if expert.num_faults > num_faults:
+            self._question(expert)
+        return self._judged(product, outputs, failed, expert.compute_ms - before_ms)
 
-class _Failure(NamedTuple):
-    """A forward that raised, and how long it took to."""
+    def _try(self, expert: ServedExpert, rows: Tensor) -> Forwarded | Failure:
+        forwarded = _waited_for(expert, self._forward(expert, [rows]))
+        expert.note(0, 0, forwarded.compute_ms)
+        return forwarded
 
-    error: ExpertError
-    compute_ms: float
+    def _judged(
+        self, product: _Product, rows: Tensor, failed: list[FailedRows], compute_ms: float
+    ) -> list[ExpertOutcome]:
+        """The outcomes of calls some of whose rows failed, or are not finite."""
+        expert = product.expert
+        spoiled = spoiled_rows(rows, product.rows)
+        if spoiled is not None:
+            failure = Failure(f"{expert.replica_id}: expected finite outputs, found NaN or infinity", compute_ms)
+            failed = [*failed, *(FailedRows(row, row + 1, failure) for row in spoiled.nonzero().flatten().tolist())]
+            self._question(expert)
+        return outcomes_of([part.shape[0] for part in product.parts], rows, failed, compute_ms=compute_ms)
+
+    def _question(self, expert: ServedExpert) -> None:
+        """Ask an expert that has answered badly whether it is what it was when it was loaded."""
+        unfitness = expert.unfitness(self._now())
+        if unfitness is not None and self.unfit is None:
+            _LOG.error("%s", unfitness)
+            self.unfit = unfitness
 
 
 class _Product:
@@ -181,13 +236,17 @@ class _Product:
 
     __slots__ = ("expert", "forwarding", "indices", "num_rows", "parts")
 
-    forwarding: Forwarding | _Failure
+    forwarding: Forwarding | Failure
 
     def __init__(self, expert: ServedExpert) -> None:
         self.expert = expert
         self.indices: list[int] = []
         self.parts: list[Tensor] = []
         self.num_rows = 0
+
+    @property
+    def rows(self) -> Tensor:
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
     def has_room_for(self, rows: Tensor) -> bool:
         return not self.expert.exact and self.num_rows + rows.shape[0] <= MAX_MERGED_ROWS
@@ -196,22 +255,3 @@ class _Product:
         self.indices.append(index)
         self.parts.append(self.expert.seen(rows))
         self.num_rows += rows.shape[0]
-
-
-def _judged(expert: ServedExpert, parts: list[Tensor], forwarded: Forwarded) -> list[ExpertOutcome]:
-    rows, compute_ms = forwarded
-    pieces = [rows] if len(parts) == 1 else torch.split(rows, [part.shape[0] for part in parts])
-    if non_finite_rows(rows) is None:
-        return [ExpertOutcome(piece, None, compute_ms) for piece in pieces]
-    return [
-        _finite_outcome(expert.replica_id, piece, part, compute_ms) for piece, part in zip(pieces, parts, strict=True)
-    ]
-
-
-def _finite_outcome(replica_id: str, outputs: Tensor, inputs: Tensor, compute_ms: float) -> ExpertOutcome:
-    spoiled = num_spoiled_rows(outputs, inputs)
-    if spoiled:
-        message = f"{replica_id}: expected finite outputs, found NaN or infinity in {spoiled} of {len(outputs)} rows"
-        _LOG.warning("%s", message)
-        return ExpertOutcome(None, message, compute_ms)
-    return ExpertOutcome(outputs, None, compute_ms)

@@ -32,17 +32,22 @@ def non_finite_rows(rows: torch.Tensor) -> torch.Tensor | None:
     return flags if bool(flags.any()) else None
 
 
-def num_spoiled_rows(outputs: torch.Tensor, inputs: torch.Tensor) -> int:
-    """Number of rows with NaN or an infinity in the output although there is none in the input.
+def spoiled_rows(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor | None:
+    """Which rows hold NaN or an infinity in the output although there is none in the input; None if none does.
 
     A layer that allows non-finite input gets non-finite output for it; that is not the expert's doing.
 
     Args:
         outputs: ``(num_rows, *out_shape)``.
         inputs: ``(num_rows, *in_shape)``.
+
+    Returns:
+        bool ``(num_rows,)``, or None.
     """
     spoiled = non_finite_rows(outputs)
     if spoiled is None:
-        return 0
+        return None
     given = non_finite_rows(inputs)
-    return int((spoiled if given is None else spoiled & ~given).sum())
+    if given is not None:
+        spoiled &= ~given
+    return spoiled if bool(spoiled.any()) else None

@@ -13,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from moe_runtime.errors import WeightsError
+from moe_runtime.experts.golden_probe import PROBE_INPUT, PROBE_OUTPUT, probe_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
+
+    from moe_runtime.experts.golden_probe import GoldenProbe
 
 MANIFEST_NAME = "manifest.json"
 _MANIFEST_FORMAT = 1
@@ -28,28 +31,45 @@ class Weights:
     """The contents of a weight file.
 
     Attributes:
-        tensors: By name, on the CPU.
+        tensors: By name, on the CPU; those of the module.
         metadata: Text that the writer put beside them.
         sha256: Hash of the file, in hex.
+        probe: What the expert must answer to a few rows; None if the writer stored none.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     sha256: str
+    probe: GoldenProbe | None = None
 
 
-def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def save_weights(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    probe: GoldenProbe | None = None,
+) -> str:
     """Write tensors to a safetensors file, whole or not at all, and give its sha256.
 
     Args:
         path: The file; one that is there is replaced.
         tensors: By name, as ``module.state_dict()`` has them.
         metadata: Text to keep beside them.
+        probe: What ``golden_probe`` made of the module; whoever loads the file compares the expert with it.
 
     Returns:
         The file's sha256 in hex.
+
+    Raises:
+        WeightsError: If a tensor has the name of one of the probe's.
     """
     path = Path(path)
+    reserved = [name for name in (PROBE_INPUT, PROBE_OUTPUT) if name in tensors]
+    if reserved:
+        raise WeightsError(f"{path}: expected no tensor of the name {reserved[0]!r}, which is a golden probe's")
+    if probe is not None:
+        tensors = {**tensors, **probe.tensors()}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # safetensors refuses tensors that share memory; clones don't.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -72,9 +92,15 @@ def load_weights(path: str | Path) -> Weights:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return Weights(tensors, file.metadata() or {}, sha256)
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as exc:
         raise WeightsError(f"{path}: expected a safetensors file, found one that cannot be read: {exc}") from exc
+    try:
+        probe = probe_in(tensors)
+    except WeightsError as exc:
+        raise WeightsError(f"{path}: {exc}") from exc
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in (PROBE_INPUT, PROBE_OUTPUT)}
+    return Weights(tensors, metadata, sha256, probe)
 
 
 def write_manifest(folder: str | Path, files: Iterable[str] | None = None) -> Path:

@@ -76,6 +76,7 @@ def build_router(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> Rou
         limits=config.limits,
         security=security,
         encryption=config.data_plane.encryption,
+        metrics=config.metrics,
     )
 
 
@@ -170,6 +171,8 @@ class _LayerCheck:
             max_batches_in_flight=layer.max_batches_in_flight,
             exact=layer.exact,
             wire_dtype=layer.wire_dtype or layer.dtype,
+            on_failure=layer.on_failure,
+            hedge=layer.hedge,
             experts_per_actor=layer.experts_per_actor,
             strategy=layer.strategy,
             experts=tuple(expert.recipe for expert in self._experts),

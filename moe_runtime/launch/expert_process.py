@@ -5,20 +5,22 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_runtime.errors import StartError
+from moe_runtime.errors import MoERuntimeError, StartError
 from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.registry import check_plug_ins
-from moe_runtime.ray_backend.plan import HostReport
+from moe_runtime.launch.host_memory import check_memory, is_out_of_memory, out_of_memory, resident_bytes
+from moe_runtime.ray_backend.plan import HostHealth, HostReport
 from moe_runtime.service.host_loop import HostLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from moe_runtime.experts.build import LoadedExpert
     from moe_runtime.experts.weights_store import WeightsStore
     from moe_runtime.launch.recipes import HostSpec
     from moe_runtime.service.ports import HostTransport
@@ -37,6 +39,7 @@ class ExpertProcess:
         num_threads: int | None,
         owns_process: bool = False,
         store: WeightsStore | None = None,
+        node: str = "local",
     ) -> None:
         """Keep what to serve.
 
@@ -47,13 +50,16 @@ class ExpertProcess:
             owns_process: Whether nothing but this host lives in the process, so that what is there once it has
                 started is there to stay.
             store: Gives the weight files; without one, paths of this machine and addresses work.
+            node: How messages name the node.
         """
+        self._node = node
         self._owns_process = owns_process
         self._spec = spec
         self._store = store
         self._open_transport = open_transport
         self._num_threads = num_threads
         self._transport: HostTransport | None = None
+        self._host: ExpertHost | None = None
         self._loop: HostLoop | None = None
         self._thread: threading.Thread | None = None
         self._reason = "it was not started"
@@ -64,18 +70,16 @@ class ExpertProcess:
         Raises:
             PlugInError: If this node lacks a plug-in, or has another version of it.
             ConfigError: If an expert cannot be built.
-            StartError: If nothing can be bound.
+            StartError: If the experts do not fit into memory, or nothing can be bound.
         """
         check_plug_ins(self._spec.plug_ins)
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
         device = torch.device("cuda", 0) if self._spec.device == "cuda" else torch.device("cpu")
-        experts = {
-            hosted.replica_id: build_expert(hosted.spec, device=device, store=self._store)
-            for hosted in self._spec.experts
-        }
+        experts = self._build(device)
         self._transport = transport = self._open_transport()
-        self._loop = HostLoop(ExpertHost(experts, device=device), transport)
+        self._host = ExpertHost(experts, device=device)
+        self._loop = HostLoop(self._host, transport)
         self._thread = threading.Thread(
             target=self._serve,
             args=(self._loop, transport, torch.get_num_threads()),
@@ -105,6 +109,37 @@ class ExpertProcess:
             raise StartError(f"expert host {self._spec.host_id}: {self._reason}")
         self._transport.admit(public_keys)
 
+    def health(self) -> HostHealth:
+        """How it is. Never waits for an expert."""
+        host, loop, rss_bytes = self._host, self._loop, resident_bytes()
+        if host is None or loop is None:
+            return HostHealth(rss_bytes=rss_bytes)
+        return HostHealth(
+            busy_s=loop.busy_s,
+            rss_bytes=rss_bytes,
+            unfit=host.unfit,
+            num_faults=host.num_faults(),
+            num_requests=loop.num_requests,
+            num_waiting=loop.num_waiting,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """Counters since the start, as plain values: of the loop, of each replica, and of the transport.
+
+        A replica's are sums and counts: ``queue_s`` and ``num_calls``, ``compute_ms`` and ``num_forwards``. Never
+        waits for an expert.
+        """
+        if self._host is None or self._loop is None or self._transport is None:
+            return {}
+        return {
+            "host_id": self._spec.host_id,
+            "unfit": self._host.unfit,
+            "rss_bytes": resident_bytes(),
+            **self._loop.status(),
+            "replicas": self._host.status(),
+            "transport": dict(self._transport.counts()),
+        }
+
     def join(self) -> str:
         """Wait until serving has ended, and say why.
 
@@ -122,13 +157,27 @@ class ExpertProcess:
             self._loop.stop()
             self._thread.join()
 
+    def _build(self, device: torch.device) -> dict[str, LoadedExpert]:
+        """The experts by replica id, if there is memory for them."""
+        try:
+            check_memory(self._spec, node=self._node)
+            return {
+                hosted.replica_id: build_expert(hosted.spec, device=device, store=self._store)
+                for hosted in self._spec.experts
+            }
+        except (MoERuntimeError, MemoryError, RuntimeError) as exc:
+            if is_out_of_memory(exc):
+                raise out_of_memory(self._spec, node=self._node, error=exc) from exc
+            raise
+
     def _serve(self, loop: HostLoop, transport: HostTransport, num_threads: int) -> None:
         # OpenMP keeps the number per thread; products of another thread would have other last bits.
         torch.set_num_threads(num_threads)
         try:
             loop.run()
             self._reason = "it was stopped"
-        except Exception as exc:
+        except BaseException as exc:
+            # Nothing above this thread would tell, whatever it was.
             _LOG.exception("expert host %s: its loop failed", self._spec.host_id)
             self._reason = f"its loop failed: {type(exc).__name__}: {exc}"
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 
 from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.router_process import RouterProcess, build_setup
+from moe_runtime.logs import LogIdentity, LogSettings, install
 from moe_runtime.ray_backend.interfaces import address_in
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 from moe_runtime.transport.zmq_host import ZmqHostTransport
@@ -28,9 +29,12 @@ class ExpertProcessFactory:
 
     spec: HostSpec
     weights: WeightsRecipe | None = None
+    runtime: str = ""
+    logging: LogSettings = field(default_factory=LogSettings)
 
     def __call__(self, location: Location, *, num_threads: int) -> ExpertProcess:
-        """The process, not yet started."""
+        """The process, not yet started; from now on its logs are written as configured."""
+        install(self.logging, LogIdentity("expert", self.runtime, location.node))
         open_transport = partial(_open_host_transport, location, self.spec)
         return ExpertProcess(
             self.spec,
@@ -38,6 +42,7 @@ class ExpertProcessFactory:
             num_threads=num_threads,
             owns_process=True,
             store=None if self.weights is None else self.weights.store(),
+            node=location.node,
         )
 
 
@@ -47,9 +52,11 @@ class RouterProcessFactory:
 
     recipe: RouterRecipe
     weights: WeightsRecipe | None = None
+    logging: LogSettings = field(default_factory=LogSettings)
 
     def __call__(self, location: Location) -> RouterProcess:
-        """The process, not yet started."""
+        """The process, not yet started; from now on its logs are written as configured."""
+        install(self.logging, LogIdentity("router", self.recipe.runtime, location.node))
         # A router's products are small: threads of its own would wait for each other, and for the experts'.
         torch.set_num_threads(1)
         open_transport = partial(ZmqTransport, node=location.node, encryption=self.recipe.encryption)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
-    from moe_runtime.ray_backend.plan import HostReport
+    from moe_runtime.ray_backend.plan import HostReport, RouterReport
 
 
 class InProcessSession:
@@ -43,6 +44,7 @@ class InProcessSession:
                 spec,
                 open_transport=partial(self._network.host_transport, node=self._node),
                 num_threads=num_threads,
+                node=self._node,
             )
             for spec in self._specs
         ]
@@ -50,7 +52,7 @@ class InProcessSession:
             RouterProcess(recipe, open_transport=self._network.router_transport, node=self._node)
             for _ in range(recipe.router.replicas)
         ]
-        self._addresses: list[str] = []
+        self._reports: list[RouterReport] = []
 
     def start(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Build and start everything; what was started is stopped again if something fails.
@@ -70,7 +72,7 @@ class InProcessSession:
 
     def addresses(self) -> list[str]:
         """Where clients find the routers."""
-        return list(self._addresses)
+        return [report.address for report in self._reports]
 
     def describe(self) -> dict[str, Any]:
         """Layers, hosts and routers, as plain values."""
@@ -79,15 +81,26 @@ class InProcessSession:
             "addresses": self.addresses(),
             "hosts": [self._describe_host(spec) for spec in self._specs],
             "routers": [
-                {"index": i, "address": address, "state": str(ReplicaState.READY), "pid": os.getpid()}
-                for i, address in enumerate(self._addresses)
+                {
+                    "index": i,
+                    "address": report.address,
+                    "metrics_address": report.metrics_address,
+                    "state": str(ReplicaState.READY),
+                    "pid": os.getpid(),
+                }
+                for i, report in enumerate(self._reports)
             ],
             **self._routers[0].describe(),
         }
 
+    def when_lost(self, callback: Callable[[str], None]) -> None:
+        """Threads of this process are not lost before it is: the callback is never called."""
+
     def close(self, *, drain_timeout_s: float) -> bool:
         """Drain, then stop everything; whether every request was answered. Safe to call twice."""
-        drained = [router.drain(drain_timeout_s) for router in self._routers]
+        # Side by side: one that waits for its last request would leave the others no time.
+        with ThreadPoolExecutor(len(self._routers)) as drains:
+            drained = list(drains.map(lambda router: router.drain(drain_timeout_s), self._routers))
         for router in self._routers:
             router.close()
         for host in self._hosts:
@@ -105,7 +118,7 @@ class InProcessSession:
             on_progress(num_ready, num_actors)
         addresses = router_addresses(self._recipe.router.address, [self._node] * len(self._routers))
         for router, address in zip(self._routers, addresses, strict=True):
-            self._addresses.append(router.start(address).address)
+            self._reports.append(router.start(address))
             router.set_table(RoutingTable(1, replicas))
         on_progress(num_actors, num_actors)
 

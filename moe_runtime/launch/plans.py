@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_runtime.config.models import ResourcesConfig
     from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
+    from moe_runtime.logs import LogSettings
     from moe_runtime.ray_backend.cluster import Cluster
 
 _SECURITY_FILES = ("security.tls.cert", "security.tls.key", "security.tls.client_ca", "security.tokens")
@@ -48,18 +49,21 @@ def plan_runtime(
     hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
     return RuntimePlan(
         name=config.name,
-        hosts=tuple(_host_plan(spec, weights, threads=config.threads) for spec in hosts),
-        routers=_routers_plan(recipe, weights, node_id=cluster.node_id),
+        hosts=tuple(
+            _host_plan(spec, weights, config=config, max_forward_s=_max_forward_s(spec, recipe)) for spec in hosts
+        ),
+        routers=_routers_plan(recipe, weights, node_id=cluster.node_id, logging=config.logging.settings),
         num_threads=None if config.threads == "auto" else config.threads,
         start_timeout_s=config.start_timeout_s,
         lease_s=None if detach else LEASE_S,
         deployment=weights.deployment,
+        logging=config.logging.settings,
     )
 
 
-def _routers_plan(recipe: RouterRecipe, weights: WeightsRecipe, *, node_id: str) -> RoutersPlan:
+def _routers_plan(recipe: RouterRecipe, weights: WeightsRecipe, *, node_id: str, logging: LogSettings) -> RoutersPlan:
     router = recipe.router
-    factory = RouterProcessFactory(recipe, weights.only(layer.gate_weights for layer in recipe.layers))
+    factory = RouterProcessFactory(recipe, weights.only(layer.gate_weights for layer in recipe.layers), logging)
     host, _ = split_address(router.address)
     # Only this machine reaches a loopback address, and the one who serves is on it, unless labels say otherwise.
     is_pinned = is_loopback(host) and not router.node_labels
@@ -84,11 +88,18 @@ def _fixed(recipe: RouterRecipe) -> dict[str, str]:
         "data_plane.encryption": recipe.encryption,
         "security.insecure": str(recipe.security.insecure),
         **{key: recipe.security.files.get(key, "null") for key in _SECURITY_FILES},
+        **{f"metrics.{key}": str(value) for key, value in recipe.metrics.model_dump().items()},
         **limits,
     }
 
 
-def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, threads: str | int) -> HostPlan:
+def _max_forward_s(spec: HostSpec, recipe: RouterRecipe) -> float:
+    """After so long nobody waits for a forward of this host any more."""
+    layers = {hosted.spec.layer for hosted in spec.experts}
+    return max(layer.timeout_s for layer in recipe.layers if layer.name in layers)
+
+
+def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, config: RuntimeConfig, max_forward_s: float) -> HostPlan:
     # A host that knows of no other file can fetch no other.
     own_weights = weights.only(hosted.spec.weights for hosted in spec.experts)
     return HostPlan(
@@ -97,10 +108,11 @@ def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, threads: str | int) ->
             ReplicaPlan(hosted.spec.layer, hosted.spec.expert_id, hosted.replica_id) for hosted in spec.experts
         ),
         demand=_demand(spec.resources),
-        factory=pickle.dumps(ExpertProcessFactory(spec, own_weights)),
+        factory=pickle.dumps(ExpertProcessFactory(spec, own_weights, config.name, config.logging.settings)),
         strategy=spec.strategy,
         twins=spec.twins,
-        revision=host_revision(spec, threads=threads, listed=weights.listed),
+        revision=host_revision(spec, threads=config.threads, listed=weights.listed),
+        max_forward_s=max_forward_s,
     )
 
 
@@ -109,6 +121,7 @@ def _demand(resources: ResourcesConfig) -> Demand:
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or 0.0,
         memory_bytes=resources.memory_bytes,
+        max_rss_bytes=resources.max_rss_bytes,
         custom=resources.custom,
         node_labels=resources.node_labels,
     )

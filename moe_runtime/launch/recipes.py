@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+from moe_runtime.config.observing import MetricsConfig
 
 if TYPE_CHECKING:
     from moe_runtime.config.models import (
         CapacityConfig,
         DTypeName,
         GateConfig,
+        HedgeConfig,
+        OnFailureConfig,
         PolicyConfig,
         ResidualRule,
         ResourcesConfig,
@@ -55,6 +59,8 @@ class LayerRecipe:
         max_batches_in_flight: Batches of this layer under way at once.
         exact: Whether answers are bit-identical to one process.
         wire_dtype: Of rows on their way to experts and back.
+        on_failure: What becomes of an assignment whose expert fails.
+        hedge: When a second replica is asked as well; never when None.
         experts_per_actor: Neighbouring experts that share an actor.
         strategy: Whether its actors spread over nodes or fill them one by one.
         experts: In the order of the gate's rows.
@@ -77,6 +83,8 @@ class LayerRecipe:
     max_batches_in_flight: int
     exact: bool
     wire_dtype: DTypeName
+    on_failure: OnFailureConfig
+    hedge: HedgeConfig | None
     experts_per_actor: int
     strategy: Strategy
     experts: tuple[ExpertRecipe, ...]
@@ -132,6 +140,7 @@ class RouterRecipe:
     limits: LimitsConfig
     security: SecurityConfig
     encryption: Encryption = "curve"
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 @dataclass(frozen=True)

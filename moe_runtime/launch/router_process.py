@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_runtime.errors import ConfigError, StartError
 from moe_runtime.launch.gates import load_gate
+from moe_runtime.launch.router_metrics import RouterMetrics
 from moe_runtime.ray_backend.plan import RouterReport
 from moe_runtime.routing.policies import build_policy
 from moe_runtime.rpc.server import RpcServer
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 #: How long answers that are ready may take to leave when the server stops.
 _GRACE_S = 2.0
 _ANSWER_TIMEOUT_S = 2.0
+#: Of each of both threads, when it is asked whether it turns.
+_TURN_TIMEOUT_S = 0.6
 
 
 def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None) -> RoutedLayer:
@@ -65,6 +69,8 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
         max_batches_in_flight=recipe.max_batches_in_flight,
         exact=recipe.exact,
         wire_dtype=getattr(torch, recipe.wire_dtype),
+        on_failure=recipe.on_failure,
+        hedge=recipe.hedge,
         experts=tuple(
             ExpertInfo(expert.spec.expert_id, expert.spec.name, expert.spec.kind) for expert in recipe.experts
         ),
@@ -111,8 +117,10 @@ class RouterProcess:
         self._recipe = recipe
         self._open_transport = open_transport
         self._node = node
+        self._closing = threading.Event()
         self._service: RouterService | None = None
         self._server: RpcServer | None = None
+        self._metrics: RouterMetrics | None = None
 
     def start(self, address: str) -> RouterReport:
         """Build the layers, bind and serve.
@@ -138,18 +146,21 @@ class RouterProcess:
         except ConfigError:
             service.close()
             raise
+        metrics = RouterMetrics(service, self._recipe, node=self._node, rpc_counts=server.counts)
         service.start()
         try:
             bound = server.start()
+            metrics_address = metrics.start(asked=address, bound=bound)
         except StartError:
+            server.stop(0.0)
             service.close()
             raise
-        self._service, self._server = service, server
+        self._service, self._server, self._metrics = service, server, metrics
         if self._owns_process:
             # A collection that looks at all of torch would hold up the answers for a tenth of a second or more.
             gc.collect()
             gc.freeze()
-        return RouterReport(bound, transport.public_key)
+        return RouterReport(bound, transport.public_key, metrics_address)
 
     def set_table(self, table: RoutingTable) -> None:
         """Route by this table from the next batch on, unless a newer one is there."""
@@ -172,6 +183,18 @@ class RouterProcess:
             raise StartError("expected a started router to say which tables it uses")
         return self._service.oldest_table_version(_ANSWER_TIMEOUT_S)
 
+    def standstill(self) -> str | None:
+        """Which of its threads does not turn, in words; None where all do, and where there are none yet."""
+        if self._service is None or self._server is None:
+            return None
+        try:
+            self._service.oldest_table_version(_TURN_TIMEOUT_S)
+        except TimeoutError:
+            return f"its engine has not turned within {_TURN_TIMEOUT_S:g} s"
+        if not self._server.turns(_TURN_TIMEOUT_S):
+            return f"its gRPC server has not turned within {_TURN_TIMEOUT_S:g} s"
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Layers, experts and replicas, as plain values."""
         return {} if self._service is None else self._service.describe()
@@ -181,15 +204,24 @@ class RouterProcess:
         return {} if self._service is None else self._service.status()
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for those in flight; whether all were answered in time."""
+        """Not ready from now on; after ``drain_notice_s`` refuse new requests, and wait for those in flight.
+
+        Returns:
+            Whether all were answered within ``timeout_s``, the notice included.
+        """
         if self._service is None or self._server is None:
             return True
         # Load balancers first: they stop sending before anything is refused.
         self._server.drain()
-        return self._service.drain(timeout_s)
+        notice_s = min(self._recipe.router.drain_notice_s, timeout_s)
+        self._closing.wait(notice_s)
+        return self._service.drain(timeout_s - notice_s)
 
     def close(self) -> None:
         """Stop serving; answers that are ready still leave. Safe to call twice."""
+        self._closing.set()
+        if self._metrics is not None:
+            self._metrics.stop()
         if self._server is not None:
             self._server.stop(_GRACE_S)
         if self._service is not None:

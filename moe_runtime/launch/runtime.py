@@ -1,9 +1,9 @@
-"""``serve``: a configuration becomes a running system, and what it returns ends it again."""
+"""``serve``: a configuration becomes a running system; what runs is changed, restarted or attached to."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from moe_runtime.launch.build import build_router
 from moe_runtime.launch.in_process import InProcessSession
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
+from moe_runtime.launch.served import Runtime
 from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 from moe_runtime.ray_backend.ports import check_ports
@@ -21,100 +22,13 @@ from moe_runtime.ray_backend.ports import check_ports
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
+    from moe_runtime.logs import LogSettings
+    from moe_runtime.ray_backend.changes import Restarted
     from moe_runtime.ray_backend.cluster import Cluster
     from moe_runtime.ray_backend.roll import Upgraded
-
-#: How long requests in flight may take when a runtime is closed.
-DEFAULT_DRAIN_TIMEOUT_S = 30.0
-
-
-class Session(Protocol):
-    """What runs a runtime: actors on Ray, or threads of this process."""
-
-    def addresses(self) -> list[str]:
-        """Where clients find the routers."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Layers, hosts and routers, as plain values."""
-        ...
-
-    def close(self, *, drain_timeout_s: float) -> bool:
-        """Drain and end everything; whether every request was answered. Safe to call twice."""
-        ...
-
-
-class Runtime:
-    """A runtime that serves. A context manager: at its end it is closed, or, if detached, left running."""
-
-    def __init__(self, session: Session, *, cluster: Cluster | None = None, detached: bool = False) -> None:
-        """Take over what ``serve`` started."""
-        self._session = session
-        self._cluster = cluster
-        self._detached = detached
-        self._addresses = tuple(session.addresses())
-
-    @property
-    def address(self) -> str:
-        """``host:port`` of the first router."""
-        return self._addresses[0]
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """``host:port`` of every router."""
-        return self._addresses
-
-    def describe(self) -> dict[str, Any]:
-        """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.
-
-        Raises:
-            StartError: If the runtime's controller does not answer.
-        """
-        return self._session.describe()
-
-    def close(self, drain_timeout_s: float = DEFAULT_DRAIN_TIMEOUT_S) -> bool:
-        """End the runtime: routers refuse new requests and answer those in flight, then everything stops.
-
-        Args:
-            drain_timeout_s: How long the requests in flight may take; what is not answered then gets
-                ``UnavailableError``.
-
-        Returns:
-            Whether every request was answered in time. Safe to call twice.
-        """
-        try:
-            return self._session.close(drain_timeout_s=drain_timeout_s)
-        finally:
-            self._disconnect()
-
-    def leave(self) -> None:
-        """Let the runtime run on without this object.
-
-        Raises:
-            StartError: If it was served here without ``detach``: it would end when its lease does.
-        """
-        if not self._detached:
-            raise StartError("expected a runtime that was served with detach=True, found one with a lease; close it")
-        self._disconnect()
-
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._detached:
-            self.leave()
-        else:
-            self.close()
-
-    def _disconnect(self) -> None:
-        if self._cluster is not None:
-            self._cluster.disconnect()
 
 
 def serve(
@@ -125,6 +39,7 @@ def serve(
     address: str | None = None,
     detach: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    logging: LogSettings | None = None,
 ) -> Runtime:
     """Check a configuration, start it, and return when it serves.
 
@@ -139,6 +54,7 @@ def serve(
         address: ``HOST:PORT`` of the first router, instead of the configuration's.
         detach: Let the runtime outlive this process; needs a cluster that does.
         on_progress: Called with the number of actors that are ready, and of all.
+        logging: How its actors log, instead of the configuration's; this process's own logging is left alone.
 
     Raises:
         ConfigError: If the configuration cannot work; one line per mistake.
@@ -146,7 +62,7 @@ def serve(
         PlacementError: If the cluster has no room for an actor within ``start_timeout_s``.
         StartError: If something did not start, or ``detach`` has no cluster to stay on. Nothing is left behind.
     """
-    loaded = _with_address(load_config(config), address)
+    loaded = _with_changes(load_config(config), address=address, logging=logging)
     if not ray:
         if detach:
             raise StartError("detach: expected ray=True, found False: threads of this process cannot outlive it")
@@ -189,6 +105,33 @@ def upgrade(
         cluster.disconnect()
 
 
+def restart(
+    name: str = "default", *, experts: bool = True, routers: bool = True, ray_address: str | None = None
+) -> Restarted:
+    """Give the actors of a running runtime other processes, one after the other, without losing a request.
+
+    Each expert host gets a successor beside it, for which there must be room; each router is drained and comes back at
+    its address: clients need to know another one meanwhile. Interrupted at any moment, this may be repeated.
+
+    Args:
+        name: The runtime's.
+        experts: Whether its expert hosts restart.
+        routers: Whether its routers do.
+        ray_address: Address of its cluster; ``RAY_ADDRESS``, or Ray as it is initialised, when None.
+
+    Raises:
+        PlacementError: If the cluster has no room for one host beside those that run.
+        StartError: If there is no such cluster or runtime, or something did not start. The runtime serves as before.
+    """
+    cluster = _join(ray_address)
+    try:
+        from moe_runtime.ray_backend.session import attach as attach_session
+
+        return attach_session(name).restart(experts=experts, routers=routers)
+    finally:
+        cluster.disconnect()
+
+
 def attach(name: str = "default", *, ray_address: str | None = None) -> Runtime:
     """A runtime that runs already, to look at it or to close it; at the end of a ``with`` it is left running.
 
@@ -226,7 +169,7 @@ def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], No
     hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
     session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
     session.start(on_progress)
-    return Runtime(session)
+    return Runtime(session, drain_s=config.router.drain_s)
 
 
 def _serve_on_ray(
@@ -255,16 +198,20 @@ def _serve_on_ray(
         from moe_runtime.ray_backend.session import launch
 
         plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=detach)
-        return Runtime(launch(plan, on_progress=on_progress), cluster=cluster, detached=detach)
+        session = launch(plan, on_progress=on_progress)
+        return Runtime(session, cluster=cluster, detached=detach, drain_s=router.drain_s)
     except BaseException:
         cluster.disconnect()
         raise
 
 
-def _with_address(loaded: LoadedConfig, address: str | None) -> LoadedConfig:
-    if address is None:
+def _with_changes(loaded: LoadedConfig, *, address: str | None, logging: LogSettings | None) -> LoadedConfig:
+    if address is None and logging is None:
         return loaded
-    # Through the model again, which checks it.
+    # Through the model again, which checks them.
     data = loaded.config.model_dump()
-    data["router"]["address"] = address
+    if address is not None:
+        data["router"]["address"] = address
+    if logging is not None:
+        data["logging"] = vars(logging)
     return replace(loaded, config=load_config(data).config)

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from moe_runtime.errors import MoERuntimeError, StartError
+from moe_runtime.logs import LogIdentity, install
 from moe_runtime.ray_backend.controller import Controller
 from moe_runtime.ray_backend.deployment import DeploymentStanding, Phase
 from moe_runtime.ray_backend.names import controller_name
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ray_spawner import RaySpawner, find_actor
 from moe_runtime.ray_backend.spawner import LoopClock
+from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
+    from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.plan import RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
 
@@ -51,6 +54,7 @@ class ControllerActor:
         """Make the controller of a plan; the first one waits for ``start``."""
         self._name = plan.name
         self._phase = Phase.NEW
+        install(plan.logging, LogIdentity("controller", plan.name, locate().node))
         self._warnings = _WarningKeeper()
         logging.getLogger("moe_runtime").addHandler(self._warnings)
         self._controller = Controller(plan, spawner=RaySpawner(plan.name), clock=LoopClock())
@@ -98,6 +102,19 @@ class ControllerActor:
         await self._resumed()
         try:
             return await self._controller.upgrade(plan)
+        except MoERuntimeError as exc:
+            return Failure(type(exc).__name__, str(exc))
+
+    async def restart_terms(self) -> RestartTerms:
+        """Of a restart that begins now."""
+        await self._resumed()
+        return self._controller.restart_terms()
+
+    async def restart(self, generation: int, routers: bool) -> Restarted | Failure:
+        """Give actors other processes; what was done, or why it was not."""
+        await self._resumed()
+        try:
+            return await self._controller.restart(generation=generation, routers=routers)
         except MoERuntimeError as exc:
             return Failure(type(exc).__name__, str(exc))
 

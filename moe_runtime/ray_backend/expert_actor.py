@@ -14,7 +14,7 @@ from moe_runtime.ray_backend.whereabouts import locate
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from moe_runtime.ray_backend.plan import HostReport, Location
+    from moe_runtime.ray_backend.plan import HostHealth, HostReport, Location
     from moe_runtime.ray_backend.processes import HostFactory, HostProcess
 
 
@@ -58,8 +58,9 @@ class ExpertActor:
             return Failure(type(exc).__name__, str(exc))
         return None
 
-    async def ping(self) -> None:
-        """Answer."""
+    async def ping(self) -> HostHealth | None:
+        """Answer, and say how the host is; None before it was started."""
+        return None if self._process is None else self._process.health()
 
     async def keep(self, snapshot: Snapshot) -> None:
         """Keep a snapshot for a controller that comes back, unless a newer one is here."""

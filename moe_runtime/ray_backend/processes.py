@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from moe_runtime.ray_backend.plan import HostReport, Location, RouterReport
+    from moe_runtime.ray_backend.plan import HostHealth, HostReport, Location, RouterReport
     from moe_runtime.service.routing_table import RoutingTable
 
 
@@ -28,6 +28,10 @@ class HostProcess(Protocol):
         Raises:
             MoERuntimeError: If it was not started, or a key is malformed.
         """
+        ...
+
+    def health(self) -> HostHealth:
+        """How it is. Thread-safe; cheap, and never waits for an expert."""
         ...
 
     def join(self) -> str:
@@ -64,6 +68,10 @@ class RouterProcess(Protocol):
         Raises:
             TimeoutError: If that cannot be told at the moment.
         """
+        ...
+
+    def standstill(self) -> str | None:
+        """Which of its threads does not turn, in words; None where all do. Bounded to about a second."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -154,10 +154,12 @@ class Selection:
     Attributes:
         admitted: Bool ``(num_assignments,)``: has a place at its expert.
         rerouted: Bool ``(num_assignments,)``: admitted at another expert than the one it asked for.
+        asked_expert_ids: Int64 ``(num_assignments,)``: the expert asked for; None where nothing was rerouted.
     """
 
     admitted: Tensor
     rerouted: Tensor
+    asked_expert_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -188,12 +190,20 @@ class Admission:
             return self.selection.rerouted
         return torch.zeros_like(self.assignments.token_ids, dtype=torch.bool)
 
+    @property
+    def asked_expert_ids(self) -> Tensor:
+        """Int64 ``(num_assignments,)``: the expert asked for, before any rerouting."""
+        if self.selection is not None and self.selection.asked_expert_ids is not None:
+            return self.selection.asked_expert_ids
+        return self.assignments.expert_ids
+
 
 @dataclass(frozen=True)
 class DispatchPlan:
     """Which rows go to which expert, and with which weights they come back.
 
-    A planned row is an admitted assignment; rows are ordered by expert, then by token.
+    A planned row is an admitted assignment; rows are ordered by expert, then by token. Rows that were moved to another
+    expert after the dispatch (``move_rows``) keep their places, so the order is by the expert they were planned for.
 
     Attributes:
         order: Planned rows as places in the list of the admitted assignments by token, then by choice;
@@ -248,12 +258,15 @@ class DispatchPlan:
 
     @cached_property
     def expert_ids(self) -> Tensor:
-        """Expert per planned row, ascending, int64 ``(num_planned,)``."""
+        """Expert per planned row, int64 ``(num_planned,)``; ascending until rows are moved."""
         return self.admission.assignments.expert_ids[self.assignment_ids]
 
     @cached_property
     def expert_offsets(self) -> Tensor:
-        """Planned rows of expert ``e`` are ``[offsets[e], offsets[e + 1])``, int64 ``(num_experts + 1,)``."""
+        """Planned rows of expert ``e`` are ``[offsets[e], offsets[e + 1])``, int64 ``(num_experts + 1,)``.
+
+        Of a plan of which no rows were moved.
+        """
         return torch.tensor([0, *itertools.accumulate(self.rows_per_expert)], device=self.token_ids.device)
 
 

@@ -10,7 +10,9 @@ from moe_runtime.routing.assignments import DispatchPlan, count_per_expert
 from moe_runtime.routing.weights import apply_weight_rule, weigh_grid
 
 if TYPE_CHECKING:
-    from moe_runtime.routing.assignments import Admission, Grid
+    from torch import Tensor
+
+    from moe_runtime.routing.assignments import Admission, Assignments, Grid
 
 
 def plan_dispatch(admission: Admission) -> DispatchPlan:
@@ -44,17 +46,28 @@ def _plan_of_pairs(admission: Admission) -> DispatchPlan:
     if admission.selection is not None:
         ids = ids[admission.admitted[ids]]
     token_ids, expert_ids = assignments.token_ids[ids], assignments.expert_ids[ids]
-    rule, num_tokens = assignments.weight_rule, assignments.num_tokens
-    if rule.normalize == "before_drop":
-        weights = apply_weight_rule(assignments.scores, assignments.token_ids, rule, num_tokens=num_tokens)[ids]
-    else:
-        weights = apply_weight_rule(assignments.scores[ids], token_ids, rule, num_tokens=num_tokens)
     order = torch.argsort(expert_ids, stable=True)
     return DispatchPlan(
         order=order,
         token_ids=token_ids[order],
-        weights_by_token=weights,
+        weights_by_token=weigh_planned(assignments, ids),
         ids_by_token=ids,
         rows_per_expert=count_per_expert(expert_ids, num_experts=assignments.num_experts),
         admission=admission,
     )
+
+
+def weigh_planned(assignments: Assignments, ids: Tensor) -> Tensor:
+    """Weights of the planned assignments by the assignments' rule, as if all of them will be served.
+
+    Args:
+        assignments: What was asked for.
+        ids: The planned ones, int64 ``(num_planned,)``.
+
+    Returns:
+        ``(num_planned,)``, in the order of ``ids``.
+    """
+    rule, num_tokens = assignments.weight_rule, assignments.num_tokens
+    if rule.normalize == "before_drop":
+        return apply_weight_rule(assignments.scores, assignments.token_ids, rule, num_tokens=num_tokens)[ids]
+    return apply_weight_rule(assignments.scores[ids], assignments.token_ids[ids], rule, num_tokens=num_tokens)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.errors import ConfigError
-from moe_runtime.routing.assignments import Selection
+from moe_runtime.routing.moved import move_assignments, scores_of_all
 from moe_runtime.routing.places import positions_in_group
-from moe_runtime.routing.weights import largest_per_token, sum_per_token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +43,7 @@ def reroute(admission: Admission, *, order: Tensor | None, capacity: int, max_re
     load = torch.bincount(assignments.expert_ids[admission.admitted], minlength=assignments.num_experts)
     claims = _claims(assignments, overflowed, max_reroutes=max_reroutes)
     places = _settle(claims, capacity - load, max_reroutes=max_reroutes)
-    return _moved(admission, overflowed[places.claim_ids], places.expert_ids)
+    return move_assignments(admission, overflowed[places.claim_ids], places.expert_ids)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def _claims(assignments: Assignments, overflowed: Tensor, *, max_reroutes: int) 
     turns = positions_in_group(rows, order=None, sizes=per_token)
     selected = torch.zeros((assignments.num_tokens, assignments.num_experts), dtype=torch.bool, device=tokens.device)
     selected[assignments.token_ids, assignments.expert_ids] = True
-    all_scores = _all_scores(assignments).detach()[tokens]
+    all_scores = scores_of_all(assignments).detach()[tokens]
     # A token whose earlier claims were met skips what it got there, so a later claim may look further.
     width = min(max_reroutes + int(per_token.max()) - 1, assignments.num_experts)
     scores, experts = torch.topk(all_scores.masked_fill(selected[tokens], -torch.inf), width, dim=-1)
@@ -116,36 +114,3 @@ def _settle(claims: _Claims, free: Tensor, *, max_reroutes: int) -> _Places:
         settled = settled + torch.bincount(rows[:end], minlength=num_rows)
         first += end
     return _Places(claim_ids=torch.cat(claim_ids), expert_ids=torch.cat(expert_ids))
-
-
-def _moved(admission: Admission, assignment_ids: Tensor, expert_ids: Tensor) -> Admission:
-    assignments = admission.assignments
-    rerouted = admission.rerouted.index_fill(0, assignment_ids, True)
-    all_experts = assignments.expert_ids.index_copy(0, assignment_ids, expert_ids)
-    own_scores = _all_scores(assignments)[assignments.token_ids, all_experts]
-    if assignments.weight_rule.softmax_over_set:
-        changed = torch.zeros(assignments.num_tokens, dtype=torch.bool, device=rerouted.device)
-        changed = changed.index_fill(0, assignments.token_ids[assignment_ids], True)
-        own_scores = _softmax_per_token(own_scores, assignments.token_ids, num_tokens=assignments.num_tokens)
-        scores = torch.where(changed[assignments.token_ids], own_scores, assignments.scores)
-    else:
-        scores = torch.where(rerouted, own_scores, assignments.scores)
-    return replace(
-        admission,
-        assignments=replace(assignments, choices=replace(assignments.pairs, expert_ids=all_experts, scores=scores)),
-        selection=Selection(admitted=admission.admitted | rerouted, rerouted=rerouted),
-    )
-
-
-def _softmax_per_token(logits: Tensor, token_ids: Tensor, *, num_tokens: int) -> Tensor:
-    largest = largest_per_token(logits, token_ids, num_tokens=num_tokens)[token_ids]
-    powers = (logits - largest).exp()
-    return powers / sum_per_token(powers, token_ids, num_tokens=num_tokens)[token_ids]
-
-
-def _all_scores(assignments: Assignments) -> Tensor:
-    if assignments.all_scores is None:
-        raise ConfigError(
-            "capacity.overflow: expected drop, found reroute: the policy has no scores for unselected experts"
-        )
-    return assignments.all_scores

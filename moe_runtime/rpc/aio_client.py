@@ -11,8 +11,9 @@ from moe_runtime.errors import RequestCancelledError, UnavailableError
 from moe_runtime.rpc.channels import connector
 from moe_runtime.rpc.client_core import ClientCore
 from moe_runtime.rpc.methods import FORWARD_STREAM, path, slices
+from moe_runtime.rpc.reconnecting import AioReconnections
 from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
-from moe_runtime.rpc.status import error_of
+from moe_runtime.rpc.status import error_of, is_lost
 from moe_runtime.wire.messages import NO_OPTIONS
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from moe_runtime.errors import MoERuntimeError
     from moe_runtime.rpc.channels import ClientTLS
     from moe_runtime.rpc.client_core import Attempt, ClientCall
     from moe_runtime.rpc.retries import RetryPolicy
@@ -59,6 +61,7 @@ class AsyncMoEClient:
         # made on the first call: a channel belongs to the loop that runs when it is made
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._unary_calls: dict[tuple[str, str], grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]] = {}
+        self._reconnections = AioReconnections(self._core.pool)
         self._closed = False
 
     async def forward(
@@ -91,6 +94,7 @@ class AsyncMoEClient:
     async def close(self) -> None:
         """Close the connections; calls under way end with ``RequestCancelledError``. Safe to call twice."""
         self._closed = True
+        await self._reconnections.close()
         for channel in self._channels.values():
             await channel.close()
 
@@ -115,10 +119,18 @@ class AsyncMoEClient:
                     raise RequestCancelledError("the client was closed while the call was under way") from exc
                 error = error_of(exc.code(), exc.details(), exc.trailing_metadata())
                 error.__cause__ = exc
-                call.failed(error)
+                self._fail(call, error, is_lost=is_lost(error, exc.trailing_metadata()))
             else:
                 is_large = len(reply) > _INLINE_BYTES
                 return await asyncio.to_thread(call.succeeded, reply) if is_large else call.succeeded(reply)
+
+    def _fail(self, call: ClientCall[Any], error: MoERuntimeError, *, is_lost: bool) -> None:
+        address = call.attempt.address
+        try:
+            call.failed(error, is_lost=is_lost)
+        finally:
+            if is_lost:
+                self._reconnections.watch(address, self._channels[address])
 
     async def _send(self, attempt: Attempt) -> bytes:
         channel = self._channel(attempt.address)

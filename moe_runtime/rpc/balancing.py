@@ -19,11 +19,15 @@ _LONGEST_PAUSE_S = 10.0
 @dataclass
 class _Health:
     num_failures: int = 0
+    is_lost: bool = False
     paused_until: float = float("-inf")
 
 
 class AddressPool:
-    """Router addresses in turn; one that failed is skipped for a while, longer each time. Thread-safe.
+    """Router addresses in turn. Thread-safe.
+
+    One whose router refuses is skipped for a while, longer each time; one that cannot be reached is skipped until it
+    can, so that no call is spent on finding out.
 
     Args:
         addresses: ``HOST:PORT`` of each router.
@@ -53,20 +57,36 @@ class AddressPool:
             return any(self._is_usable(address) for address in self.addresses)
 
     def mark_failed(self, address: str) -> None:
-        """The router could not be reached, or refuses requests."""
+        """The router was reached, and refuses requests."""
+        with self._lock:
+            self._pause(self._health[address])
+
+    def mark_lost(self, address: str) -> None:
+        """The router could not be reached, or fell silent; whoever says so also watches for ``mark_connected``."""
         with self._lock:
             health = self._health[address]
-            pause_s = min(_FIRST_PAUSE_S * 2**health.num_failures, _LONGEST_PAUSE_S)
-            health.num_failures = min(health.num_failures + 1, 16)
-            health.paused_until = self._now() + pause_s
+            self._pause(health)
+            health.is_lost = True
+
+    def mark_connected(self, address: str) -> None:
+        """A router that was lost can be reached again: maybe another process, which has refused nothing yet."""
+        with self._lock:
+            if self._health[address].is_lost:
+                self._health[address] = _Health()
 
     def mark_answered(self, address: str) -> None:
         """The router answered."""
         with self._lock:
             self._health[address] = _Health()
 
+    def _pause(self, health: _Health) -> None:
+        pause_s = min(_FIRST_PAUSE_S * 2**health.num_failures, _LONGEST_PAUSE_S)
+        health.num_failures = min(health.num_failures + 1, 16)
+        health.paused_until = self._now() + pause_s
+
     def _is_usable(self, address: str) -> bool:
-        return self._health[address].paused_until <= self._now()
+        health = self._health[address]
+        return not health.is_lost and health.paused_until <= self._now()
 
 
 def addresses_of(target: str | Sequence[str]) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from moe_runtime.errors import RequestCancelledError, UnavailableError
 from moe_runtime.rpc.channels import connector
 from moe_runtime.rpc.client_core import ClientCore
 from moe_runtime.rpc.methods import FORWARD_STREAM, path, slices
+from moe_runtime.rpc.reconnecting import Reconnections
 from moe_runtime.rpc.retries import DEFAULT_RETRY_POLICY
-from moe_runtime.rpc.status import error_of
+from moe_runtime.rpc.status import error_of, is_lost
 from moe_runtime.wire.messages import NO_OPTIONS
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from moe_runtime.errors import MoERuntimeError
     from moe_runtime.rpc.channels import ClientTLS
     from moe_runtime.rpc.client_core import Attempt, ClientCall
     from moe_runtime.rpc.retries import RetryPolicy
@@ -56,6 +58,7 @@ class MoEClient:
         self._core = ClientCore(target, retry_policy=retry_policy)
         self._connector = connector(self._core.pool.addresses, token=token, tls=tls, insecure=insecure)
         self._channels = {address: self._connector.channel(address) for address in self._core.pool.addresses}
+        self._reconnections = Reconnections(self._core.pool)
         self._closed = False
 
     def forward(
@@ -134,9 +137,17 @@ class MoEClient:
                     raise RequestCancelledError("the client was closed while the call was under way") from exc
                 error = error_of(exc.code(), exc.details(), exc.trailing_metadata())
                 error.__cause__ = exc
-                call.failed(error)
+                self._fail(call, error, is_lost=is_lost(error, exc.trailing_metadata()))
             else:
                 return call.succeeded(reply)
+
+    def _fail(self, call: ClientCall[Any], error: MoERuntimeError, *, is_lost: bool) -> None:
+        address = call.attempt.address
+        try:
+            call.failed(error, is_lost=is_lost)
+        finally:
+            if is_lost:
+                self._reconnections.watch(address, self._channels[address])
 
     def _send(self, attempt: Attempt) -> bytes:
         channel = self._channels[attempt.address]

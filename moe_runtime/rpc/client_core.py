@@ -153,8 +153,13 @@ class ClientCall(Generic[ResultT]):
         self._core.retry_budget.earn()
         return self._decode(reply)
 
-    def failed(self, error: MoERuntimeError) -> None:
+    def failed(self, error: MoERuntimeError, *, is_lost: bool = False) -> None:
         """Set ``attempt`` to the next one.
+
+        Args:
+            error: What the attempt ended with.
+            is_lost: Whether no router said so: it could not be reached, or the connection broke. Then the shell
+                tells the core's pool when the address can be reached again.
 
         Raises:
             MoERuntimeError: The error, if trying again is not worth it, or not within the budget or the deadline.
@@ -163,19 +168,30 @@ class ClientCall(Generic[ResultT]):
         if isinstance(error, StreamRequiredError) and method == FORWARD:
             self.attempt = self._next_attempt(FORWARD_STREAM, body, delay_s=0.0)
             return
+        if is_lost:
+            self._core.pool.mark_lost(self.attempt.address)
+        elif isinstance(error, UnavailableError):
+            self._core.pool.mark_failed(self.attempt.address)
         delay_s = self._delay_s(error)
         in_time = self._deadline is None or self._core.now() + delay_s < self._deadline
         may_retry = in_time and self._num_attempts < self._core.retry_policy.max_attempts
-        if not may_retry or not self._core.retry_budget.spend():
+        if not may_retry or not (self._goes_elsewhere(error) or self._core.retry_budget.spend()):
             error.add_note(f"after {self._num_attempts} attempts, the last at {self.attempt.address}")
             raise error
         self.attempt = self._next_attempt(method, body, delay_s=delay_s)
+
+    def _goes_elsewhere(self, error: MoERuntimeError) -> bool:
+        """Whether the next attempt is at a router in no trouble: that adds nothing to the load of one that is.
+
+        It costs nothing, since all calls under way at a router are lost together. The address that failed rests, so
+        this happens once per call and router.
+        """
+        return isinstance(error, UnavailableError) and self._core.pool.has_usable()
 
     def _delay_s(self, error: MoERuntimeError) -> float:
         """How long to wait before a retry; raises the error where none would help."""
         backoff_s = self._core.retry_policy.backoff_s(self._num_attempts - 1, self._core.rng)
         if isinstance(error, UnavailableError):
-            self._core.pool.mark_failed(self.attempt.address)
             return 0.0 if self._core.pool.has_usable() else backoff_s
         if isinstance(error, OverloadedError):
             hint_s = error.retry_after_ms / 1e3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from functools import partial
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from moe_runtime.service.requests import LayerAnswer
     from moe_runtime.service.router_service import RouterService
     from moe_runtime.wire.messages import ForwardRequest
+
+logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
@@ -96,6 +99,10 @@ class RouterHandlers:
     def count_error(self, error: MoERuntimeError) -> None:
         """Count an error that a call was answered with."""
         self._num_errors[type(error).__name__] += 1
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """``num_calls`` by method and ``num_errors`` by the name of the error. Thread-safe."""
+        return {"num_calls": dict(self._num_calls), "num_errors": dict(self._num_errors)}
 
     async def _forward(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         return await self._or_abort(FORWARD, self._answer_unary(body, context), context)
@@ -158,6 +165,9 @@ class RouterHandlers:
         self, body: bytes | bytearray, pending: PendingAnswer, *, deadline: float, client: str, unary: bool
     ) -> None:
         request = decode_request(body)
+        if logger.isEnabledFor(logging.DEBUG):
+            about = {"request_id": request.request_id, "layer": request.layer}
+            logger.debug("received %d tokens", request.inputs.shape[0] if request.inputs.shape else 0, extra=about)
         if unary:
             _check_reply_fits(request, self._service.layer(request.layer))
         pending.submit(
@@ -188,8 +198,7 @@ class RouterHandlers:
         return {**self._info, **self._service.describe()}
 
     def _load(self) -> dict[str, Any]:
-        calls = {"num_calls": dict(self._num_calls), "num_errors": dict(self._num_errors)}
-        return {**self._service.status(), "rpc": calls}
+        return {**self._service.status(), "rpc": self.counts()}
 
     async def _or_abort(
         self,

@@ -38,20 +38,21 @@ SERVER_OPTIONS = (
     ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
     ("grpc.so_reuseport", 0),  # else two servers share one port without either noticing
-    ("grpc.http2.min_ping_interval_without_data_ms", 500),  # lets the clients' keepalive pass
+    ("grpc.http2.min_ping_interval_without_data_ms", 100),  # lets the clients' keepalive pass
 )
 CHANNEL_OPTIONS = (
     *_SIZE_OPTIONS,
     ("grpc.enable_retries", 0),  # the client retries by itself, under its own budget
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    # A router whose host vanished without a word is given up in time for another one, under a deadline of 5 s: after
-    # 3 s where calls are under way, after 2 s where the connection has yet to be made.
-    ("grpc.keepalive_time_ms", 1_000),
-    ("grpc.keepalive_timeout_ms", 2_000),
-    ("grpc.http2.ping_timeout_ms", 2_000),  # else a ping that the other end's kernel has taken waits for a minute
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A router that falls silent is given up in time for another one to answer within a second: after 0.75 s where
+    # calls are under way, after 0.8 s where the connection has yet to be made. gRPC's own threads answer these
+    # questions, however busy the router's are.
+    ("grpc.keepalive_time_ms", 250),
+    ("grpc.keepalive_timeout_ms", 500),
+    ("grpc.http2.ping_timeout_ms", 500),  # else a ping that the other end's kernel has taken waits for a minute
     ("grpc.http2.max_pings_without_data", 0),  # any number: a call may take long
-    ("grpc.min_reconnect_backoff_ms", 2_000),  # bounds an attempt to connect, too
+    ("grpc.min_reconnect_backoff_ms", 800),  # bounds an attempt to connect, too
 )
 
 

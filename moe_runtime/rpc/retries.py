@@ -18,7 +18,8 @@ class RetryPolicy:
         max_attempts: Attempts of one call, the first included; 1 never retries.
         first_backoff_s: Pause before the first retry; it doubles with each further one.
         max_backoff_s: Longest pause.
-        budget: Retries that all calls of the client together may make beyond those earned.
+        budget: Retries that all calls of the client together may make beyond those earned; going on to another
+            router that is in no trouble costs none.
         earned_per_success: What each successful call adds to the budget, up to where it began.
     """
 

@@ -111,6 +111,11 @@ def error_of(code: grpc.StatusCode, details: str | None, metadata: Iterable[tupl
     return OverloadedError(message, retry_after_ms=_milliseconds(entries.get(RETRY_AFTER_KEY)))
 
 
+def is_lost(error: MoERuntimeError, metadata: Iterable[tuple[str, Any]] | None) -> bool:
+    """Whether a call ended without a word of the router's: it could not be reached, or the connection broke."""
+    return isinstance(error, UnavailableError) and ERROR_KEY not in dict(metadata or ())
+
+
 def _milliseconds(text: object) -> float:
     try:
         value = float(str(text))

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
+    from moe_runtime.errors import MoERuntimeError
     from moe_runtime.routing.assignments import DispatchPlan
     from moe_runtime.routing.combine import Combined
+    from moe_runtime.service.failures import BatchFailures
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Batch:
         k: Experts per token, at most the layer's: one number, or int64 ``(num_tokens,)``.
         mask: Bool ``(num_tokens,)``; rows that are False are padding and are not routed.
         row_seeds: Int64 ``(num_tokens,)``; keys of whatever the routing draws at random.
+        row_starts: First row of each request that the batch was joined from, ascending from 0.
+        request_ids: The ids of these requests; none where nobody gave them any.
     """
 
     layer: str
@@ -35,6 +39,8 @@ class Batch:
     k: Tensor | int | None = None
     mask: Tensor | None = None
     row_seeds: Tensor | None = None
+    row_starts: tuple[int, ...] = (0,)
+    request_ids: tuple[str, ...] = ()
 
 
 class StageTimes(NamedTuple):
@@ -60,7 +66,7 @@ class BatchResult:
         combined: What its tokens became.
         table_version: Version of the routing table that the batch used.
         times: Seconds per stage.
-        failures: Why an expert's rows were not served, by expert id.
+        failures: What went wrong on the way; None if nothing did.
         overflowed: Bool ``(num_tokens,)``: rows with NaN or an infinity that no expert answered with, because a
             weighted sum left the dtype's range; None if there is none.
     """
@@ -69,8 +75,13 @@ class BatchResult:
     combined: Combined
     table_version: int
     times: StageTimes
-    failures: Mapping[int, str]
+    failures: BatchFailures | None = None
     overflowed: Tensor | None = None
+
+    @property
+    def errors(self) -> Mapping[int, MoERuntimeError]:
+        """What the requests are answered with that get no result, by their place in the batch."""
+        return {} if self.failures is None else self.failures.errors
 
     @property
     def outputs(self) -> Tensor:
@@ -79,7 +90,7 @@ class BatchResult:
 
     @property
     def plan(self) -> DispatchPlan:
-        """The plan that was dispatched."""
+        """The plan that was combined: as dispatched, with the rows moved that went to other experts since."""
         return self.combined.plan
 
     @property
@@ -92,3 +103,9 @@ class BatchResult:
         """Bool ``(num_planned,)``: the expert answered."""
         served = self.combined.served
         return torch.ones(self.plan.num_planned, dtype=torch.bool) if served is None else served
+
+    def mask_of(self, rows: Collection[int]) -> Tensor:
+        """These planned rows, as bool ``(num_planned,)``."""
+        mask = torch.zeros(self.plan.num_planned, dtype=torch.bool)
+        mask[torch.tensor([*rows], dtype=torch.int64)] = True
+        return mask

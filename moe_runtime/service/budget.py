@@ -1,67 +1,219 @@
-"""Bounds what waits in a router's queue."""
+"""Bounds what waits in a router's queue: in tokens, in bytes, in time, and per client."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import OverloadedError
+from moe_runtime.service.fair_queue import turn_tokens
+from moe_runtime.service.pace import Pace, ServedLately
+from moe_runtime.service.shares import ClientShares
 
 if TYPE_CHECKING:
+    from moe_runtime.config.runtime import RouterConfig
     from moe_runtime.service.ports import Clock
+    from moe_runtime.service.queue_stats import QueueStats, RefusalReason
+
+#: A request is taken in if it should be answered within this part of the time that it has left: what is estimated is
+#: sometimes late, and an answer that is late was computed for nothing.
+_USABLE_TIME = 0.75
+#: With more clients than this, what is ahead of one is bounded rather than added up.
+_MOST_CLIENTS_SUMMED = 64
+_SHORTEST_HINT_S = 0.001
+_LONGEST_HINT_S = 5.0
+#: The hint where nobody knows yet how fast the queue moves.
+_BLIND_HINT_S = 0.1
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a request, or some of its rows, take of the queue."""
+
+    layer: str
+    client: str
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _LayerLoad:
+    """What waits for one layer, how fast it goes, and whose it was lately."""
+
+    tokens: Counter[str] = field(default_factory=Counter)
+    pace: Pace = field(default_factory=Pace)
+    served: ServedLately = field(default_factory=ServedLately)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.total()
 
 
 class QueueBudget:
-    """How many tokens and bytes may wait. Thread-safe.
+    """How much may wait. Thread-safe.
+
+    Besides tokens and bytes, a queue is bounded in time: a request is refused at once where what waits before it
+    would take ``max_queued_s``, or so long that its own answer would probably be late. Nothing is refused for the
+    time it would take while nothing waits, or as long as nobody knows how long that would be.
 
     Args:
-        max_tokens: Tokens that may wait at once.
-        max_bytes: Bytes that may wait at once.
-        clock: Tells the time, for the hint when to retry.
+        router: The limits.
+        clock: Tells the time.
+        stats: Counts what is refused.
     """
 
-    def __init__(self, *, max_tokens: int, max_bytes: int, clock: Clock) -> None:
-        self._max_tokens = max_tokens
-        self._max_bytes = max_bytes
+    def __init__(self, router: RouterConfig, *, clock: Clock, stats: QueueStats) -> None:
+        self._router = router
         self._clock = clock
+        self._stats = stats
         self._lock = threading.Lock()
-        self._opened_at = clock.now()
-        self._tokens_out = 0
+        self._loads: dict[str, _LayerLoad] = {}
+        self._token_shares = ClientShares(share=router.max_client_share, clock=clock)
+        self._byte_shares = ClientShares(share=router.max_client_share, clock=clock)
         self.num_tokens = 0
         self.num_bytes = 0
 
-    def resize(self, *, max_tokens: int, max_bytes: int) -> None:
+    def resize(self, router: RouterConfig) -> None:
         """Other limits from now on; what waits already may exceed them."""
         with self._lock:
-            self._max_tokens, self._max_bytes = max_tokens, max_bytes
+            self._router = router
+            self._token_shares.share = self._byte_shares.share = router.max_client_share
 
-    def reserve(self, num_tokens: int, num_bytes: int) -> None:
+    def pace(self, layer: str) -> Pace:
+        """How fast a layer goes; for the one thread that measures it."""
+        with self._lock:
+            return self._load(layer).pace
+
+    def hint_ms(self) -> float:
+        """When it is worth trying again, in milliseconds: once what waits now is gone."""
+        with self._lock:
+            return self._hint_ms()
+
+    def reserve(self, place: Place, *, time_left_s: float) -> None:
         """Take a place in the queue.
 
+        Args:
+            place: What is asked for.
+            time_left_s: Seconds until the request's deadline.
+
         Raises:
-            OverloadedError: If the queue is full; says when it is worth trying again.
+            OverloadedError: If there is none; says when it is worth trying again.
         """
         with self._lock:
-            if self.num_tokens + num_tokens > self._max_tokens:
-                raise self._full("tokens", self.num_tokens, num_tokens, self._max_tokens)
-            if self.num_bytes + num_bytes > self._max_bytes:
-                raise self._full("bytes", self.num_bytes, num_bytes, self._max_bytes)
-            self.num_tokens += num_tokens
-            self.num_bytes += num_bytes
+            # Both are asked, whatever the answer: whoever asks is active.
+            within_tokens = self._token_shares.may_take(
+                place.client, place.num_tokens, whole=self._router.max_queued_tokens
+            )
+            within_bytes = self._byte_shares.may_take(
+                place.client, place.num_bytes, whole=self._router.max_queued_bytes
+            )
+            self._check_room(place)
+            if not (within_tokens and within_bytes):
+                raise self._refusal("client_share", self._share_spent(place))
+            self._check_time(place, time_left_s)
+            self._take(place, 1)
 
-    def release(self, num_tokens: int, num_bytes: int) -> None:
-        """Give a place back."""
+    def release(self, place: Place) -> None:
+        """Give a place, or a part of one, back: its rows wait no more, and go nowhere."""
         with self._lock:
-            self.num_tokens -= num_tokens
-            self.num_bytes -= num_bytes
-            self._tokens_out += num_tokens
+            self._take(place, -1)
 
-    def _full(self, unit: str, queued: int, more: int, most: int) -> OverloadedError:
-        tokens_per_s = self._tokens_out / max(self._clock.now() - self._opened_at, 1e-3)
-        wait_s = self.num_tokens / tokens_per_s if tokens_per_s > 0 else 0.1
-        retry_after_ms = min(max(wait_s * 1000.0, 1.0), 5000.0)
-        return OverloadedError(
-            f"the router's queue is full: {queued} {unit} wait, {more} more would exceed {most}; "
-            f"try again in {retry_after_ms:.0f} ms",
-            retry_after_ms=retry_after_ms,
+    def send(self, place: Place) -> None:
+        """Give a place, or a part of one, back: its rows go to the experts."""
+        with self._lock:
+            self._take(place, -1)
+            self._load(place.layer).served.add(place.client, place.num_tokens, now=self._clock.now())
+
+    def snapshot(self) -> dict[str, Any]:
+        """What waits, the limits, and the pace of each layer where it is known, as plain values."""
+        with self._lock:
+            return {
+                "tokens": self.num_tokens,
+                "bytes": self.num_bytes,
+                "max_tokens": self._router.max_queued_tokens,
+                "max_bytes": self._router.max_queued_bytes,
+                "num_active_clients": self._token_shares.num_active,
+                "tokens_per_s": {
+                    layer: load.pace.tokens_per_s
+                    for layer, load in self._loads.items()
+                    if load.pace.tokens_per_s is not None
+                },
+            }
+
+    def _check_room(self, place: Place) -> None:
+        most_tokens, most_bytes = self._router.max_queued_tokens, self._router.max_queued_bytes
+        if self.num_tokens + place.num_tokens > most_tokens:
+            raise self._refusal("tokens", _full("tokens", self.num_tokens, place.num_tokens, most_tokens))
+        if self.num_bytes + place.num_bytes > most_bytes:
+            raise self._refusal("bytes", _full("bytes", self.num_bytes, place.num_bytes, most_bytes))
+
+    def _check_time(self, place: Place, time_left_s: float) -> None:
+        load = self._load(place.layer)
+        if load.pace.tokens_per_s is None or not load.num_tokens:
+            return
+        ahead = self._tokens_ahead(place, load)
+        wait_s = load.pace.seconds_for(ahead)
+        if ahead >= self._router.max_batch_tokens and wait_s > self._router.max_queued_s:
+            reason = f"{wait_s:.3f} s of work wait before this request, more than {self._router.max_queued_s} s"
+            raise self._refusal("time", reason)
+        finish_s = wait_s + load.pace.seconds_for(place.num_tokens) + load.pace.batch_s
+        if finish_s > _USABLE_TIME * time_left_s:
+            reason = f"the answer would take about {finish_s:.3f} s, and the deadline is in {time_left_s:.3f} s"
+            raise self._refusal("time", reason)
+
+    def _tokens_ahead(self, place: Place, load: _LayerLoad) -> float:
+        """Tokens that leave the layer's queue before the place's: the clients take turns."""
+        own, now = load.tokens[place.client], self._clock.now()
+        lately = load.served.share(place.client, now=now)
+        if own == load.num_tokens and lately == 1.0:
+            return own
+        each = max(own + place.num_tokens, turn_tokens(self._router.max_batch_tokens))
+        others = len(load.tokens) - (place.client in load.tokens)
+        if others > _MOST_CLIENTS_SUMMED:
+            waiting = min(load.num_tokens, own + others * each)
+        else:
+            waiting = own + sum(min(held, each) for client, held in load.tokens.items() if client != place.client)
+        # Others who hardly wait, because they ask for little, overtake as they have done lately.
+        share = max(lately, 1.0 / max(others + 1, load.served.num_clients(now=now)))
+        return max(float(waiting), own / share)
+
+    def _take(self, place: Place, sign: int) -> None:
+        num_tokens, num_bytes = sign * place.num_tokens, sign * place.num_bytes
+        tokens = self._load(place.layer).tokens
+        tokens[place.client] += num_tokens
+        if not tokens[place.client]:
+            del tokens[place.client]
+        self._token_shares.take(place.client, num_tokens)
+        self._byte_shares.take(place.client, num_bytes)
+        self.num_tokens += num_tokens
+        self.num_bytes += num_bytes
+
+    def _load(self, layer: str) -> _LayerLoad:
+        return self._loads.setdefault(layer, _LayerLoad())
+
+    def _share_spent(self, place: Place) -> str:
+        return (
+            f"the client holds {self._token_shares.held(place.client)} tokens of {self._router.max_queued_tokens}, "
+            f"and may hold {self._router.max_client_share:g} of the queue while others want it"
         )
+
+    def _refusal(self, reason: RefusalReason, words: str) -> OverloadedError:
+        self._stats.refuse(reason)
+        retry_after_ms = self._hint_ms()
+        return OverloadedError(
+            f"the router's queue is full: {words}; try again in {retry_after_ms:.0f} ms", retry_after_ms=retry_after_ms
+        )
+
+    def _hint_ms(self) -> float:
+        loads = [load for load in self._loads.values() if load.num_tokens]
+        if any(load.pace.tokens_per_s is None for load in loads):
+            return 1000.0 * _BLIND_HINT_S
+        # Layers are worked off side by side.
+        hint_s = max((load.pace.seconds_for(load.num_tokens) for load in loads), default=0.0)
+        return 1000.0 * min(max(hint_s, _SHORTEST_HINT_S), _LONGEST_HINT_S)
+
+
+def _full(unit: str, queued: int, more: int, most: int) -> str:
+    return f"{queued} {unit} wait, {more} more would exceed {most}"

@@ -46,9 +46,11 @@ def _describe_replica(replica: Replica) -> dict[str, Any]:
     return {
         "replica_id": replica.replica_id,
         "state": str(replica.state),
+        "reason": replica.reason,
         "node": replica.endpoint.node,
         "device": replica.device,
         "pid": replica.pid,
+        "num_restarts": replica.num_restarts,
         "incarnation": f"{replica.endpoint.incarnation:016x}",
         "weights_version": replica.weights_version,
     }

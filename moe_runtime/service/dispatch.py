@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,60 +10,104 @@ import torch
 from moe_runtime.service.ports import Segment
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from moe_runtime.service.ports import Endpoint, HostReply
-    from moe_runtime.service.routing_table import Replica, RoutingTable
+    from moe_runtime.service.replica_choice import ReplicaChoice
+    from moe_runtime.service.routing_table import RoutingTable
+
+
+class History(NamedTuple):
+    """What planned rows have been through.
+
+    Attributes:
+        tried: Replicas that failed them.
+        num_moves: Experts that they were moved to.
+        is_suspect: Whether a host died while it had them, so that they travel with rows of their own request only.
+    """
+
+    tried: tuple[str, ...] = ()
+    num_moves: int = 0
+    is_suspect: bool = False
+
+
+_FRESH = History()
+
+
+@dataclass(slots=True, eq=False)
+class Race:
+    """Replicas that work on the same rows; the first answer wins.
+
+    Attributes:
+        replica_ids: All of them.
+        num_running: Those that may still answer.
+        is_won: Whether one has.
+    """
+
+    replica_ids: tuple[str, ...]
+    num_running: int
+    is_won: bool = False
+
+    def is_lost_by_one(self) -> bool:
+        """Note that a replica failed; whether it was the last."""
+        self.num_running -= 1
+        return self.num_running == 0
 
 
 class PlannedSegment(NamedTuple):
-    """The planned rows ``[start, stop)`` of one expert, and the replica that is to serve them, if there is one."""
+    """Planned rows of one expert, and the replica that is to serve them, if there is one.
+
+    Attributes:
+        expert_id: The expert's.
+        rows: Which planned rows; a range where they are neighbours.
+        replica_id: The replica's.
+        history: What they have been through.
+        race: With which other replica; None where one works on them.
+    """
 
     expert_id: int
-    start: int
-    stop: int
+    rows: Sequence[int]
     replica_id: str = ""
+    history: History = _FRESH
+    race: Race | None = None
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the segment."""
-        return self.stop - self.start
+    def tried(self) -> tuple[str, ...]:
+        """Replicas that have failed these rows once the present ones have."""
+        present = (self.replica_id,) if self.race is None else self.race.replica_ids
+        return (*self.history.tried, *(replica_id for replica_id in present if replica_id))
 
 
 class HostMessage(NamedTuple):
-    """All planned segments of a batch that go to one expert host.
+    """Planned segments of a batch that go to one expert host.
 
     Attributes:
         endpoint: The host's.
-        segments: At least one, in the order of the plan.
+        segments: At least one.
         num_rows: Rows of all segments.
+        alone: The only request of the batch whose rows it carries, because hosts may die of it.
     """
 
     endpoint: Endpoint
     segments: tuple[PlannedSegment, ...]
     num_rows: int
-
-    @property
-    def start(self) -> int:
-        """The first of its planned rows."""
-        return self.segments[0].start
-
-    @property
-    def is_one_run(self) -> bool:
-        """Whether its planned rows are neighbours."""
-        return self.segments[-1].stop - self.start == self.num_rows
+    alone: int | None = None
 
     def planned_ids(self) -> Tensor | slice:
         """Which planned rows the message carries, in its order; a slice where they are neighbours."""
-        if self.is_one_run:
-            return slice(self.start, self.start + self.num_rows)
-        return torch.cat([torch.arange(segment.start, segment.stop) for segment in self.segments])
+        start = stop = self.segments[0].rows[0]
+        for segment in self.segments:
+            rows = segment.rows
+            if not isinstance(rows, range) or rows.start != stop:
+                return torch.tensor([row for segment in self.segments for row in segment.rows])
+            stop = rows.stop
+        return slice(start, stop)
 
     def wire_segments(self) -> tuple[Segment, ...]:
         """The segments as the host is told of them."""
-        return tuple([Segment(replica_id, stop - start) for _, start, stop, replica_id in self.segments])
+        return tuple([Segment(replica_id, len(rows)) for _, rows, replica_id, _, _ in self.segments])
 
 
 class Dispatch(NamedTuple):
@@ -78,12 +123,7 @@ class Dispatch(NamedTuple):
 
 
 def split_by_host(
-    rows_per_expert: Sequence[int],
-    table: RoutingTable,
-    *,
-    layer: str,
-    node: str,
-    outstanding_rows: Mapping[str, int],
+    rows_per_expert: Sequence[int], table: RoutingTable, *, layer: str, choice: ReplicaChoice
 ) -> Dispatch:
     """Choose a replica for each expert of a plan and group the experts by host.
 
@@ -91,8 +131,7 @@ def split_by_host(
         rows_per_expert: The plan's.
         table: Version of the routing table that the batch uses.
         layer: Name of the layer.
-        node: The router's own node; its replicas win ties.
-        outstanding_rows: Rows under way per replica id.
+        choice: Chooses among an expert's replicas.
 
     Returns:
         One message per host touched, and the segments that nobody serves.
@@ -105,32 +144,30 @@ def split_by_host(
         start, stop = stop, stop + num_rows
         if not num_rows:
             continue
-        replicas = table.usable(layer, expert_id)
-        if not replicas:
-            unreachable.append(PlannedSegment(expert_id, start, stop))
+        replica = choice.choose(table.usable(layer, expert_id))
+        if replica is None:
+            unreachable.append(PlannedSegment(expert_id, range(start, stop)))
             continue
-        replica = _least_loaded(replicas, node=node, outstanding_rows=outstanding_rows)
-        segment = PlannedSegment(expert_id, start, stop, replica.replica_id)
+        segment = PlannedSegment(expert_id, range(start, stop), replica.replica_id)
         incarnation = replica.endpoint.incarnation
         if incarnation in by_host:
             by_host[incarnation].append(segment)
         else:
             by_host[incarnation] = [segment]
             endpoints[incarnation] = replica.endpoint
-    messages = [
-        HostMessage(endpoints[host], tuple(segments), sum([stop - start for _, start, stop, _ in segments]))
-        for host, segments in by_host.items()
-    ]
+    messages = [make_message(endpoints[host], segments) for host, segments in by_host.items()]
     return Dispatch(tuple(messages), tuple(unreachable))
 
 
-def _least_loaded(replicas: Sequence[Replica], *, node: str, outstanding_rows: Mapping[str, int]) -> Replica:
-    if len(replicas) == 1:
-        return replicas[0]
-    return min(
-        replicas,
-        key=lambda replica: (outstanding_rows.get(replica.replica_id, 0), replica.endpoint.node != node),
-    )
+def make_message(endpoint: Endpoint, segments: Sequence[PlannedSegment], *, alone: int | None = None) -> HostMessage:
+    """The message that carries some segments to a host."""
+    return HostMessage(endpoint, tuple(segments), sum([len(segment.rows) for segment in segments]), alone)
+
+
+def as_rows(planned_ids: Sequence[int]) -> Sequence[int]:
+    """The same ascending rows, as a range where they are neighbours."""
+    start, stop = planned_ids[0], planned_ids[-1] + 1
+    return range(start, stop) if stop - start == len(planned_ids) else planned_ids
 
 
 def fault_in(
@@ -141,11 +178,15 @@ def fault_in(
     if len(results) != len(segments):
         return _OTHER_ROWS
     num_rows = 0
-    for (_, start, stop, replica_id), result in zip(segments, results, strict=True):
-        if result.num_rows != stop - start or result.replica_id != replica_id:
+    for (_, planned, replica_id, _, _), result in zip(segments, results, strict=True):
+        if result.num_rows != len(planned) or result.replica_id != replica_id:
             return _OTHER_ROWS
         if result.error is None:
-            num_rows += stop - start
+            num_rows += len(planned)
+        elif result.failed_rows:
+            if result.failed_rows[-1] >= len(planned):
+                return _OTHER_ROWS
+            num_rows += len(planned)
     if rows is None:
         return None if num_rows == 0 else f"its host sent no rows, expected {num_rows}"
     shape = (num_rows, *out_shape)

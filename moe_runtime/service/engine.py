@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import math
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.errors import TransportError
 from moe_runtime.experts.outputs import non_finite_rows
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
+from moe_runtime.service.attempts import Attempt, Attempts
 from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
-from moe_runtime.service.flight import Flight, SentMessage
+from moe_runtime.service.flight import Flight
+from moe_runtime.service.hedging import Hedging
 from moe_runtime.service.lineup import Lineup
-from moe_runtime.service.ports import HostLost, HostReply, HostRequest, MonotonicClock
+from moe_runtime.service.ports import HostLost, MonotonicClock
+from moe_runtime.service.recovery import Recovery
+from moe_runtime.service.replica_choice import ReplicaChoice
 from moe_runtime.service.row_buffers import ExpertRows, RowBuffers
 from moe_runtime.service.stats import RouterStats
 
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
 
     from moe_runtime.routing.assignments import DispatchPlan
     from moe_runtime.service.batch import Batch
-    from moe_runtime.service.dispatch import HostMessage
+    from moe_runtime.service.dispatch import HostMessage, PlannedSegment
     from moe_runtime.service.layer import RoutedLayer
-    from moe_runtime.service.ports import Clock, Endpoint, Transport
+    from moe_runtime.service.ports import Clock, Endpoint, HostReply, SegmentResult, Transport
     from moe_runtime.service.routing_table import RoutingTable
 
 #: Up to this many bytes of a batch, one pass over its rows is quicker than one per host.
@@ -65,15 +67,14 @@ class RouterEngine:
         self.stats = RouterStats(self.lineup.stats)
         self._replaced: list[Lineup] = []
         self._transport = transport
-        self._node = node
-        self._clock = clock or MonotonicClock()
+        self._clock = clock = clock or MonotonicClock()
         self._batch_ids = itertools.count(1)
-        self._tickets = itertools.count(1)
-        self._sent: dict[int, SentMessage] = {}
         self._flights: dict[int, Flight] = {}
-        self._answered: list[Flight] = []
         self._row_buffers = RowBuffers()
-        self._outstanding_rows: dict[str, int] = {}
+        self._choice = ReplicaChoice(node=node, clock=clock)
+        self._attempts = Attempts(transport, choice=self._choice, stats=self.stats, clock=clock)
+        self._recovery = Recovery(self._attempts, choice=self._choice, stats=self.stats, clock=clock)
+        self._hedging = Hedging(self._recovery, choice=self._choice, stats=self.stats)
 
     @property
     def num_in_flight(self) -> int:
@@ -95,7 +96,7 @@ class RouterEngine:
             return
         self.lineup.table = table
         for endpoint in table.out_endpoints():
-            self._give_up(endpoint, "its host is out")
+            self._lose(endpoint, "its host is out", is_death=False)
         self._retain()
 
     def replace_layers(self, layers: Mapping[str, RoutedLayer], table: RoutingTable) -> None:
@@ -138,16 +139,18 @@ class RouterEngine:
         """Finished batches; waits up to ``timeout_s`` for hosts, less when one is done or the transport is woken."""
         for event in self._transport.poll(self._patience(timeout_s)):
             if isinstance(event, HostLost):
-                self._give_up(event.endpoint, event.reason)
+                self._lose(event.endpoint, event.reason, is_death=event.is_death)
             else:
                 self._receive(event)
-        self._expire()
-        answered, self._answered = self._answered, []
-        return [self._finish(flight) for flight in answered]
+        self._look_at_the_clock()
+        self._recover()
+        return [self._finish(flight) for flight in [*self._flights.values()] if not flight.num_open_rows]
 
     def _retain(self) -> None:
-        endpoints = {sent.message.endpoint for sent in self._sent.values()}
-        self._transport.retain(endpoints.union(*(each.table.endpoints() for each in (self.lineup, *self._replaced))))
+        tables = [each.table for each in (self.lineup, *self._replaced)]
+        endpoints = self._attempts.endpoints().union(*(table.endpoints() for table in tables))
+        self._transport.retain(endpoints)
+        self._choice.retain(endpoints)
 
     def _take_off(self, batch: Batch, lineup: Lineup, plan: DispatchPlan, started_at: float) -> Flight:
         now, layer = self._clock.now(), lineup.layers[batch.layer]
@@ -162,24 +165,18 @@ class RouterEngine:
             gate_s=now - started_at,
             dispatched_at=now,
             deadline=now + layer.timeout_s,
+            num_open_rows=plan.num_planned,
         )
         self._flights[flight.batch_id] = flight
         return flight
 
     def _dispatch(self, flight: Flight) -> None:
-        dispatch = split_by_host(
-            flight.plan.rows_per_expert,
-            flight.table,
-            layer=flight.layer.name,
-            node=self._node,
-            outstanding_rows=self._outstanding_rows,
-        )
-        flight.fail(dispatch.unreachable, "no replica is ready")
-        timeout_s = flight.deadline - self._clock.now()
+        layer, plan = flight.layer, flight.plan
+        dispatch = split_by_host(plan.rows_per_expert, flight.table, layer=layer.name, choice=self._choice)
+        self._recovery.unreachable(flight, dispatch.unreachable)
         for message, rows in self._gather(flight, dispatch.messages):
-            self._send(flight, message, rows, timeout_s=timeout_s)
-        if not flight.num_unanswered:
-            self._answered.append(flight)
+            self._send(flight, message, rows)
+        self._recover()
 
     def _gather(self, flight: Flight, messages: Iterable[HostMessage]) -> Iterator[tuple[HostMessage, Tensor]]:
         """Each message with its rows: large ones straight into the transport's memory, small ones all at once."""
@@ -195,87 +192,91 @@ class RouterEngine:
             memory = self._transport.allocate(message.endpoint, shape, layer.row_dtype)
             yield message, gather(planned_ids=message.planned_ids(), out=memory)
 
-    def _send(self, flight: Flight, message: HostMessage, rows: Tensor, *, timeout_s: float) -> None:
-        ticket = next(self._tickets)
-        request = HostRequest(ticket, message.wire_segments(), rows, timeout_s)
-        try:
-            self._transport.send(message.endpoint, request)
-        except TransportError as exc:
-            self.stats.num_send_errors += 1
-            flight.fail(message.segments, str(exc))
-            return
-        self.stats.num_messages += 1
-        flight.num_unanswered += 1
-        self._sent[ticket] = SentMessage(flight, message)
-        outstanding = self._outstanding_rows
-        for _, start, stop, replica_id in message.segments:
-            outstanding[replica_id] = outstanding.get(replica_id, 0) + stop - start
+    def _send(self, flight: Flight, message: HostMessage, rows: Tensor) -> None:
+        now = self._clock.now()
+        attempt = Attempt(flight, message, now, now + self._recovery.attempt_s(flight, message.segments, now=now))
+        if flight.layer.hedge is not None:
+            attempt.hedge_at = now + self._hedging.wait_s(flight.layer, message.segments)
+        reason = self._attempts.send(attempt, rows)
+        if reason is not None:
+            self._recovery.fail(flight, message.segments, reason)
 
     def _receive(self, reply: HostReply) -> None:
-        sent = self._land(reply.ticket)
-        if sent is None:
-            self.stats.num_late_replies += 1
+        attempt = self._attempts.take_answered(reply.ticket)
+        if attempt is None:
             return
-        flight, segments = sent.flight, sent.message.segments
-        fault = fault_in(reply, segments, out_shape=flight.layer.out_shape, dtype=flight.layer.row_dtype)
+        flight, segments = attempt.flight, attempt.message.segments
+        layer, took_s = flight.layer, self._clock.now() - attempt.sent_at
+        if reply.rows is not None:
+            self.stats.num_bytes_received += reply.rows.nbytes
+        if layer.hedge is not None:
+            self._hedging.answered(layer, segments, took_s=took_s)
+        fault = fault_in(reply, segments, out_shape=layer.out_shape, dtype=layer.row_dtype)
         if fault is not None:
-            flight.fail(segments, fault)
-            return
-        stats = flight.stats
-        if len(segments) == 1 and reply.rows is not None:
-            flight.expert_rows.place(segments[0].start, reply.rows)
-            stats.count_product(segments[0].expert_id, reply.results[0].compute_ms)
+            self._recovery.fail(flight, segments, fault)
             return
         start = 0
         for segment, result in zip(segments, reply.results, strict=True):
-            if result.error is not None or reply.rows is None:
-                flight.fail((segment,), result.error or "no rows")
-                continue
-            flight.expert_rows.place(segment.start, reply.rows.narrow(0, start, segment.num_rows))
-            stats.count_product(segment.expert_id, result.compute_ms)
-            start += segment.num_rows
+            rows = None
+            if result.has_rows and reply.rows is not None:
+                rows = reply.rows if len(segments) == 1 else reply.rows.narrow(0, start, len(segment.rows))
+                start += len(segment.rows)
+            self._settle(flight, segment, result, rows, took_s=took_s)
 
-    def _land(self, ticket: int) -> SentMessage | None:
-        """Take a message off the list of those that are waited for; the last one lands its batch."""
-        sent = self._sent.pop(ticket, None)
-        if sent is None:
-            return None
-        flight, message = sent
-        for _, start, stop, replica_id in message.segments:
-            self._outstanding_rows[replica_id] -= stop - start
-        flight.num_unanswered -= 1
-        if not flight.num_unanswered:
-            self._answered.append(flight)
-        return sent
+    def _settle(
+        self, flight: Flight, segment: PlannedSegment, result: SegmentResult, rows: Tensor | None, *, took_s: float
+    ) -> None:
+        """Take what a host says of a segment, unless another host was faster."""
+        race = segment.race
+        if race is not None and race.is_won:
+            return
+        if rows is None:
+            self._recovery.fail(flight, (segment,), result.error or "no rows")
+            return
+        if race is not None:
+            race.is_won = True
+        if result.failed_rows:
+            segment, rows = self._recovery.fail_rows(flight, segment, result, rows)
+        flight.expert_rows.place(segment.rows, rows)
+        flight.num_open_rows -= len(segment.rows)
+        flight.stats.count_product(segment.expert_id, result.compute_ms, taken_s=took_s)
 
-    def _give_up(self, endpoint: Endpoint, reason: str) -> None:
-        lost = [ticket for ticket, sent in self._sent.items() if sent.message.endpoint == endpoint]
-        self._abandon(lost, reason)
+    def _lose(self, endpoint: Endpoint, reason: str, *, is_death: bool) -> None:
+        for attempt in self._attempts.take_lost(endpoint):
+            if is_death and attempt.waiting is None:
+                self._recovery.host_died(attempt.flight, attempt.message.segments, reason)
+            else:
+                self._recovery.fail(attempt.flight, attempt.message.segments, reason)
 
-    def _expire(self) -> None:
+    def _look_at_the_clock(self) -> None:
+        """Give up what is overdue, and ask others for what is slow."""
         now = self._clock.now()
-        if any(flight.deadline <= now for flight in self._flights.values()):
-            late = [ticket for ticket, sent in self._sent.items() if sent.flight.deadline <= now]
-            self._abandon(late, "no answer within the layer's timeout_ms")
+        if now < self._attempts.next_due:
+            return
+        for attempt in self._attempts.take_slow(now):
+            self._hedging.hedge(attempt)
+        for attempt in self._attempts.take_overdue(now):
+            share = "" if attempt.flight.deadline <= now else "its share of "
+            reason = f"no answer within {share}the layer's timeout_ms"
+            self._recovery.fail(attempt.flight, attempt.message.segments, reason, timed_out=True)
 
-    def _abandon(self, tickets: Iterable[int], reason: str) -> None:
-        for ticket in tickets:
-            sent = self._land(ticket)
-            if sent is not None:
-                sent.flight.fail(sent.message.segments, reason)
+    def _recover(self) -> None:
+        while self._recovery.has_work or self._attempts.has_unsent:
+            for attempt, reason in self._attempts.take_unsent():
+                self._recovery.fail(attempt.flight, attempt.message.segments, reason)
+            self._recovery.run()
 
     def _patience(self, timeout_s: float) -> float:
-        if self._answered:
+        if self._recovery.has_work or not all(flight.num_open_rows for flight in self._flights.values()):
             return 0.0
-        nearest = min([flight.deadline for flight in self._flights.values()], default=math.inf)
-        return max(0.0, min(timeout_s, nearest - self._clock.now()))
+        return max(0.0, min(timeout_s, self._attempts.next_due - self._clock.now()))
 
     def _finish(self, flight: Flight) -> BatchResult:
         layer, answered_at = flight.layer, self._clock.now()
         combined = combine(
             flight.batch.tokens,
             flight.expert_rows.collect(),
-            flight.plan,
+            flight.present_plan(),
             residual=layer.residual,
             weight_on=layer.weight_on,
             served=flight.served(),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.lineup import Lineup
     from moe_runtime.service.ports import Clock
+    from moe_runtime.service.queue_stats import QueueStats
     from moe_runtime.service.requests import LayerRequest
 
 
@@ -63,21 +64,25 @@ class Generations:
         lineup: Layers of the first one.
         router: Its limits.
         budget: What all of them share.
+        stats: Counts what waits, for all of them.
         clock: Tells the time.
 
     Attributes:
         current: Takes new requests; may be read from any thread.
     """
 
-    def __init__(self, lineup: Lineup, router: RouterConfig, *, budget: QueueBudget, clock: Clock) -> None:
+    def __init__(
+        self, lineup: Lineup, router: RouterConfig, *, budget: QueueBudget, stats: QueueStats, clock: Clock
+    ) -> None:
         self._budget = budget
+        self._stats = stats
         self._clock = clock
         self._leaving: list[Generation] = []
         self.current = self._make(lineup, router)
 
     def replace(self, lineup: Lineup, router: RouterConfig) -> None:
         """Another one takes new requests from now on; the present one finishes what it has."""
-        self._budget.resize(max_tokens=router.max_queued_tokens, max_bytes=router.max_queued_bytes)
+        self._budget.resize(router)
         self._leaving.append(self.current)
         self.current = self._make(lineup, router)
 
@@ -103,7 +108,8 @@ class Generations:
         return finished
 
     def _make(self, lineup: Lineup, router: RouterConfig) -> Generation:
-        return Generation(lineup, router, Batcher(lineup.layers, router=router, budget=self._budget, clock=self._clock))
+        batcher = Batcher(lineup.layers, router=router, budget=self._budget, stats=self._stats, clock=self._clock)
+        return Generation(lineup, router, batcher)
 
     def _all(self) -> Iterator[Generation]:
         yield from self._leaving

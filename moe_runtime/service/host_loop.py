@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe_runtime.experts.host import ExpertHost, ExpertOutcome, ExpertRun
+    from moe_runtime.experts.host import ExpertHost, ExpertRun
+    from moe_runtime.experts.outcomes import ExpertOutcome
     from moe_runtime.service.ports import Clock, Delivery, HostRequest, HostTransport
 
 _LOG = logging.getLogger(__name__)
 
 #: Beyond this many, requests stay with the transport, whose queues push back on the routers.
 MAX_WAITING = 4096
+#: A batch is joined from many requests; a line of the log names a few of them.
+MAX_LOGGED_IDS = 3
 #: How long the idle loop sleeps in ``receive``; ``stop`` wakes it at once.
 IDLE_WAIT_S = 60.0
 
@@ -39,7 +42,7 @@ class _Waiting(NamedTuple):
 class _UnderWay(NamedTuple):
     """Requests whose rows are with the experts."""
 
-    batch: list[Delivery]
+    batch: list[_Waiting]
     run: ExpertRun
 
 
@@ -51,10 +54,12 @@ class HostLoop:
     A request that has waited here for longer than its ``timeout_s`` is not run: nobody waits for its rows. It is
     answered with an error, which gives back what it took of the router's credit and memory.
 
-    Owned by the thread that calls ``run``; ``stop`` may be called from any.
+    Owned by the thread that calls ``run``; ``stop`` may be called from any, and what tells how it is doing never
+    waits for an expert.
 
     Attributes:
         num_requests: Requests received.
+        num_answered: Requests answered, in whatever way.
         num_rows: Rows run.
         num_skipped_late: Requests skipped because they were too late.
         num_failed_segments: Segments answered with an error.
@@ -86,10 +91,37 @@ class HostLoop:
         self._waiting: deque[_Waiting] = deque()
         self._under_way: _UnderWay | None = None
         self._stopping = threading.Event()
+        self._busy_since: float | None = None
         self.num_requests = 0
+        self.num_answered = 0
         self.num_rows = 0
         self.num_skipped_late = 0
         self.num_failed_segments = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait here or are with the experts: none where it is idle. Thread-safe."""
+        # In this order: a request that is answered meanwhile is rather counted as waiting.
+        num_answered = self.num_answered
+        return self.num_requests - num_answered
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the run that is under way has been; 0 where none is. Thread-safe."""
+        busy_since = self._busy_since
+        return 0.0 if busy_since is None else max(0.0, self._clock.now() - busy_since)
+
+    def status(self) -> dict[str, Any]:
+        """Counters, as plain values. Thread-safe."""
+        return {
+            "num_requests": self.num_requests,
+            "num_answered": self.num_answered,
+            "num_waiting": self.num_waiting,
+            "num_rows": self.num_rows,
+            "num_skipped_late": self.num_skipped_late,
+            "num_failed_segments": self.num_failed_segments,
+            "busy_s": self.busy_s,
+        }
 
     def run(self) -> None:
         """Serve until ``stop``. Requests that wait then are not answered."""
@@ -115,7 +147,9 @@ class HostLoop:
         """
         now = self._receive(0.0 if self._waiting else timeout_s)
         batch = self._take_batch(now)
-        run = self._host.begin([call for delivery in batch for call in _calls(delivery.request)])
+        if batch:
+            self._busy_since = now
+        run = self._host.begin([call for delivery, _ in batch for call in _calls(delivery.request)])
         self._finish_run_under_way()
         if self._host.overlaps:
             self._receive(0.0)
@@ -123,6 +157,7 @@ class HostLoop:
                 self._under_way = _UnderWay(batch, run)
                 return
         self._finish(batch, run)
+        self._busy_since = None
 
     def _receive(self, timeout_s: float) -> float:
         """Let requests in, unless too many wait; the time at which they came."""
@@ -133,48 +168,68 @@ class HostLoop:
             self._waiting.append(_Waiting(delivery, now))
         return now
 
-    def _take_batch(self, now: float) -> list[Delivery]:
+    def _take_batch(self, now: float) -> list[_Waiting]:
         """Requests for one run, at least one if any waits; those that are too late are skipped."""
-        batch: list[Delivery] = []
+        batch: list[_Waiting] = []
         num_rows = 0
         while self._waiting:
-            delivery, received_at = self._waiting[0]
-            request = delivery.request
-            if now - received_at > request.timeout_s:
+            waiting = self._waiting[0]
+            request = waiting.delivery.request
+            waited_s = now - waiting.received_at
+            if waited_s > request.timeout_s:
                 self.num_skipped_late += 1
-                self._reply(delivery, _too_late(request))
+                self._reply(waiting.delivery, _too_late(request))
             elif batch and num_rows + request.rows.shape[0] > self._max_rows_per_run:
                 break
             else:
-                batch.append(delivery)
+                batch.append(waiting)
                 num_rows += request.rows.shape[0]
+                if waited_s > 0:
+                    self._note_wait(request, waited_s)
             self._waiting.popleft()
         self.num_rows += num_rows
+        if _LOG.isEnabledFor(logging.DEBUG):
+            _log_run(batch)
         return batch
+
+    def _note_wait(self, request: HostRequest, waited_s: float) -> None:
+        for segment in request.segments:
+            self._host.note_wait(segment.replica_id, waited_s)
 
     def _finish_run_under_way(self) -> None:
         if self._under_way is not None:
             under_way, self._under_way = self._under_way, None
             self._finish(under_way.batch, under_way.run)
 
-    def _finish(self, batch: list[Delivery], run: ExpertRun) -> None:
+    def _finish(self, batch: list[_Waiting], run: ExpertRun) -> None:
         """Wait for the experts, and answer."""
-        outcomes = iter(self._host.finish(run))
-        for delivery in batch:
+        outcomes = iter(self._host.finish(run, is_late=lambda: self._is_late(batch)))
+        for delivery, _ in batch:
             self._answer(delivery, outcomes)
+
+    def _is_late(self, batch: list[_Waiting]) -> bool:
+        """Whether nobody waits for the answers any more."""
+        now = self._clock.now()
+        return all(now - received_at > delivery.request.timeout_s for delivery, received_at in batch)
 
     def _answer(self, delivery: Delivery, outcomes: Iterator[ExpertOutcome]) -> None:
         """Reply with the outcomes of the request's segments, which come next in ``outcomes``."""
         request = delivery.request
         results: list[SegmentResult] = []
-        good_rows: list[Tensor] = []
-        for segment, (rows, error, compute_ms) in zip(request.segments, outcomes, strict=False):
-            if rows is not None and good_rows:
-                error = _mismatch(rows, good_rows[0])
-            if rows is not None and error is None:
-                good_rows.append(rows)
-            results.append(SegmentResult(segment.replica_id, segment.num_rows, error, compute_ms))
-        joined = torch.cat(good_rows) if len(good_rows) > 1 else good_rows[0] if good_rows else None
+        kept: list[Tensor] = []
+        has_failed = False
+        for segment, (rows, error, compute_ms, failed_rows) in zip(request.segments, outcomes, strict=False):
+            if rows is not None:
+                mistake = _mismatch(rows, kept[0]) if kept else None
+                if mistake is None:
+                    kept.append(rows)
+                else:
+                    error, failed_rows = mistake, ()
+            has_failed = has_failed or error is not None
+            results.append(SegmentResult(segment.replica_id, segment.num_rows, error, compute_ms, failed_rows))
+        joined = torch.cat(kept) if len(kept) > 1 else kept[0] if kept else None
+        if has_failed:
+            _log_failures(request, results)
         self._reply(delivery, HostReply(request.ticket, tuple(results), joined))
 
     def _reply(self, delivery: Delivery, reply: HostReply) -> None:
@@ -182,12 +237,31 @@ class HostLoop:
             self._transport.reply(delivery, reply)
         except TransportError as exc:
             # Rows that cannot travel are this request's misfortune, not that of the next one.
-            _LOG.warning("%s", exc)
             reply = HostReply(reply.ticket, _all_failed(reply.results, str(exc)), rows=None)
+            _log_failures(delivery.request, reply.results)
             self._transport.reply(delivery, reply)
+        self.num_answered += 1
         for result in reply.results:
             if result.error is not None:
                 self.num_failed_segments += 1
+
+
+def _log_failures(request: HostRequest, results: Iterable[SegmentResult]) -> None:
+    """Tell whose rows failed; never what is in them."""
+    ids = request.request_ids
+    named = ", ".join(ids[:MAX_LOGGED_IDS]) or "of unknown id"
+    more = f" and {len(ids) - MAX_LOGGED_IDS} more" if len(ids) > MAX_LOGGED_IDS else ""
+    for result in results:
+        if result.error is not None:
+            _LOG.warning("requests %s%s: %s", named, more, result.error, extra={"request_ids": [*ids]})
+
+
+def _log_run(batch: Iterable[_Waiting]) -> None:
+    for waiting in batch:
+        request = waiting.delivery.request
+        experts = [segment.replica_id for segment in request.segments]
+        about = {"request_ids": request.request_ids, "expert": experts}
+        _LOG.debug("running %d rows", request.rows.shape[0], extra=about)
 
 
 def _too_late(request: HostRequest) -> HostReply:

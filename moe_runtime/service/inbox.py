@@ -12,9 +12,10 @@ from moe_runtime.errors import OverloadedError, UnavailableError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_LOG = logging.getLogger(__name__)
+    from moe_runtime.service.queue_stats import QueueStats
+    from moe_runtime.service.shares import ClientShares
 
-_RETRY_AFTER_MS = 50.0
+_LOG = logging.getLogger(__name__)
 
 
 class Inbox:
@@ -23,11 +24,25 @@ class Inbox:
     Args:
         wake: Makes the service's thread look here; called once for all actions that it has not seen yet.
         max_open_requests: Requests that may be open at once.
+        shares: What each client may hold of them, and holds.
+        stats: Counts what is refused.
+        hint_ms: Says when it is worth trying again.
     """
 
-    def __init__(self, wake: Callable[[], None], *, max_open_requests: int) -> None:
+    def __init__(
+        self,
+        wake: Callable[[], None],
+        *,
+        max_open_requests: int,
+        shares: ClientShares,
+        stats: QueueStats,
+        hint_ms: Callable[[], float],
+    ) -> None:
         self._wake = wake
         self._max_open_requests = max_open_requests
+        self._shares = shares
+        self._stats = stats
+        self._hint_ms = hint_ms
         self._actions: deque[Callable[[], None]] = deque()
         self._is_woken = False
         self._changed = threading.Condition()
@@ -44,11 +59,12 @@ class Inbox:
         """Whether new requests are refused."""
         return self._is_closed
 
-    def take_in(self, action: Callable[[], None], *, reserve: Callable[[], None]) -> None:
+    def take_in(self, action: Callable[[], None], *, client: str, reserve: Callable[[], None]) -> None:
         """Count a request as open, and have the service's thread queue it.
 
         Args:
             action: Queues it.
+            client: Who asks.
             reserve: Takes its place in the queue's budget, or raises.
 
         Raises:
@@ -57,14 +73,12 @@ class Inbox:
         """
         with self._changed:
             if self._is_closed:
+                self._stats.refuse("draining")
                 raise UnavailableError("the router is shutting down; send the request to another one")
-            if self._num_open >= self._max_open_requests:
-                raise OverloadedError(
-                    f"the router holds {self._num_open} requests, its limit; try again",
-                    retry_after_ms=_RETRY_AFTER_MS,
-                )
+            self._check_room(client)
             reserve()
             self._num_open += 1
+            self._shares.take(client, 1)
             # Under the lock: a service that shuts down sees every request that it has taken in.
             self._actions.append(action)
         self._wake_once()
@@ -90,10 +104,11 @@ class Inbox:
                 # Whatever stopped the engine may stand here again; the requests behind it need their answers.
                 _LOG.exception("the router could not finish an action while it was shutting down")
 
-    def answered(self) -> None:
-        """One of the open requests has its answer."""
+    def answered(self, client: str) -> None:
+        """One of a client's open requests has its answer."""
         with self._changed:
             self._num_open -= 1
+            self._shares.take(client, -1)
             if not self._num_open:
                 self._changed.notify_all()
 
@@ -106,6 +121,21 @@ class Inbox:
         """Wait until no request is open; True if that happened in time."""
         with self._changed:
             return self._changed.wait_for(lambda: self._num_open == 0, timeout_s)
+
+    def _check_room(self, client: str) -> None:
+        most = self._max_open_requests
+        within_share = self._shares.may_take(client, 1, whole=most)
+        if self._num_open >= most:
+            self._stats.refuse("open_requests")
+            raise OverloadedError(f"the router holds {most} requests, its limit; try again", self._hint_ms())
+        if not within_share:
+            self._stats.refuse("client_share")
+            held = self._shares.held(client)
+            raise OverloadedError(
+                f"the client has {held} requests open of the {most} that the router holds at most, "
+                f"and may have {self._shares.share:g} of them while others want some; try again",
+                self._hint_ms(),
+            )
 
     def _wake_once(self) -> None:
         # After the action was added, and reset before any is taken: so none is left without its wake-up.

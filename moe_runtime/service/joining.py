@@ -59,6 +59,8 @@ def build_batch(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLa
         row_seeds=_cat([_seed_rows(request, part) for request, part in taken])
         if layer.capacity.drop == "random"
         else None,
+        row_starts=tuple([part.offset for _, part in taken]),
+        request_ids=tuple([request.request_id for request in requests]),
     )
 
 

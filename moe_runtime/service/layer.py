@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from moe_runtime.config.models import OnFailureConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from moe_runtime.config.models import CapacityConfig, ResidualRule, WeightOn
+    from moe_runtime.config.models import CapacityConfig, HedgeConfig, ResidualRule, WeightOn
     from moe_runtime.routing.gates import Gate
     from moe_runtime.routing.policies import Policy
 
@@ -45,6 +48,8 @@ class RoutedLayer:
         experts: In the order of the gate's rows.
         exact: Whether outputs are bit-identical to one process.
         wire_dtype: Of rows on their way to experts and back; the layer's dtype when None.
+        on_failure: What becomes of an assignment whose expert fails.
+        hedge: When a second replica is asked as well; never when None.
     """
 
     name: str
@@ -64,6 +69,8 @@ class RoutedLayer:
     experts: tuple[ExpertInfo, ...]
     exact: bool = False
     wire_dtype: torch.dtype | None = None
+    on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
+    hedge: HedgeConfig | None = None
 
     @property
     def num_experts(self) -> int:
@@ -74,6 +81,18 @@ class RoutedLayer:
     def row_dtype(self) -> torch.dtype:
         """Dtype of rows on their way to experts and back."""
         return self.wire_dtype or self.dtype
+
+    @cached_property
+    def can_reroute(self) -> bool:
+        """Whether an assignment whose expert fails may go to another one.
+
+        Not where the rows that its token has sent already were multiplied by weights that this would change.
+        """
+        if "reroute" not in self.on_failure.order or not self.policy.can_reroute:
+            return False
+        rule = self.policy.weight_rule
+        weights_depend = (rule.normalize != "none" or rule.softmax_over_set) and self.policy.max_k > 1
+        return self.weight_on == "output" or not weights_depend
 
     @property
     def isolates_requests(self) -> bool:

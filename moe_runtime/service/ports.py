@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     import torch
+    from _typeshed import DataclassInstance
     from torch import Tensor
 
 
@@ -150,6 +151,11 @@ class Transport(Protocol):
         """Key that hosts must admit before they talk to this router; None if they ask for none."""
         ...
 
+    @property
+    def counters(self) -> DataclassInstance:
+        """What it has counted so far, whole numbers all. Thread-safe."""
+        ...
+
     def allocate(self, endpoint: Endpoint, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for the rows of one request, from where ``send`` to that endpoint need not copy them.
 
@@ -200,7 +206,7 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
 
 
 class HostTransport(Protocol):
-    """The expert host's end. Owned by one thread; only ``admit`` and ``wake`` may be called from others.
+    """The expert host's end. Owned by one thread; only ``admit``, ``counts`` and ``wake`` may be called from others.
 
     Every delivery is to be answered, those that are too late as well: the answer gives back what the request took
     of the router's credit and of the memory that they share.
@@ -219,6 +225,10 @@ class HostTransport(Protocol):
         Raises:
             TransportError: If a key is malformed.
         """
+        ...
+
+    def counts(self) -> Mapping[str, int]:
+        """Its counters since it was opened, by name. Thread-safe."""
         ...
 
     def receive(self, timeout_s: float) -> list[Delivery]:

@@ -58,6 +58,11 @@ class BatchLedger:
         planned = plan.assignment_ids.numpy()
         self._outcomes[planned] = np.where(result.served.numpy(), SERVED, DROPPED_FAILURE)
         self._weights[planned] = result.weights.numpy()
+        self._retried = self._hedged = np.zeros(len(self._token_ids), dtype=np.bool_)
+        if result.failures is not None:
+            self._retried, self._hedged = self._retried.copy(), self._hedged.copy()
+            self._retried[planned[[*result.failures.retried]]] = True
+            self._hedged[planned[[*result.failures.hedged]]] = True
         self._num_tokens = assignments.num_tokens
 
     def part(self, *, first_row: int, last_row: int, queue_s: float, return_routing: bool) -> Report:
@@ -76,6 +81,8 @@ class BatchLedger:
             num_dropped_capacity=counts[DROPPED_CAPACITY],
             num_dropped_failure=counts[DROPPED_FAILURE],
             num_rerouted=int(self._rerouted[mine].sum()),
+            num_retried=int(self._retried[mine].sum()),
+            num_hedged=int(self._hedged[mine].sum()),
             batch_tokens=(self._num_tokens,),
             timings=Timings(
                 queue_ms=queue_s * _MS,
@@ -84,7 +91,7 @@ class BatchLedger:
                 combine_ms=times.combine_s * _MS,
             ),
             warnings=(
-                *self._warnings(self._expert_ids[mine][outcomes == DROPPED_FAILURE]),
+                *self._warnings(mine),
                 *self._overflow_warning(first_row, last_row),
             ),
         )
@@ -100,11 +107,27 @@ class BatchLedger:
             outcomes=self._outcomes[mine][order],
         )
 
-    def _warnings(self, failed_experts: NDArray[np.int64]) -> tuple[str, ...]:
-        return tuple(
-            f"expert {self._layer.experts[expert_id].name}: {self._result.failures.get(expert_id, 'failed')}"
-            for expert_id in np.unique(failed_experts).tolist()
-        )
+    def _warnings(self, mine: NDArray[np.bool_]) -> tuple[str, ...]:
+        """Which experts failed these assignments, why, and what became of those: each sentence once."""
+        failures = self._result.failures
+        if failures is None:
+            return ()
+        planned = self._result.plan.assignment_ids.numpy()
+        warnings: dict[str, None] = {}
+        for expert_id, rows, reason in failures.attempts:
+            failed = planned[[*rows]]
+            failed = failed[mine[failed]]
+            is_dropped = self._outcomes[failed] == DROPPED_FAILURE
+            is_elsewhere = self._expert_ids[failed] != expert_id
+            fates = (
+                (is_dropped, ""),
+                (~is_dropped & is_elsewhere, "; rerouted"),
+                (~is_dropped & ~is_elsewhere, "; served by another replica"),
+            )
+            for applies, fate in fates:
+                if applies.any():
+                    warnings[f"expert {self._layer.experts[expert_id].name}: {reason}{fate}"] = None
+        return tuple(warnings)
 
     def _overflow_warning(self, first_row: int, last_row: int) -> tuple[str, ...]:
         overflowed = self._result.overflowed

@@ -24,7 +24,8 @@ class LayerRequest:
         options: The caller's wishes.
         return_routing: Whether the report lists every assignment.
         deadline: Clock time after which nobody waits for the answer; None is the layer's default.
-        client: Who asks: the name of a token or a certificate, else an address; empty for callers in this process.
+        client: Who asks: the name of a token or a certificate, else an address; the queue is shared
+            between clients. Empty for callers in this process.
     """
 
     request_id: str

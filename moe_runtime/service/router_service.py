@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import threading
@@ -17,12 +18,11 @@ from moe_runtime.errors import (
     OverloadedError,
     UnavailableError,
 )
-from moe_runtime.service.batcher import QueuedRequest
-from moe_runtime.service.budget import QueueBudget
 from moe_runtime.service.describe import describe_lineup
 from moe_runtime.service.engine import RouterEngine
+from moe_runtime.service.fair_queue import QueuedRequest
+from moe_runtime.service.front_door import FrontDoor
 from moe_runtime.service.generations import Generations
-from moe_runtime.service.inbox import Inbox
 from moe_runtime.service.open_requests import OpenRequests
 from moe_runtime.service.pending import PendingRequest, Ticket
 from moe_runtime.service.ports import MonotonicClock
@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from moe_runtime.service.batcher import JoinedBatch
     from moe_runtime.service.generations import Generation, RouterSetup
     from moe_runtime.service.layer import RoutedLayer
+    from moe_runtime.service.lineup import Lineup
     from moe_runtime.service.pending import OnDone
     from moe_runtime.service.ports import Clock, Transport
     from moe_runtime.service.requests import LayerRequest
     from moe_runtime.service.routing_table import RoutingTable
+    from moe_runtime.service.stats import RouterStats
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,12 +80,14 @@ class RouterService:
         self._limits = limits
         self._transport = transport
         self._engine = RouterEngine(layers, transport, node=node, clock=self._clock)
-        self._budget = QueueBudget(
-            max_tokens=router.max_queued_tokens, max_bytes=router.max_queued_bytes, clock=self._clock
+        self._door = door = FrontDoor(router, limits=limits, wake=transport.wake, clock=self._clock)
+        self._inbox = door.inbox
+        self._generations = Generations(
+            self._engine.lineup, router, budget=door.budget, stats=door.stats, clock=self._clock
         )
-        self._generations = Generations(self._engine.lineup, router, budget=self._budget, clock=self._clock)
-        self._inbox = Inbox(transport.wake, max_open_requests=limits.max_concurrent_requests)
-        self._requests = OpenRequests(self._engine.stats, clock=self._clock, on_answered=self._inbox.answered)
+        self._requests = OpenRequests(
+            self._engine.stats, queue_stats=door.stats, clock=self._clock, on_answered=self._inbox.answered
+        )
         self._batches: dict[int, tuple[JoinedBatch, Generation]] = {}
         self._keys = itertools.count(1)
         self._stopping = threading.Event()
@@ -151,6 +155,16 @@ class RouterService:
         """
         return self._generations.current.lineup.layer(name)
 
+    @property
+    def lineup(self) -> Lineup:
+        """What it serves now: layers, their table and their counters, which go on counting."""
+        return self._generations.current.lineup
+
+    @property
+    def stats(self) -> RouterStats:
+        """Its counters, which go on counting."""
+        return self._engine.stats
+
     def describe(self) -> dict[str, Any]:
         """Layers, experts and their replicas, as plain values."""
         return describe_lineup(self._generations.current.lineup)
@@ -160,13 +174,15 @@ class RouterService:
         snapshot = self._engine.stats.snapshot()
         generation = self._generations.current
         for name in snapshot["layers"].keys() & generation.lineup.layers.keys():
-            snapshot["layers"][name].update(generation.batcher.depth(name))
+            snapshot["layers"][name].update(generation.batcher.depth(name), **self._door.stats.of_layer(name))
         return {
             **snapshot,
+            "queue": self._door.load(),
             "table_version": self._engine.table.version,
             "uptime_s": self._clock.now() - self._started_at,
             "open_requests": self._inbox.num_open,
             "draining": self._inbox.is_closed,
+            "transport": dataclasses.asdict(self._transport.counters),
         }
 
     def drain(self, timeout_s: float) -> bool:
@@ -193,10 +209,7 @@ class RouterService:
             raise DeadlineExceededError(f"request {request.request_id}: its deadline passed before it was queued")
         key = next(self._keys)
         pending = PendingRequest(key, request, on_done, now, deadline, generation, unused_options(request))
-        self._inbox.take_in(
-            lambda: self._queue(pending),
-            reserve=lambda: self._budget.reserve(int(request.tokens.shape[0]), request.tokens.nbytes),
-        )
+        self._door.take_in(request, lambda: self._queue(pending), time_left_s=deadline - now)
         return Ticket(pending.request_key)
 
     def _run(self, num_threads: int) -> None:
@@ -215,6 +228,9 @@ class RouterService:
         self._requests.expire()
         while (due := self._generations.next_batch()) is not None:
             self._dispatch(*due)
+            # Routing it took its time; what has expired or was withdrawn meanwhile is in no further batch.
+            self._inbox.run_all()
+            self._requests.expire()
         for result in self._engine.poll(self._patience()):
             self._finish(result)
         for generation in self._generations.take_finished():
@@ -240,7 +256,7 @@ class RouterService:
         try:
             generation.check(request, self._limits)
         except MoERuntimeError as exc:
-            self._budget.release(int(request.tokens.shape[0]), request.tokens.nbytes)
+            self._door.release(request)
             self._requests.fail(pending.request_key, exc)
             return False
         pending.generation = generation
@@ -264,6 +280,9 @@ class RouterService:
                 self._requests.fail(part.request_key, error)
             return
         self._batches[batch_id] = joined, generation
+        if _LOG.isEnabledFor(logging.DEBUG):
+            about = {"request_ids": joined.batch.request_ids, "layer": joined.batch.layer, "batch_id": batch_id}
+            _LOG.debug("dispatched a batch of %d tokens", joined.batch.tokens.shape[0], extra=about)
 
     def _finish(self, result: BatchResult) -> None:
         if result.batch_id not in self._batches:
@@ -271,8 +290,11 @@ class RouterService:
             return
         joined, generation = self._batches.pop(result.batch_id)
         generation.batcher.batch_answered(joined)
+        generation.lineup.stats[joined.batch.layer].count_waits(joined)
         ledger = BatchLedger(result, generation.lineup.layer(joined.batch.layer))
-        for part in joined.parts:
+        for place, part in enumerate(joined.parts):
+            if place in result.errors:
+                self._requests.fail(part.request_key, result.errors[place])
             pending = self._requests.get(part.request_key)
             if pending is None:
                 continue

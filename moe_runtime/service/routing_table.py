@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -33,6 +34,8 @@ class Replica:
         weights_version: Hash of the weights that it serves, or ``seed:<n>`` when initialised.
         device: Device that it computes on.
         pid: Process id of its host on its node.
+        num_restarts: How often its host came back, since the controller started.
+        reason: Why it is in that state, in words, where it is not simply ready.
     """
 
     replica_id: str
@@ -41,6 +44,8 @@ class Replica:
     weights_version: str = ""
     device: str = "cpu"
     pid: int = 0
+    num_restarts: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,14 @@ class RoutingTable:
     def usable(self, layer: str, expert_id: int) -> tuple[Replica, ...]:
         """Replicas of an expert that rows may be sent to."""
         return self._usable.get((layer, expert_id), ())
+
+    def num_reachable(self, layer: str) -> int:
+        """Experts of a layer that have a usable replica."""
+        return self._num_reachable.get(layer, 0)
+
+    @cached_property
+    def _num_reachable(self) -> Counter[str]:
+        return Counter(layer for (layer, _), replicas in self._usable.items() if replicas)
 
     @cached_property
     def _usable(self) -> dict[tuple[str, int], tuple[Replica, ...]]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 #: Below this a fresh allocation is as quick; above it the kernel would map and clear new pages every time.
@@ -68,12 +70,16 @@ class ExpertRows:
         if math.prod(shape) * dtype.itemsize > _COLLECTED_AT_ONCE_BYTES:
             self._memory = buffers.lend(shape, dtype)
 
-    def place(self, start: int, rows: Tensor) -> None:
-        """Take rows that belong from ``start`` on; they may be kept until ``collect``."""
-        if self._memory is None:
-            self._arrived.append((start, rows))
+    def place(self, rows: Sequence[int], values: Tensor) -> None:
+        """Take the values of planned rows, each once; they may be kept until ``collect``."""
+        if self._memory is None and isinstance(rows, range):
+            self._arrived.append((rows.start, values))
+            return
+        memory = self._to_memory() if self._memory is None else self._memory
+        if isinstance(rows, range):
+            memory.narrow(0, rows.start, len(rows)).copy_(values)
         else:
-            self._memory.narrow(0, start, rows.shape[0]).copy_(rows)
+            memory.index_copy_(0, torch.tensor(rows), values.to(self._dtype))
 
     def collect(self) -> Tensor:
         """All rows, ``(num_planned, *out_shape)``, to be read until ``release``; what never arrived holds anything."""
@@ -82,15 +88,18 @@ class ExpertRows:
         parts = [rows for _, rows in sorted(self._arrived, key=_start)]
         if parts and sum([rows.shape[0] for rows in parts]) == self._shape[0]:
             return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._dtype)
-        memory = torch.empty(self._shape, dtype=self._dtype)
-        for start, rows in self._arrived:
-            memory.narrow(0, start, rows.shape[0]).copy_(rows)
-        return memory
+        return self._to_memory()
 
     def release(self) -> None:
         """Give the memory back; nobody may hold a view of it."""
         if self._memory is not None:
             self._buffers.give_back(self._memory)
+
+    def _to_memory(self) -> Tensor:
+        self._memory = self._buffers.lend(self._shape, self._dtype)
+        for start, rows in self._arrived:
+            self._memory.narrow(0, start, rows.shape[0]).copy_(rows)
+        return self._memory
 
 
 def _start(arrived: tuple[int, Tensor]) -> int:

@@ -12,7 +12,7 @@ import zmq
 from moe_runtime.errors import TransportError
 from moe_runtime.transport.curve import secure_connection
 from moe_runtime.transport.header_fields import Address
-from moe_runtime.transport.link_monitor import LinkMonitor
+from moe_runtime.transport.link_monitor import LINK_ENDED, LINK_HUNG_UP, LinkMonitor
 from moe_runtime.transport.near_channel import NearChannel
 from moe_runtime.transport.row_frames import MAX_INLINE_BYTES
 from moe_runtime.transport.tickets import OutstandingTickets
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_runtime.service.ports import Endpoint
     from moe_runtime.transport.arena import Slot
     from moe_runtime.transport.curve import KeyPair
+    from moe_runtime.transport.link_monitor import LinkLoss
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,14 @@ class HostLink:
         held = self.outstanding.num_bytes
         return not held or held + num_bytes <= self._limits.max_outstanding_bytes
 
-    def loss(self) -> str | None:
-        """Why the connection is lost, in words; None while it is up, or coming up."""
-        return self.monitor.loss()
+    def loss(self) -> LinkLoss | None:
+        """Why the connection is lost; None while it is up, or coming up."""
+        loss = self.monitor.loss()
+        return self.end() if loss is LINK_ENDED else loss
+
+    def end(self) -> LinkLoss:
+        """Why a connection that the host's end has closed is lost."""
+        return LINK_ENDED if self.channel is None or self.channel.has_ended() else LINK_HUNG_UP
 
     def is_up(self) -> bool:
         """Whether the host has answered the handshake, and is not lost."""

@@ -33,6 +33,8 @@ OFFER = struct.Struct("=QQ")
 ANSWER = struct.Struct("=Q?")
 _CREDENTIALS = struct.Struct("=iII")
 _MIN_SEGMENT_BYTES = 1 << 20
+#: Of /proc/<id>/stat: place of the kernel's flags after the name, and the one of a process that is ending.
+_FLAGS, _PF_EXITING = 6, 0x4
 
 
 class NearChannel:
@@ -82,6 +84,14 @@ class NearChannel:
         is_stopped = self._state is not None and _is_stopped(self._state)
         was_stopped, self._was_stopped = self._was_stopped, is_stopped
         return is_stopped and was_stopped
+
+    def has_ended(self) -> bool:
+        """Whether the host's process has ended, or is about to; True where nobody can tell."""
+        if self._state is None:
+            return True
+        fields = _read(self._state).split()
+        # A process that ends closes its sockets long before it is gone.
+        return not fields or fields[0] in b"ZX" or bool(int(fields[_FLAGS]) & _PF_EXITING)
 
     def lend(self, num_bytes: int) -> Slot | None:
         """A slot of at least so many bytes; None if there is none now."""
@@ -171,9 +181,15 @@ def _open_process_state(connection: socket.socket) -> int | None:
 
 
 def _is_stopped(state: int) -> bool:
+    # T is stopped by a signal; t, by a debugger or a profiler, does not last.
+    return _read(state)[1:2] == b"T"
+
+
+def _read(state: int) -> bytes:
+    """The state's fields after the name, the first of which is one letter; nothing once the process is gone."""
     try:
         fields = os.pread(state, 256, 0)
     except ProcessLookupError:
-        return False
-    # "id (name) state ...": T is stopped by a signal; t, by a debugger or a profiler, does not last.
-    return fields.rpartition(b")")[2][1:2] == b"T"
+        return b""
+    # "id (name) state ...", and a name may hold anything.
+    return fields.rpartition(b")")[2]

@@ -17,14 +17,11 @@ from moe_runtime.transport.curve import make_key_pair
 from moe_runtime.transport.header import decode_reply, encode_request
 from moe_runtime.transport.host_link import HostLink, LinkLimits
 from moe_runtime.transport.incarnation import mint_incarnation
-from moe_runtime.transport.link_monitor import LINK_ENDED
+from moe_runtime.transport.link_monitor import LINK_FROZEN
 from moe_runtime.transport.near_channel import MAX_PACKET_BYTES
 from moe_runtime.transport.readiness import Readiness, SocketsToAsk
 from moe_runtime.transport.waker import Waker
-from moe_runtime.transport.zmq_socket import (
-    DEFAULT_MAX_QUEUED_MESSAGES,
-    receive_waiting,
-)
+from moe_runtime.transport.zmq_socket import DEFAULT_MAX_QUEUED_MESSAGES, receive_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -33,6 +30,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.service.ports import Endpoint, HostReply, HostRequest
     from moe_runtime.transport.curve import Encryption
+    from moe_runtime.transport.link_monitor import LinkLoss
     from moe_runtime.transport.near_channel import NearChannel
 
 DEFAULT_MAX_OUTSTANDING_BYTES = 256 << 20
@@ -152,10 +150,7 @@ class ZmqTransport:
             self._counters.num_unshared += 1
 
     def poll(self, timeout_s: float) -> list[HostReply | HostLost]:
-        """Replies that have arrived, and hosts that were lost; waits up to ``timeout_s`` for the first.
-
-        Returns early on ``wake``.
-        """
+        """What has arrived, losses too; waits up to ``timeout_s`` for the first, and returns early on ``wake``."""
         if self._closed:
             return []
         give_up_at = time.monotonic() + timeout_s
@@ -261,20 +256,20 @@ class ZmqTransport:
         elif message is None:
             self._readiness.unwatch(channel.fileno())
             if link.hung_up():
-                self._lose(link, LINK_ENDED)
+                self._lose(link, link.end())
 
     def _look_for_frozen_hosts(self, now: float) -> None:
         self._freezes_checked_at = now
         for link in [*self._links.values()]:
             if link.is_frozen():
-                self._lose(link, "its process is frozen", is_death=False)
+                self._lose(link, LINK_FROZEN)
 
     def _look_for_loss(self, link: HostLink) -> None:
-        reason = link.loss()
-        if reason is not None:
-            self._lose(link, reason)
+        loss = link.loss()
+        if loss is not None:
+            self._lose(link, loss)
 
-    def _lose(self, link: HostLink, reason: str, *, is_death: bool = True) -> None:
+    def _lose(self, link: HostLink, loss: LinkLoss) -> None:
         """Close a link, after taking the replies that came before."""
         for frames in receive_waiting(link.socket):
             self._accept(link, frames)
@@ -284,8 +279,8 @@ class ZmqTransport:
         if link.endpoint in self._doubted:
             return
         self._doubted.add(link.endpoint)
-        self._losses[link.endpoint] = reason
-        self._arrived.append(HostLost(link.endpoint, reason, is_death))
+        self._losses[link.endpoint] = loss.reason
+        self._arrived.append(HostLost(link.endpoint, loss.reason, loss.is_death))
         self._counters.num_lost += 1
 
     def _accept(self, link: HostLink, frames: Sequence[memoryview]) -> None:

@@ -125,8 +125,9 @@ class Report:
         num_served: Assignments whose expert answered.
         num_dropped_capacity: Assignments dropped because the expert was full.
         num_dropped_failure: Assignments dropped because the expert was dead, late, or wrong.
-        num_rerouted: Assignments moved to another expert because the first was full.
+        num_rerouted: Assignments sent to another expert because theirs was full, or failed.
         num_hedged: Assignments sent to a second replica as well.
+        num_retried: Assignments sent to another replica after one failed.
         batch_tokens: Tokens in each batch that carried a part of the request.
         timings: Where the time went.
         warnings: What the caller should know, in words.
@@ -146,6 +147,7 @@ class Report:
     num_dropped_failure: int
     num_rerouted: int
     num_hedged: int = 0
+    num_retried: int = 0
     batch_tokens: tuple[int, ...] = ()
     timings: Timings = field(default_factory=Timings)
     warnings: tuple[str, ...] = ()

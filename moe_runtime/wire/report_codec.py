@@ -24,7 +24,10 @@ COUNT_FIELDS = (
     "num_dropped_failure",
     "num_rerouted",
     "num_hedged",
+    "num_retried",
 )
+#: Counts that came with a later minor version than the others.
+NEWER_COUNT_FIELDS = frozenset({"num_retried"})
 TIMING_FIELDS = tuple(f.name for f in dataclass_fields(Timings))
 ROUTING_DTYPES = dict(zip(ROUTING_FIELDS, ("int64", "int64", "float32", "uint8"), strict=True))
 
@@ -55,7 +58,9 @@ def report_from_fields(report: Fields) -> Report:
         ProtocolError: If a field is missing or of another type, or the assignments do not add up.
     """
     timings = report.fields("timings")
-    counts: dict[str, Any] = {name: report.integer(name) for name in COUNT_FIELDS}
+    counts: dict[str, Any] = {
+        name: report.integer(name) for name in COUNT_FIELDS if name not in NEWER_COUNT_FIELDS or report.has(name)
+    }
     served_and_dropped = counts["num_served"] + counts["num_dropped_capacity"] + counts["num_dropped_failure"]
     if counts["num_assignments"] != served_and_dropped:
         raise ProtocolError(

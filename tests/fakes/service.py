@@ -14,6 +14,7 @@ from moe_runtime.routing.policies import build_policy
 from moe_runtime.service.layer import ExpertInfo, RoutedLayer
 from moe_runtime.service.ports import Endpoint, HostLost, HostReply, HostRequest, SegmentResult
 from moe_runtime.service.routing_table import Replica, ReplicaState, RoutingTable
+from moe_runtime.transport.counters import TransportCounters
 
 WIDTH = 3
 
@@ -42,6 +43,7 @@ class FakeTransport:
     polled_for: list[float] = field(default_factory=list)
 
     public_key: str | None = None
+    counters: TransportCounters = field(default_factory=TransportCounters)
 
     def allocate(self, endpoint: Endpoint, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)

@@ -155,6 +155,34 @@ def test_retries_of_all_calls_share_one_budget() -> None:
         setting.call().failed(UNAVAILABLE)
 
 
+def test_any_number_of_calls_lost_with_one_router_go_on_to_another_once_at_no_cost() -> None:
+    setting = Setting("a:1", "b:1", policy=RetryPolicy(max_attempts=4, budget=1))
+    calls = [call for call in (setting.call() for _ in range(20)) if call.attempt.address == "a:1"]
+    for call in calls:
+        call.failed(UNAVAILABLE, is_lost=True)
+        assert (call.attempt.address, call.attempt.delay_s) == ("b:1", 0.0)
+    # The other is lost as well: now nobody is left, and one retry is.
+    calls[0].failed(UNAVAILABLE, is_lost=True)
+    for call in calls[1:]:
+        with pytest.raises(UnavailableError):
+            call.failed(UNAVAILABLE, is_lost=True)
+
+
+def test_lost_router_rests_until_it_is_connected_and_one_that_refuses_for_a_while() -> None:
+    clock = FakeClock()
+    pool = AddressPool(("a:1", "b:1"), now=clock.now)
+    pool.mark_lost("a:1")
+    clock.advance(3600.0)
+    assert [pool.pick() for _ in range(3)] == ["b:1", "b:1", "b:1"]
+    pool.mark_connected("a:1")
+    assert {pool.pick(), pool.pick()} == {"a:1", "b:1"}
+    pool.mark_failed("a:1")
+    pool.mark_connected("a:1")
+    assert [pool.pick() for _ in range(2)] == ["b:1", "b:1"]
+    clock.advance(0.6)
+    assert {pool.pick(), pool.pick()} == {"a:1", "b:1"}
+
+
 def test_successes_earn_retries_up_to_the_budget() -> None:
     budget = RetryBudget(RetryPolicy(budget=1, earned_per_success=0.5))
     budget.earn()

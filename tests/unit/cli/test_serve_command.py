@@ -3,13 +3,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import moe_runtime as moe
 
@@ -17,7 +20,7 @@ CONFIG = """
 name: small
 layers:
   demo: {item_shape: [8], experts: [{kind: feed_forward, count: 2}, {kind: identity}]}
-router: {address: "127.0.0.1:0"}
+router: {address: "127.0.0.1:0", drain_notice_s: NOTICE}
 """
 MAIN = "from moe_runtime.cli import main; main()"
 STOP_TWICE = """
@@ -40,9 +43,9 @@ def started(*command: object) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def served(folder: Path, *, drain_notice_s: float = 0.0) -> Iterator[tuple[subprocess.Popen[str], str]]:
     path = folder / "config.yaml"
-    path.write_text(CONFIG, encoding="utf-8")
+    path.write_text(CONFIG.replace("NOTICE", str(drain_notice_s)), encoding="utf-8")
     with started(MAIN, "serve", path, "--no-ray") as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -87,6 +90,47 @@ def test_no_request_is_lost_when_a_signal_arrives_under_load(tmp_path: Path) -> 
     assert process.returncode == 0
     assert counts.count("answered") >= 20
     assert set(counts) <= {"answered", "refused"}
+
+
+def test_clients_of_two_runtimes_lose_nothing_when_one_is_ended_under_load(tmp_path: Path) -> None:
+    rows = np.ones((64, 8), np.float32)
+    ended = threading.Event()
+
+    def call_until_ended(client: moe.MoEClient) -> int:
+        num_calls = 0
+        while not ended.is_set():
+            client.forward(rows, layer="demo", timeout_s=20.0)
+            num_calls += 1
+        return num_calls
+
+    with (
+        served(tmp_path) as (ending, address),
+        served(tmp_path) as (_, other),
+        moe.MoEClient([address, other]) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        client.forward(rows, layer="demo", timeout_s=20.0)
+        calls = [pool.submit(call_until_ended, client) for _ in range(8)]
+        try:
+            ending.send_signal(signal.SIGTERM)
+            ending.communicate(timeout=30)
+        finally:
+            ended.set()
+        assert all(call.result() > 0 for call in calls)
+    assert ending.returncode == 0
+
+
+def test_a_router_that_is_to_end_says_so_before_it_refuses_anything(tmp_path: Path) -> None:
+    with served(tmp_path, drain_notice_s=3.0) as (process, address):
+        with grpc.insecure_channel(address) as channel, moe.MoEClient(address) as client:
+            updates = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+            assert next(updates).status == health_pb2.HealthCheckResponse.SERVING
+            process.send_signal(signal.SIGTERM)
+            assert next(updates).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            client.forward(np.ones((3, 8), np.float32), layer="demo", timeout_s=5.0)
+            updates.cancel()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
 
 
 def test_status_shows_a_running_router_as_json_and_as_tables(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_runtime.cli.status import RouterView, duration_text, print_json, print_tables
+from moe_runtime.cli.router_views import RouterView
+from moe_runtime.cli.status import print_json, print_tables
+from moe_runtime.cli.status_tables import duration_text
 
 
 def replica(state: str, *, node: str = "n1") -> dict[str, Any]:

@@ -100,12 +100,17 @@ def test_expert_that_raises_does_not_touch_the_others() -> None:
     assert good.rows.tolist() == [[0, 0]]
 
 
-def test_non_finite_output_costs_only_the_call_that_has_it() -> None:
+def test_non_finite_output_costs_only_the_rows_that_have_it() -> None:
     host = ExpertHost({"a": loaded(lambda given: 1 / given)})
-    good, bad = host.run([ExpertCall("a", rows(2)), ExpertCall("a", rows(1, 0, 4))])
+    good, mixed, bad = host.run([ExpertCall("a", rows(2)), ExpertCall("a", rows(1, 0, 4)), ExpertCall("a", rows(0))])
     assert good.rows is not None
     assert good.rows.tolist() == [[0.5, 0.5]]
-    assert (bad.rows, bad.error) == (None, "a: expected finite outputs, found NaN or infinity in 1 of 3 rows")
+    assert mixed.rows is not None
+    assert mixed.rows.tolist() == [[1, 1], [0, 0], [0.25, 0.25]]
+    assert mixed.failed_rows == (1,)
+    assert mixed.error == "a: expected finite outputs, found NaN or infinity, in 1 of 3 rows"
+    assert (bad.rows, bad.failed_rows) == (None, ())
+    assert bad.error == "a: expected finite outputs, found NaN or infinity"
 
 
 def test_non_finite_output_of_a_non_finite_input_is_not_the_experts_fault() -> None:

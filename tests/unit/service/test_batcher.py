@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from fakes.service import FakeClock, make_layer, tokens_of
 from moe_runtime.config.models import CapacityConfig
 from moe_runtime.config.runtime import RouterConfig
-from moe_runtime.errors import OverloadedError
-from moe_runtime.service.batcher import Batcher, JoinedBatch, QueuedRequest
-from moe_runtime.service.budget import QueueBudget
+from moe_runtime.service.batcher import Batcher, JoinedBatch
+from moe_runtime.service.budget import Place, QueueBudget
+from moe_runtime.service.fair_queue import QueuedRequest
 from moe_runtime.service.layer import RoutedLayer
+from moe_runtime.service.queue_stats import QueueStats
 from moe_runtime.service.requests import LayerRequest
 from moe_runtime.wire.messages import RequestOptions
 
@@ -28,16 +29,25 @@ class Queue:
         self.router = RouterConfig(
             max_batch_tokens=max_batch_tokens, max_wait_ms=10.0, max_queued_tokens=100, max_queued_bytes=100 * 12
         )
-        self.budget = QueueBudget(max_tokens=100, max_bytes=100 * 12, clock=self.clock)
+        self.stats = QueueStats()
+        self.budget = QueueBudget(self.router, clock=self.clock, stats=self.stats)
         by_name = {layer.name: layer for layer in layers or (make_layer(),)}
-        self.batcher = Batcher(by_name, router=self.router, budget=self.budget, clock=self.clock)
+        self.batcher = Batcher(by_name, router=self.router, budget=self.budget, stats=self.stats, clock=self.clock)
         self.keys = itertools.count(1)
 
-    def add(self, num_tokens: int, *, layer: str = "layer", tokens: torch.Tensor | None = None, **options) -> int:
+    def add(
+        self,
+        num_tokens: int,
+        *,
+        layer: str = "layer",
+        tokens: torch.Tensor | None = None,
+        client: str = "",
+        **options,
+    ) -> int:
         key = next(self.keys)
         rows = tokens_of(num_tokens) + 100 * key if tokens is None else tokens
-        request = LayerRequest(f"request-{key}", layer, rows, RequestOptions(**options))
-        self.budget.reserve(num_tokens, rows.nbytes)
+        request = LayerRequest(f"request-{key}", layer, rows, RequestOptions(**options), client=client)
+        self.budget.reserve(Place(layer, client, num_tokens, rows.nbytes), time_left_s=60.0)
         self.batcher.add(QueuedRequest(key, request, self.clock.now()))
         return key
 
@@ -222,23 +232,6 @@ def test_the_budget_is_given_back_as_rows_leave() -> None:
     assert queue.batcher.depth("layer") == {"queued_requests": 0, "queued_tokens": 0, "batches_in_flight": 1}
     queue.batcher.remove(key, "layer")
     assert queue.budget.num_tokens == 0
-
-
-def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
-    clock = FakeClock()
-    budget = QueueBudget(max_tokens=10, max_bytes=1000, clock=clock)
-    budget.reserve(8, 10)
-    with pytest.raises(OverloadedError, match="8 tokens wait, 3 more would exceed 10") as refused:
-        budget.reserve(3, 10)
-    assert refused.value.retry_after_ms == 100.0
-    with pytest.raises(OverloadedError, match="10 bytes wait, 991 more would exceed 1000"):
-        budget.reserve(1, 991)
-    clock.advance(2.0)
-    budget.release(4, 0)
-    budget.reserve(4, 0)
-    with pytest.raises(OverloadedError) as refused:
-        budget.reserve(3, 10)
-    assert refused.value.retry_after_ms == pytest.approx(8 / 2 * 1000.0)
 
 
 def test_options_are_joined_row_by_row_with_defaults_for_those_who_gave_none() -> None:

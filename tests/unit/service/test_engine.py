@@ -15,8 +15,8 @@ from fakes.service import (
     table_of,
     tokens_of,
 )
-from moe_runtime.config.models import CapacityConfig
-from moe_runtime.service.batch import Batch
+from moe_runtime.config.models import CapacityConfig, OnFailureConfig
+from moe_runtime.service.batch import Batch, BatchResult
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.layer import RoutedLayer
 from moe_runtime.service.ports import HostLost, HostReply, SegmentResult
@@ -45,6 +45,14 @@ class Bench:
     def experts(self) -> list[tuple[int, int, int]]:
         stats = self.engine.stats.layers["layer"].experts
         return [(e.num_served, e.num_dropped_capacity, e.num_dropped_failure) for e in stats]
+
+
+DROP = OnFailureConfig(order=("drop",))
+
+
+def reasons(result: BatchResult) -> dict[int, str]:
+    """Why each expert failed, the last time."""
+    return {} if result.failures is None else {each.expert_id: each.reason for each in result.failures.attempts}
 
 
 def test_rows_go_to_the_chosen_experts_and_come_back_in_order() -> None:
@@ -108,14 +116,16 @@ def test_batches_finish_in_any_order() -> None:
 
 
 def test_an_expert_without_a_replica_costs_only_its_own_rows() -> None:
-    bench = Bench(make_layer(residual="passthrough"), RoutingTable(1, {("layer", 0): (replica(0, 10),)}))
+    bench = Bench(
+        make_layer(residual="passthrough", on_failure=DROP), RoutingTable(1, {("layer", 0): (replica(0, 10),)})
+    )
     tokens = tokens_of(2)
     bench.submit(tokens, logits_for(0, 1))
     bench.answer_all()
     (result,) = bench.engine.poll(0.0)
     assert torch.allclose(result.outputs[0], 2.0 * tokens[0])
     assert torch.equal(result.outputs[1], tokens[1])
-    assert result.failures == {1: "no replica is ready"}
+    assert reasons(result) == {1: "no replica is ready"}
     assert bench.experts == [(1, 0, 0), (0, 0, 1)]
 
 
@@ -128,18 +138,18 @@ def test_a_batch_that_nobody_serves_is_finished_by_the_next_poll() -> None:
 
 
 def test_a_message_that_cannot_be_sent_drops_its_rows() -> None:
-    bench = Bench(make_layer(), table_of(1, 10, 11))
+    bench = Bench(make_layer(on_failure=DROP), table_of(1, 10, 11))
     bench.transport.refusing.add(endpoint(11))
     bench.submit(tokens_of(2), logits_for(0, 1))
     bench.answer_all()
     (result,) = bench.engine.poll(0.0)
-    assert result.failures == {1: "its queue is full"}
+    assert reasons(result) == {1: "its queue is full"}
     assert result.served.tolist() == [True, False]
     assert bench.engine.stats.num_send_errors == 1
 
 
 def test_a_late_expert_is_dropped_at_the_layers_timeout_and_its_answer_is_ignored() -> None:
-    bench = Bench(make_layer(timeout_s=2.0), table_of(1, 10, 11))
+    bench = Bench(make_layer(timeout_s=2.0, on_failure=DROP), table_of(1, 10, 11))
     bench.submit(tokens_of(2), logits_for(0, 1))
     (_, prompt), (_, late) = bench.transport.sent
     bench.transport.answer(prompt)
@@ -149,29 +159,29 @@ def test_a_late_expert_is_dropped_at_the_layers_timeout_and_its_answer_is_ignore
     bench.clock.advance(0.5)
     (result,) = bench.engine.poll(9.0)
     assert result.served.tolist() == [True, False]
-    assert result.failures == {1: "no answer within the layer's timeout_ms"}
+    assert reasons(result) == {1: "no answer within the layer's timeout_ms"}
     bench.transport.answer(late)
     assert bench.engine.poll(0.0) == []
     assert bench.engine.stats.num_late_replies == 1
 
 
 def test_a_lost_host_is_given_up_at_once() -> None:
-    bench = Bench(make_layer(), table_of(1, 10, 11))
+    bench = Bench(make_layer(on_failure=DROP), table_of(1, 10, 11))
     bench.submit(tokens_of(2), logits_for(0, 1))
     bench.transport.answer(bench.transport.sent[0][1])
     bench.transport.arrivals.append(HostLost(endpoint(11), "its process ended"))
     (result,) = bench.engine.poll(0.0)
-    assert result.failures == {1: "its process ended"}
+    assert reasons(result) == {1: "its process ended"}
 
 
 def test_a_host_that_the_new_table_declares_out_is_given_up_at_once() -> None:
-    bench = Bench(make_layer(), table_of(1, 10, 11))
+    bench = Bench(make_layer(on_failure=DROP), table_of(1, 10, 11))
     bench.submit(tokens_of(2), logits_for(0, 1))
     bench.transport.answer(bench.transport.sent[0][1])
     out = replica(1, 11, state=ReplicaState.OUT)
     bench.engine.set_table(RoutingTable(2, {("layer", 0): (replica(0, 10),), ("layer", 1): (out,)}))
     (result,) = bench.engine.poll(0.0)
-    assert result.failures == {1: "its host is out"}
+    assert reasons(result) == {1: "its host is out"}
     assert result.table_version == 1
 
 
@@ -203,17 +213,17 @@ def test_an_older_table_is_ignored() -> None:
     ],
 )
 def test_a_reply_that_does_not_fit_is_the_hosts_fault(spoil, complaint) -> None:
-    bench = Bench(make_layer(), table_of(1, 10, 11))
+    bench = Bench(make_layer(on_failure=DROP), table_of(1, 10, 11))
     bench.submit(tokens_of(2), logits_for(0, 0))
     bench.transport.arrivals.append(spoil(bench.transport.sent[0][1]))
     (result,) = bench.engine.poll(0.0)
-    assert complaint in result.failures[0]
+    assert complaint in reasons(result)[0]
     assert not result.served.any()
     assert torch.isfinite(result.outputs).all()
 
 
 def test_a_segment_that_failed_leaves_its_neighbours_rows_in_place() -> None:
-    bench = Bench(make_layer(3), table_of(1, 10, 10, 10))
+    bench = Bench(make_layer(3, on_failure=DROP), table_of(1, 10, 10, 10))
     tokens = tokens_of(3)
     bench.submit(tokens, logits_for(0, 1, 2, num_experts=3))
     ((_, request),) = bench.transport.sent
@@ -225,17 +235,17 @@ def test_a_segment_that_failed_leaves_its_neighbours_rows_in_place() -> None:
     bench.transport.arrivals.append(HostReply(request.ticket, results, torch.stack([tokens[0], tokens[2]])))
     (result,) = bench.engine.poll(0.0)
     assert torch.allclose(result.outputs, torch.stack([tokens[0], torch.zeros(3), tokens[2]]))
-    assert result.failures == {1: "it raised ValueError"}
+    assert reasons(result) == {1: "it raised ValueError"}
 
 
 def test_a_reply_whose_every_segment_failed_carries_no_rows() -> None:
-    bench = Bench(make_layer(), table_of(1, 10, 11))
+    bench = Bench(make_layer(on_failure=DROP), table_of(1, 10, 11))
     bench.submit(tokens_of(1), logits_for(0))
     ((_, request),) = bench.transport.sent
     results = (SegmentResult("layer/0/0", 1, error="it raised"),)
     bench.transport.arrivals.append(HostReply(request.ticket, results, None))
     (result,) = bench.engine.poll(0.0)
-    assert result.failures == {0: "it raised"}
+    assert reasons(result) == {0: "it raised"}
 
 
 def test_rows_go_to_the_replica_with_the_least_outstanding_work() -> None:

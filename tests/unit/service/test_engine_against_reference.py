@@ -10,6 +10,7 @@ from fakes.service import FakeTransport, endpoint, make_layer, table_of
 from moe_runtime.config.models import (
     CapacityConfig,
     DensePolicyConfig,
+    OnFailureConfig,
     PolicyConfig,
     SwitchPolicyConfig,
     TopKPolicyConfig,
@@ -72,7 +73,11 @@ def test_outputs_and_outcomes_equal_the_reference(
     logits = torch.randn(num_tokens, NUM_EXPERTS, generator=generator)
     mask = torch.rand(num_tokens, generator=generator) > 0.2
     layer = make_layer(
-        NUM_EXPERTS, policy=build_policy(policy, num_experts=NUM_EXPERTS), capacity=capacity, residual=residual
+        NUM_EXPERTS,
+        policy=build_policy(policy, num_experts=NUM_EXPERTS),
+        capacity=capacity,
+        residual=residual,
+        on_failure=OnFailureConfig(order=("drop",)),
     )
     transport = FakeTransport(refusing={endpoint(10 + expert_id) for expert_id in dead})
     engine = RouterEngine({"layer": layer}, transport)

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
+from fakes.service import FakeClock
 from moe_runtime.errors import OverloadedError, UnavailableError
 from moe_runtime.service.inbox import Inbox
+from moe_runtime.service.queue_stats import QueueStats
+from moe_runtime.service.shares import ClientShares
+
+
+def make_inbox(wake: Callable[[], None], max_open_requests: int, *, clock: FakeClock, stats: QueueStats) -> Inbox:
+    return Inbox(
+        wake,
+        max_open_requests=max_open_requests,
+        shares=ClientShares(share=0.5, clock=clock),
+        stats=stats,
+        hint_ms=lambda: 20.0,
+    )
 
 
 class Setting:
@@ -16,13 +30,15 @@ class Setting:
     def __init__(self, *, max_open_requests: int = 2) -> None:
         self.num_wakes = 0
         self.done: list[str] = []
-        self.inbox = Inbox(self._wake, max_open_requests=max_open_requests)
+        self.clock = FakeClock()
+        self.stats = QueueStats()
+        self.inbox = make_inbox(self._wake, max_open_requests, clock=self.clock, stats=self.stats)
 
     def post(self, name: str) -> None:
         self.inbox.post(lambda: self.done.append(name))
 
-    def take_in(self, name: str = "request") -> None:
-        self.inbox.take_in(lambda: self.done.append(name), reserve=lambda: None)
+    def take_in(self, name: str = "request", client: str = "") -> None:
+        self.inbox.take_in(lambda: self.done.append(name), client=client, reserve=lambda: None)
 
     def _wake(self) -> None:
         self.num_wakes += 1
@@ -49,7 +65,7 @@ def test_an_action_that_comes_while_others_are_done_is_done_with_them_and_wakes_
 
 def test_no_action_is_left_without_a_wake_up_when_many_threads_post() -> None:
     woken = threading.Semaphore(0)
-    inbox = Inbox(woken.release, max_open_requests=1)
+    inbox = make_inbox(woken.release, 1, clock=FakeClock(), stats=QueueStats())
     num_threads, num_each, done = 4, 500, []
 
     def post() -> None:
@@ -71,9 +87,24 @@ def test_more_open_requests_than_the_limit_are_refused_until_one_is_answered() -
     setting.take_in()
     with pytest.raises(OverloadedError, match="the router holds 1 requests"):
         setting.take_in()
-    setting.inbox.answered()
+    setting.inbox.answered("")
     setting.take_in()
     assert setting.inbox.num_open == 1
+
+
+def test_a_client_may_have_its_share_of_the_open_requests_while_another_asks() -> None:
+    setting = Setting(max_open_requests=4)
+    for _ in range(4):
+        setting.take_in(client="flood")
+    with pytest.raises(OverloadedError, match="holds 4 requests") as refused:
+        setting.take_in(client="other")
+    assert refused.value.retry_after_ms == 20.0
+    setting.inbox.answered("flood")
+    with pytest.raises(OverloadedError, match="the client has 3 requests open of the 4"):
+        setting.take_in(client="flood")
+    setting.take_in(client="other")
+    assert setting.stats.snapshot()["refused"]["open_requests"] == 1
+    assert setting.stats.snapshot()["refused"]["client_share"] == 1
 
 
 def test_a_request_that_finds_no_place_in_the_queue_is_not_open() -> None:
@@ -83,7 +114,7 @@ def test_a_request_that_finds_no_place_in_the_queue_is_not_open() -> None:
         raise OverloadedError("the queue is full", retry_after_ms=1.0)
 
     with pytest.raises(OverloadedError, match="the queue is full"):
-        setting.inbox.take_in(lambda: None, reserve=refuse)
+        setting.inbox.take_in(lambda: None, client="", reserve=refuse)
     assert (setting.inbox.num_open, setting.num_wakes) == (0, 0)
 
 
@@ -97,7 +128,7 @@ def test_a_closed_inbox_refuses_requests_but_still_takes_actions() -> None:
     setting.inbox.run_all()
     assert setting.done == ["request", "cancel"]
     assert not setting.inbox.wait_until_empty(0.0)
-    setting.inbox.answered()
+    setting.inbox.answered("")
     assert setting.inbox.wait_until_empty(0.0)
 
 

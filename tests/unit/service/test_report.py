@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fakes.service import FakeTransport, endpoint, make_layer, table_of, tokens_of
-from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.models import CapacityConfig, OnFailureConfig
 from moe_runtime.service.batch import Batch
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.report import BatchLedger, PartReport, empty_report, merge_parts
@@ -18,7 +18,9 @@ LOGITS = torch.log(torch.tensor([[6.0, 3, 1], [6, 1, 3], [6, 3, 1], [6, 1, 3]]))
 
 
 def finished_batch() -> BatchLedger:
-    layer = make_layer(3, k=2, capacity=CapacityConfig(factor=1.125, min=1))
+    layer = make_layer(
+        3, k=2, capacity=CapacityConfig(factor=1.125, min=1), on_failure=OnFailureConfig(order=("drop",))
+    )
     transport = FakeTransport()
     engine = RouterEngine({"layer": layer}, transport)
     engine.set_table(table_of(7, 10, 11, 12))

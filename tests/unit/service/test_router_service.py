@@ -333,6 +333,11 @@ def test_describe_and_status_show_experts_replicas_and_counters(setting: Setting
         "num_served": 4,
         "num_dropped_capacity": 0,
         "num_dropped_failure": 0,
+        "num_retried": 0,
+        "num_rerouted": 0,
+        "num_hedged": 0,
+        "num_timed_out": 0,
+        "num_failed_attempts": 0,
         "num_products": 1,
         "compute_ms": 1.5,
     }

@@ -52,9 +52,9 @@ def test_what_is_small_is_not_kept() -> None:
 def test_rows_are_collected_in_plan_order_however_they_arrive(width: int) -> None:
     rows = ExpertRows((4, width), torch.float32, buffers=RowBuffers())
     every = torch.arange(4.0)[:, None].expand(4, width)
-    rows.place(3, every[3:])
-    rows.place(0, every[:1])
-    rows.place(1, every[1:3])
+    rows.place(range(3, len(every)), every[3:])
+    rows.place(range(1), every[:1])
+    rows.place(range(1, 3), every[1:3])
     assert torch.equal(rows.collect(), every)
     rows.release()
 
@@ -62,8 +62,8 @@ def test_rows_are_collected_in_plan_order_however_they_arrive(width: int) -> Non
 @pytest.mark.parametrize("width", [2, 1 << 16])
 def test_rows_that_never_arrive_leave_the_others_in_place(width: int) -> None:
     rows = ExpertRows((3, width), torch.float32, buffers=RowBuffers())
-    rows.place(2, torch.full((1, width), 2.0))
-    rows.place(0, torch.full((1, width), 5.0))
+    rows.place(range(2, 3), torch.full((1, width), 2.0))
+    rows.place(range(1), torch.full((1, width), 5.0))
     collected = rows.collect()
     assert collected.shape == (3, width)
     assert collected[[0, 2], 0].tolist() == [5.0, 2.0]
@@ -71,5 +71,15 @@ def test_rows_that_never_arrive_leave_the_others_in_place(width: int) -> None:
 
 def test_rows_of_a_narrower_dtype_are_collected_in_the_layers() -> None:
     rows = ExpertRows((2, 2), torch.float32, buffers=RowBuffers())
-    rows.place(0, torch.ones(2, 2, dtype=torch.bfloat16))
+    rows.place(range(2), torch.ones(2, 2, dtype=torch.bfloat16))
     assert rows.collect().dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [2, 1 << 16])
+def test_scattered_rows_find_their_places_among_neighbours(width: int) -> None:
+    every = torch.arange(5.0).repeat_interleave(width).reshape(5, width)
+    rows = ExpertRows((5, width), torch.float32, buffers=RowBuffers())
+    rows.place(range(1, 3), every[1:3])
+    rows.place([0, 4], every[[0, 4]].double())
+    rows.place(range(3, 4), every[3:4])
+    assert torch.equal(rows.collect(), every)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 
 import pytest
 import torch
 
-from fakes.host_process import ChildProcess, answer_hugely, answer_when_told, ask_hugely, echo
+from fakes.host_process import (
+    ChildProcess,
+    abort,
+    answer_hugely,
+    answer_when_told,
+    ask_hugely,
+    echo,
+    exit_at_once,
+)
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostLost, HostReply
 
@@ -38,6 +47,13 @@ def wait_for_loss(router, deadline_s=20.0):
     return events
 
 
+def link_of(descriptor):
+    """What a descriptor of this process refers to; nothing if it was closed meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(descriptor.path)
+    return ""
+
+
 def call(fabric, router, endpoint, ticket, rows=None):
     """The rows that a host answers with."""
     router.send(endpoint, fabric.make_request(ticket, rows))
@@ -57,7 +73,7 @@ def test_killed_host_is_lost_in_under_100_ms(zmq_fabric, start):
         process.kill()
         (lost,) = wait_for_loss(router)
         times_s.append(time.monotonic() - killed_at)
-        assert lost == HostLost(endpoint, "its process ended, froze, or was cut off")
+        assert lost == HostLost(endpoint, "its process ended", is_death=True)
     # The best of three: a busy machine may schedule this test late.
     assert min(times_s) < 0.1
     assert router.counters.num_lost == 3
@@ -83,8 +99,60 @@ def test_frozen_host_of_another_node_is_lost_by_its_silence(tcp_fabric, start):
     endpoint = process.expect()
     call(tcp_fabric, router, endpoint, 1)
     process.freeze()
-    (lost,) = wait_for_loss(router)
-    assert lost.endpoint == endpoint
+    reason = "it was silent for too long: its process froze, or was cut off"
+    assert wait_for_loss(router) == [HostLost(endpoint, reason, is_death=False)]
+
+
+def test_host_of_another_node_that_is_killed_while_it_is_frozen_is_lost_by_its_death(tcp_fabric, start):
+    router = tcp_fabric.router()
+    process = start(echo, tcp_fabric, router)
+    endpoint = process.expect()
+    call(tcp_fabric, router, endpoint, 1)
+    process.freeze()
+    process.kill()
+    assert wait_for_loss(router) == [HostLost(endpoint, "its process ended", is_death=True)]
+
+
+@pytest.mark.parametrize("stop", [exit_at_once, abort])
+def test_host_whose_process_ends_itself_is_lost_by_its_death(zmq_fabric, start, stop):
+    router = zmq_fabric.router()
+    process = start(stop, zmq_fabric, router)
+    endpoint = process.expect()
+    router.send(endpoint, zmq_fabric.make_request(1))
+    assert wait_for_loss(router) == [HostLost(endpoint, "its process ended", is_death=True)]
+
+
+def test_host_of_this_node_that_closes_and_lives_on_has_not_died(ipc_fabric):
+    router, host = ipc_fabric.router(), ipc_fabric.host()
+    ipc_fabric.exchange(router, host, 1)
+    host.close()
+    assert wait_for_loss(router) == [HostLost(host.endpoint, "it hung up", is_death=False)]
+
+
+def test_host_of_another_node_that_closes_cannot_be_told_from_one_that_died(tcp_fabric):
+    router, host = tcp_fabric.router(), tcp_fabric.host()
+    tcp_fabric.exchange(router, host, 1)
+    host.close()
+    assert wait_for_loss(router) == [HostLost(host.endpoint, "its process ended", is_death=True)]
+
+
+def test_no_socket_is_left_of_hosts_that_were_lost(zmq_fabric, start):
+    router = zmq_fabric.router()
+
+    def num_sockets_after_a_loss(ticket):
+        process = start(echo, zmq_fabric, router)
+        call(zmq_fabric, router, process.expect(), ticket)
+        process.kill()
+        wait_for_loss(router)
+        process.close()
+        with os.scandir("/proc/self/fd") as descriptors:
+            return sum(link.startswith("socket:") for link in map(link_of, descriptors))
+
+    first = num_sockets_after_a_loss(1)
+    # ZeroMQ closes its end in a thread of its own.
+    deadline = time.monotonic() + zmq_fabric.deadline_s
+    while num_sockets_after_a_loss(2) > first:
+        assert time.monotonic() < deadline
 
 
 def test_late_answer_of_a_host_that_was_frozen_is_ignored_and_it_can_be_used_again(zmq_fabric, start):
@@ -140,7 +208,7 @@ def test_host_that_was_never_there_is_lost(zmq_fabric, start):
     endpoint = process.expect()
     process.close()
     router.send(endpoint, zmq_fabric.make_request(1))
-    assert wait_for_loss(router) == [HostLost(endpoint, "nobody listens at its address")]
+    assert wait_for_loss(router) == [HostLost(endpoint, "nobody listens at its address", is_death=False)]
 
 
 def test_nothing_is_sent_to_a_lost_host_before_its_loss_was_reported(zmq_fabric, start):

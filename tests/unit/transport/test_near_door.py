@@ -169,7 +169,7 @@ def test_host_that_shows_a_router_out_is_lost_with_what_it_was_sent_and_can_be_u
         with visitor:
             router.send(host.endpoint, ipc_fabric.make_request(2))
     assert router.counters.num_near == 1
-    assert router.poll(ipc_fabric.deadline_s) == [HostLost(host.endpoint, "its process ended, froze, or was cut off")]
+    assert router.poll(ipc_fabric.deadline_s) == [HostLost(host.endpoint, "it hung up", is_death=False)]
     path.unlink()
     ipc_fabric.send_when_reached(router, host.endpoint, ipc_fabric.make_request(3), host=host)
     ipc_fabric.answer_next(router, host, 3)

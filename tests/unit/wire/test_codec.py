@@ -38,6 +38,7 @@ REPORT = Report(
     num_dropped_failure=1,
     num_rerouted=1,
     num_hedged=0,
+    num_retried=1,
     batch_tokens=(2, 7),
     timings=Timings(queue_ms=0.5, gate_ms=1.0, experts_ms=2.0, combine_ms=0.25, total_ms=4.0),
     warnings=("option task has no effect",),
@@ -130,6 +131,13 @@ def test_refusing_many_containers_takes_little_memory(name: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 << 20
+
+
+def test_reply_of_an_older_minor_version_lacks_the_counts_that_came_later() -> None:
+    message = reply_map()
+    del message["report"]["num_retried"]
+    report = decode_reply(msgpack.packb({**message, "protocol": [1, 0]})).report
+    assert (report.num_rerouted, report.num_retried) == (1, 0)
 
 
 def test_newer_minor_version_may_bring_unknown_keys_anywhere() -> None:

@@ -1,0 +1,162 @@
+"""Clients that know every router and ask one question after the other, each answer checked and entered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_runtime.chaos.checks import mistakes_in_answer, mistakes_in_error
+from moe_runtime.chaos.layer import LAYER
+from moe_runtime.chaos.ledger import Ending, Outcome
+from moe_runtime.chaos.questions import draw_question
+from moe_runtime.errors import MoERuntimeError, UnavailableError
+from moe_runtime.rpc.aio_client import AsyncMoEClient
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moe_runtime.chaos.ledger import Ledger
+    from moe_runtime.chaos.questions import Question
+    from moe_runtime.chaos.reference import Reference
+
+NUM_CLIENTS = 16
+#: Pause between a client's answer and its next question: up to this.
+_PAUSE_S = 0.04
+_LAG_EVERY_S = 0.01
+#: How long after its deadline a call may take to return before its request is given up as lost.
+_LOST_AFTER_S = 30.0
+
+
+class LagMeter:
+    """How late the event loop runs what is due: the noise in what its callers measure."""
+
+    def __init__(self) -> None:
+        """Begin with no lag."""
+        self._recent: list[tuple[float, float]] = []
+        self.worst_s = 0.0
+
+    async def run(self) -> None:
+        """Measure until cancelled."""
+        while True:
+            due_at = time.monotonic() + _LAG_EVERY_S
+            await asyncio.sleep(_LAG_EVERY_S)
+            now = time.monotonic()
+            self.add(now, now - due_at)
+
+    def add(self, now: float, lag_s: float) -> None:
+        """Enter how late the loop was at a time."""
+        self.worst_s = max(self.worst_s, lag_s)
+        self._recent.append((now, lag_s))
+        if len(self._recent) > 10_000:
+            del self._recent[:5_000]
+
+    def worst_since(self, moment: float) -> float:
+        """The longest lag since a moment, of up to about a minute ago."""
+        worst = 0.0
+        for at, lag_s in reversed(self._recent):
+            if at < moment:
+                break
+            worst = max(worst, lag_s)
+        return worst
+
+
+class Asker:
+    """Asks questions through one client, checks what comes back, and enters it; one per client."""
+
+    def __init__(self, client: AsyncMoEClient, *, ledger: Ledger, reference: Reference, lag: LagMeter) -> None:
+        """Share the ledger, the reference and the lag meter with the others."""
+        self._client = client
+        self._ledger = ledger
+        self._reference = reference
+        self._lag = lag
+
+    async def ask(self, question: Question) -> Outcome | None:
+        """Ask one question; its outcome, or None if it has none: then the ledger has it as lost."""
+        number = self._ledger.enter(question.num_assignments)
+        asked_at = time.monotonic()
+        try:
+            async with asyncio.timeout(question.timeout_s + _LOST_AFTER_S):
+                outcome = await self._answered(question, asked_at)
+        except TimeoutError:
+            return None
+        self._ledger.close(number, outcome)
+        return outcome
+
+    async def _answered(self, question: Question, asked_at: float) -> Outcome:
+        timeout_s = question.timeout_s
+        try:
+            result = await self._client.forward(
+                question.inputs,
+                layer=LAYER,
+                options=question.options,
+                timeout_s=timeout_s,
+                return_routing=question.return_routing,
+            )
+        except MoERuntimeError as exc:
+            elapsed_s, lag_s = time.monotonic() - asked_at, self._lag.worst_since(asked_at)
+            # No router has to be there to answer with it; everything else is a router's word, or the client's own.
+            ending = Ending.TRANSPORT_ERROR if isinstance(exc, UnavailableError) else Ending.TYPED_ERROR
+            return Outcome(
+                ending,
+                elapsed_s,
+                timeout_s,
+                lag_s,
+                error=type(exc).__name__,
+                message="; ".join([str(exc), *getattr(exc, "__notes__", ())]),
+                mistakes=mistakes_in_error(question, exc),
+            )
+        elapsed_s, lag_s = time.monotonic() - asked_at, self._lag.worst_since(asked_at)
+        # In a thread: the loop is what the other clients' deadlines are measured with.
+        mistakes = await asyncio.to_thread(mistakes_in_answer, question, result, self._reference)
+        return Outcome(Ending.OK, elapsed_s, timeout_s, lag_s, report=result.report, mistakes=mistakes)
+
+
+class Load:
+    """The clients of a run. Traffic can be held for a moment, and goes on."""
+
+    def __init__(
+        self, addresses: Sequence[str], *, seed: int, ledger: Ledger, reference: Reference, lag: LagMeter
+    ) -> None:
+        """Make the clients; they connect with their first question."""
+        self._seed = seed
+        self._ledger = ledger
+        self._clients = [AsyncMoEClient(addresses) for _ in range(NUM_CLIENTS)]
+        self.askers = [Asker(client, ledger=ledger, reference=reference, lag=lag) for client in self._clients]
+        self._may_ask = asyncio.Event()
+        self._may_ask.set()
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Ask until ``stop``; returns when every question has its answer."""
+        await asyncio.gather(*(self._ask_in_turn(i, asker) for i, asker in enumerate(self.askers)))
+
+    def hold(self) -> None:
+        """Begin no question until ``release``."""
+        self._may_ask.clear()
+
+    def release(self) -> None:
+        """Go on."""
+        self._may_ask.set()
+
+    async def may_ask(self) -> None:
+        """Return when traffic is not held."""
+        await self._may_ask.wait()
+
+    def stop(self) -> None:
+        """Begin no more questions."""
+        self._stopping = True
+        self._may_ask.set()
+
+    async def close(self) -> None:
+        """Close the clients' connections."""
+        await asyncio.gather(*(client.close() for client in self._clients))
+
+    async def _ask_in_turn(self, index: int, asker: Asker) -> None:
+        rng = np.random.default_rng([self._seed, index])
+        while not self._stopping:
+            await self._may_ask.wait()
+            await asker.ask(draw_question(rng))
+            await asyncio.sleep(float(rng.uniform(0.0, _PAUSE_S)))

@@ -1,0 +1,132 @@
+"""The families that have a series per layer, stage or expert."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_runtime.metrics import catalogue
+from moe_runtime.metrics.hottest import HottestExperts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from prometheus_client.core import HistogramMetricFamily
+    from prometheus_client.core import Metric as Family
+
+    from moe_runtime.service.histograms import Histogram
+    from moe_runtime.service.lineup import Lineup
+    from moe_runtime.service.stats import ExpertStats, LayerStats
+
+#: How assignments of an expert end, and what else happens to them; another counter is a line here.
+_OUTCOMES: Mapping[str, Callable[[ExpertStats], int]] = {
+    "served": lambda expert: expert.num_served,
+    "dropped_capacity": lambda expert: expert.num_dropped_capacity,
+    "dropped_failure": lambda expert: expert.num_dropped_failure,
+}
+_STEPS: Mapping[str, Callable[[ExpertStats], int]] = {
+    "retried": lambda expert: expert.num_retried,
+    "rerouted": lambda expert: expert.num_rerouted,
+    "hedged": lambda expert: expert.num_hedged,
+    "timed_out": lambda expert: expert.num_timed_out,
+    "failed_attempt": lambda expert: expert.num_failed_attempts,
+}
+
+
+class LayerCollector:
+    """Counters and histograms of layers and experts; remembers which experts have names.
+
+    Args:
+        hottest_experts: Experts per layer that have series of their own.
+    """
+
+    def __init__(self, hottest_experts: int) -> None:
+        self._most = hottest_experts
+        self._hottest: dict[str, HottestExperts] = {}
+
+    def collect(self, lineup: Lineup) -> Iterator[Family]:
+        """The families of all layers."""
+        yield from _counters(lineup)
+        yield from _histograms(lineup)
+        yield from self._experts(lineup)
+
+    def _experts(self, lineup: Lineup) -> Iterator[Family]:
+        assignments, steps = catalogue.EXPERT_ASSIGNMENTS.counter(), catalogue.EXPERT_STEPS.counter()
+        compute, wait = catalogue.EXPERT_COMPUTE.histogram(), catalogue.EXPERT_WAIT.histogram()
+        for layer, stats in lineup.stats.items():
+            totals = np.array(
+                [_row(counters, own.compute_s, own.wait_s) for counters, own in
+                 zip(stats.experts, stats.expert_histograms, strict=True)]
+            )  # fmt: skip
+            names = [expert.name for expert in lineup.layers[layer].experts]
+            bounds = stats.expert_histograms[0].compute_s.bounds
+            width = len(bounds) + 2
+            for label, values in self._split(layer, names, totals):
+                outcomes, steps_taken = values[: len(_OUTCOMES)], values[len(_OUTCOMES) : -2 * width]
+                for outcome, count in zip(_OUTCOMES, outcomes.tolist(), strict=True):
+                    assignments.add_metric([layer, label, outcome], count)
+                for step, count in zip(_STEPS, steps_taken.tolist(), strict=True):
+                    steps.add_metric([layer, label, step], count)
+                _add(compute, [layer, label], bounds, values[-2 * width : -width].tolist())
+                _add(wait, [layer, label], bounds, values[-width:].tolist())
+        yield from (assignments, steps, compute, wait)
+
+    def _split(
+        self, layer: str, names: Sequence[str], totals: NDArray[np.float64]
+    ) -> Iterator[tuple[str, NDArray[np.float64]]]:
+        hottest = self._hottest.get(layer)
+        if hottest is None or hottest.names != tuple(names):
+            # Other experts in this layer: their series begin again.
+            hottest = self._hottest[layer] = HottestExperts(names, most=self._most)
+        yield from hottest.split(totals, totals[:, 0])
+
+
+def _row(counters: ExpertStats, *histograms: Histogram) -> list[float]:
+    row: list[float] = [count(counters) for count in (*_OUTCOMES.values(), *_STEPS.values())]
+    for histogram in histograms:
+        row += (*histogram.counts, histogram.sum)
+    return row
+
+
+def _counters(lineup: Lineup) -> Iterator[Family]:
+    batches, tokens = catalogue.BATCHES.counter(), catalogue.TOKENS.counter()
+    assignments, rerouted = catalogue.ASSIGNMENTS.counter(), catalogue.ASSIGNMENTS_REROUTED.counter()
+    for layer, stats in lineup.stats.items():
+        batches.add_metric([layer], stats.totals.num_batches)
+        tokens.add_metric([layer], stats.totals.num_tokens)
+        rerouted.add_metric([layer], stats.totals.num_rerouted)
+        for outcome, count in _OUTCOMES.items():
+            assignments.add_metric([layer, outcome], sum(map(count, stats.experts)))
+    yield from (batches, tokens, assignments, rerouted)
+
+
+def _histograms(lineup: Lineup) -> Iterator[Family]:
+    batch_tokens, load = catalogue.BATCH_TOKENS.histogram(), catalogue.BATCH_LOAD.histogram()
+    stages = catalogue.STAGE_SECONDS.histogram()
+    for layer, stats in lineup.stats.items():
+        _add_histogram(batch_tokens, [layer], stats.histograms.batch_tokens)
+        _add_histogram(load, [layer], stats.histograms.load_ratio)
+        for stage, histogram in _stages(stats):
+            _add_histogram(stages, [layer, stage], histogram)
+    yield from (batch_tokens, load, stages)
+
+
+def _stages(stats: LayerStats) -> tuple[tuple[str, Histogram], ...]:
+    own = stats.histograms
+    return (("queue", own.queue_s), ("gate", own.gate_s), ("experts", own.experts_s), ("combine", own.combine_s))
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram) -> None:
+    _add(family, labels, histogram.bounds, [*histogram.counts, histogram.sum])
+
+
+def _add(
+    family: HistogramMetricFamily, labels: Sequence[str], bounds: Sequence[float], values: Sequence[float]
+) -> None:
+    """Add a series from counts per bound, not cumulated, and the sum."""
+    *counts, total = values
+    limits = [*(f"{float(bound)}" for bound in bounds), "+Inf"]
+    family.add_metric(labels, buckets=list(zip(limits, accumulate(counts), strict=True)), sum_value=total)
