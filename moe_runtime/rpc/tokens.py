@@ -19,6 +19,8 @@ from moe_runtime.rpc.reloading import Reloaded, read_private
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+_TO_SCRAPE: tuple[Scope, ...] = ("metrics",)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -94,6 +96,14 @@ class TokenFile:
                 f"found that of {token.name} with {', '.join(sorted(token.scopes))}"
             )
         return token
+
+    def lets_scrape(self, shown: str | None) -> bool:
+        """Whether a token is good for reading metrics."""
+        try:
+            self.authorize(shown, any_of=_TO_SCRAPE)
+        except (UnauthenticatedError, PermissionDeniedError):
+            return False
+        return True
 
 
 def read_tokens(path: Path) -> tuple[Token, ...]:

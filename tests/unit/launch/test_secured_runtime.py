@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
@@ -71,6 +72,26 @@ def test_status_shows_its_token_and_certificate(tmp_path: Path, certs: Certifica
         code, output = status(runtime.address, "--token-file", str(token), *files)
         assert code == 1
         assert "chmod 600" in output
+
+
+def scrape(address: str, token: str | None) -> int:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    try:
+        connection.request("GET", "/metrics", headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_metrics_are_scraped_with_a_token_of_their_scope(tmp_path: Path, certs: CertificateFiles) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG + 'metrics: {address: "127.0.0.1:0", token: true}\n', encoding="utf-8")
+    with moe.serve(config, ray=False) as runtime:
+        (router,) = runtime.describe()["routers"]
+        answers = [scrape(router["metrics_address"], token) for token in (None, ALICE, METRICS)]
+    assert answers == [401, 401, 200]
 
 
 def test_serving_says_what_calls_need(tmp_path: Path, certs: CertificateFiles) -> None:
