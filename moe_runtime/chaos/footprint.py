@@ -33,7 +33,7 @@ MAX_MORE_FILES = 24
 MAX_KEPT_FILES = 48
 _GONE_WITHIN_S = 20.0
 _POLL_EVERY_S = 0.2
-_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_MEMORY = Path("/dev/shm")  # nosec B108  # looked at, not written
 
 
 @dataclass(frozen=True)

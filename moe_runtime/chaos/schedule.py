@@ -96,7 +96,7 @@ def make_schedule(seed: int, duration_s: float, *, without: Collection[FaultKind
         duration_s: How long the load lasts.
         without: Kinds that are left out.
     """
-    rng = random.Random(f"chaos schedule {seed}")
+    rng = random.Random(f"chaos schedule {seed}")  # nosec B311  # to be repeated
     kinds = [kind for kind in FaultKind if kind not in without]
     unseen = rng.sample(kinds, len(kinds))
     faults: list[Fault] = []

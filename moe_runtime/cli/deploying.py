@@ -146,7 +146,7 @@ def _print_deployed(outcome: Deployed, asked: Asked) -> None:
     at = "" if asked.ray_address is None else f" --ray-address {asked.ray_address}"
     at = at if asked.cluster is None else f" --cluster {asked.cluster}"
     last = ("end", f"moe-runtime teardown {outcome.name}{at}")
-    print_welcome(outcome.addresses, layers=outcome.layers, console=console, last=last)
+    print_welcome(outcome.addresses, layers=outcome.layers, console=console, last=last, config=asked.config)
 
 
 def _teardown_text(outcome: TornDown) -> str:

@@ -81,12 +81,14 @@ def serve_until_stopped(config: Path, where: Where, *, wishes: LogWishes | None 
         if where.detach:
             name = runtime.describe()["name"]
             at = "" if where.ray_address is None else f" --ray-address {where.ray_address}"
-            _print_welcome(runtime, console=console, stop=f"moe-runtime stop {name}{at}")
+            _print_welcome(runtime, config=config, console=console, stop=f"moe-runtime stop {name}{at}")
             return
         # After Ray's own handlers, which the start has installed.
         stop = StopSignals()
         runtime.when_lost(_end_as_lost)
-        _print_welcome(runtime, console=console, stop="Ctrl-C or SIGTERM; requests in flight are answered first")
+        _print_welcome(
+            runtime, config=config, console=console, stop="Ctrl-C or SIGTERM; requests in flight are answered first"
+        )
         received = stop.wait()
         console.print(f"{received.name}: draining; the same signal again ends this at once", markup=False)
     console.print("stopped", markup=False)
@@ -137,7 +139,9 @@ def _end_at_once(number: int, _frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def print_welcome(addresses: Sequence[str], *, layers: Sequence[str], console: Console, last: tuple[str, str]) -> None:
+def print_welcome(
+    addresses: Sequence[str], *, layers: Sequence[str], console: Console, last: tuple[str, str], config: Path
+) -> None:
     """Print where a runtime serves and what to do next.
 
     Args:
@@ -145,6 +149,7 @@ def print_welcome(addresses: Sequence[str], *, layers: Sequence[str], console: C
         layers: Its layers' names.
         console: Where to.
         last: What a last line says, and of what: how the runtime is ended.
+        config: The configuration, or the manifest of a bundle.
     """
     target = addresses[0] if len(addresses) == 1 else list(addresses)
     options = " ".join(f"--address {address}" for address in addresses)
@@ -152,12 +157,30 @@ def print_welcome(addresses: Sequence[str], *, layers: Sequence[str], console: C
         f"serving {', '.join(layers)} at {', '.join(addresses)}",
         f"  status:  moe-runtime status {options}",
         f'  Python:  moe_runtime.MoEClient({target!r}).forward(inputs, layer="{layers[0]}")',
+        *_what_calls_need(config),
         f"  {last[0] + ':':<9}{last[1]}",
     )
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _print_welcome(runtime: Runtime, *, console: Console, stop: str) -> None:
+def _what_calls_need(config: Path) -> list[str]:
+    from moe_runtime.config.load import load_config
+    from moe_runtime.launch.bundle import MANIFEST_FILE
+
+    if config.name.endswith(MANIFEST_FILE):
+        return []
+    security = load_config(config).config.security
+    needs = []
+    if security.tls is not None:
+        needs.append("TLS (--ca PATH; tls=moe_runtime.ClientTLS(ca=PATH))")
+        if security.tls.client_ca is not None:
+            needs.append("a certificate (--cert PATH --key PATH; cert=PATH, key=PATH)")
+    if security.tokens is not None:
+        needs.append("a token (--token-file PATH; token=TOKEN)")
+    return [f"  both with {', '.join(needs)}"] if needs else []
+
+
+def _print_welcome(runtime: Runtime, *, config: Path, console: Console, stop: str) -> None:
     layers = list(runtime.describe()["layers"])
-    print_welcome(runtime.addresses, layers=layers, console=console, last=("stop", stop))
+    print_welcome(runtime.addresses, layers=layers, console=console, last=("stop", stop), config=config)

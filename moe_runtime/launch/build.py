@@ -18,6 +18,7 @@ from moe_runtime.launch.packing import pack_experts
 from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary, RouterRecipe
 from moe_runtime.routing.policies import build_policy
 from moe_runtime.routing.rules import check_rules, resolve_residual
+from moe_runtime.rpc.server import check_security
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,9 +40,14 @@ def validate(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> ConfigSu
     """
     loaded = load_config(source)
     config = loaded.config
+    layers = build_layers(loaded)
+    security = config.security.located(loaded.base_dir)
+    # What names files of the routers' nodes can be checked there alone.
+    if all(Path(path).exists() for path in security.files.values()):
+        check_security(security)
     return ConfigSummary(
         name=config.name,
-        layers=tuple(_summary(layer) for layer in build_layers(loaded)),
+        layers=tuple(_summary(layer) for layer in layers),
         num_routers=config.router.replicas,
         address=config.router.address,
     )
@@ -52,18 +58,23 @@ def build_router(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> Rou
 
     Args:
         loaded: The configuration.
-        nodes_have_paths: Whether a weight file that is not on this machine may be on the nodes that need it.
+        nodes_have_paths: Whether a weight file that is not on this machine may be on the nodes that need it, and the
+            files of ``security`` are there.
 
     Raises:
         ConfigError: With one line per mistake.
     """
     config = loaded.config
+    layers = build_layers(loaded, nodes_have_paths=nodes_have_paths)
+    security = config.security.located(loaded.base_dir)
+    if not nodes_have_paths:
+        check_security(security)
     return RouterRecipe(
         runtime=config.name,
-        layers=build_layers(loaded, nodes_have_paths=nodes_have_paths),
+        layers=layers,
         router=config.router,
         limits=config.limits,
-        security=config.security.located(loaded.base_dir),
+        security=security,
         encryption=config.data_plane.encryption,
         metrics=config.metrics,
     )

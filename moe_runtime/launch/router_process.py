@@ -146,7 +146,13 @@ class RouterProcess:
         except ConfigError:
             service.close()
             raise
-        metrics = RouterMetrics(service, self._recipe, node=self._node, rpc_counts=server.counts)
+        metrics = RouterMetrics(
+            service,
+            self._recipe,
+            node=self._node,
+            rpc_counts=server.counts,
+            authorize=None if server.tokens is None else server.tokens.lets_scrape,
+        )
         service.start()
         try:
             bound = server.start()

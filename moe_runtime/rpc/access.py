@@ -9,7 +9,8 @@ from urllib.parse import unquote
 
 import grpc
 
-from moe_runtime.errors import MoERuntimeError, PermissionDeniedError, UnauthenticatedError
+from moe_runtime.errors import UnauthenticatedError
+from moe_runtime.rpc.border import Border
 from moe_runtime.rpc.methods import AUTHORIZATION_KEY, DESCRIBE, FORWARD, FORWARD_STREAM, STATUS, path
 from moe_runtime.rpc.status import metadata_of, status_of
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 
     from moe_runtime.config.security import Scope
+    from moe_runtime.errors import MoERuntimeError
     from moe_runtime.rpc.tokens import TokenFile
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Doorman(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no 
     def __init__(self, tokens: TokenFile, *, on_refused: Callable[[MoERuntimeError], None]) -> None:
         self._tokens = tokens
         self._on_refused = on_refused
+        self._border = Border()
 
     async def intercept_service(
         self,
@@ -62,9 +65,10 @@ class Doorman(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no 
         try:
             shown = _bearer_token(handler_call_details.invocation_metadata)
             token = self._tokens.authorize(shown, any_of=_SCOPES.get(method, ("admin",)))
-        except (UnauthenticatedError, PermissionDeniedError) as exc:
-            self._on_refused(exc)
-            return _refusal(exc)
+        except Exception as exc:  # the border: gRPC would send the text of whatever gets past here
+            error = self._border.error(exc, method="authorization")
+            self._on_refused(error)
+            return _refusal(error)
         # Read in the call's handler, which runs in the same task.
         _token_name.set(token.name)
         return await continuation(handler_call_details)
@@ -87,7 +91,7 @@ def _host_of(peer: str) -> str:
     return unquote(address).rpartition(":")[0].strip("[]") if family in ("ipv4", "ipv6") else family
 
 
-def _bearer_token(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | bytes | None:
+def _bearer_token(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
     """What a call shows as its token.
 
     Raises:
@@ -96,7 +100,7 @@ def _bearer_token(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | b
     shown = [value for key, value in metadata or () if key == AUTHORIZATION_KEY]
     if not shown:
         return None
-    value = shown[0].decode(errors="surrogateescape") if isinstance(shown[0], bytes) else shown[0]
+    value = shown[0].decode(errors="backslashreplace") if isinstance(shown[0], bytes) else shown[0]
     if len(shown) > 1 or not value.lower().startswith(_SCHEME):
         raise UnauthenticatedError("expected one `authorization: Bearer TOKEN` in the metadata, found something else")
     return value[len(_SCHEME) :].strip(" ")

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moe_runtime.errors import ExpertError, InternalError, MoERuntimeError, PoisonedRequestError, TransportError
+from moe_runtime.errors import ExpertError, InternalError, MoERuntimeError, TransportError
 from moe_runtime.rpc.status import STATUS_CODES, printable
 
 if TYPE_CHECKING:
@@ -25,12 +25,17 @@ _KINDS = (
     (re.compile(r"finite"), "its output was not finite"),
     (re.compile(r"\braised\b"), "it raised"),
     (re.compile(r"expected (a tensor as )?output|it was sent|sent (no )?rows|no rows"), "its output was wrong"),
-    (re.compile(r"waited|in time|within|late|timed? ?out"), "it did not answer in time"),
+    (re.compile(r"waited|in time|within|did not answer|do not answer|time ?out"), "it did not answer in time"),
     (re.compile(r"queue|full"), "its queue is full"),
-    (re.compile(r"\bhost\b|lost|died|closed|reached|handshake"), "its host is gone"),
+    (re.compile(r"\bhost\b|process|connection|died|closed|reached|handshake"), "its host is gone"),
 )
 _ANY_FAILURE = "it failed"
-_EXPERT_WARNING = re.compile(r"expert (?P<name>[A-Za-z0-9_.-]{1,63}): (?P<reason>.*)", re.DOTALL)
+#: How reports and errors name an expert, why it failed, and what became of its rows.
+_ABOUT_EXPERT = re.compile(
+    r"(?P<who>(layer [\w.-]{1,128}: )?expert [\w.-]{1,128}): (?P<reason>.*?)"
+    r"(?P<fate>; rerouted|; served by another replica|)",
+    re.DOTALL | re.ASCII,
+)
 _OF_THE_INSIDE = (InternalError, ExpertError, TransportError)
 _SAY_AGAIN_AFTER_S = 60.0
 _MAX_SAID = 256
@@ -55,15 +60,15 @@ class Border:
             method: By which method.
         """
         # The very classes of the table: a subclass of a plug-in's may say anything.
-        if isinstance(error, MoERuntimeError) and type(error) in STATUS_CODES and not isinstance(error, _OF_THE_INSIDE):
+        if isinstance(error, MoERuntimeError) and type(error) in STATUS_CODES and type(error) not in _OF_THE_INSIDE:
             return error
         reference = secrets.token_hex(4)
         logger.error("%s failed, reference %s", method, reference, exc_info=error)
         told = f"reference {reference}, by which the router's log has the details"
-        if isinstance(error, PoisonedRequestError):
-            return PoisonedRequestError(f"the expert hosts that worked on this request died of it; {told}")
         if isinstance(error, ExpertError):
-            return ExpertError(f"an expert failed: {failure_kind(str(error))}; {told}")
+            about_expert = _ABOUT_EXPERT.fullmatch(str(error))
+            who = "an expert failed" if about_expert is None else about_expert["who"]
+            return ExpertError(f"{who}: {failure_kind(str(error))}; {told}")
         if isinstance(error, TransportError):
             return TransportError(f"an expert host could not be reached; {told}")
         return InternalError(f"the router failed to answer this request; {told}")
@@ -76,11 +81,11 @@ class Border:
         return replace(report, warnings=warnings)
 
     def _warning(self, text: str, layer: str) -> str:
-        about_expert = _EXPERT_WARNING.fullmatch(text)
+        about_expert = _ABOUT_EXPERT.fullmatch(text)
         if about_expert is None:
             return printable(text)
-        public = f"expert {about_expert['name']}: {failure_kind(about_expert['reason'])}"
-        if not text.endswith(public):
+        public = f"{about_expert['who']}: {failure_kind(about_expert['reason'])}{about_expert['fate']}"
+        if text != public:
             self._say_once(f"layer {layer}: {text}")
         return public
 

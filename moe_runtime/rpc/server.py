@@ -63,19 +63,23 @@ class RpcServer:
         self._limits = limits
         security = security or SecurityConfig()
         # Files first: nothing is started that would have to be ended.
-        self._credentials = None if security.tls is None else server_credentials(security.tls)
-        tokens = None if security.tokens is None else TokenFile(security.tokens)
+        self._credentials, self._tokens = _read_files(security)
         self._executor = ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="rpc-worker")
         self._handlers = RouterHandlers(
             service, limits=limits, info=info, clock=clock or MonotonicClock(), executor=self._executor
         )
-        self._doormen = () if tokens is None else (Doorman(tokens, on_refused=self._handlers.count_error),)
+        self._doormen = () if self._tokens is None else (Doorman(self._tokens, on_refused=self._handlers.count_error),)
         self._bound: Future[str] = Future()
         self._thread = threading.Thread(target=self._run, name="rpc-server", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining = asyncio.Event()
         self._stopping = asyncio.Event()
         self._grace_s = 0.0
+
+    @property
+    def tokens(self) -> TokenFile | None:
+        """The tokens of those who may call; None where everybody may."""
+        return self._tokens
 
     def start(self) -> str:
         """Bind and serve; once.
@@ -166,6 +170,20 @@ class RpcServer:
         await stopping
         draining.cancel()
         await server.stop(self._grace_s)
+
+
+def check_security(security: SecurityConfig) -> None:
+    """Check the files of a configuration as a server would that starts on this machine.
+
+    Raises:
+        ConfigError: If a certificate, its key or the tokens cannot be used.
+    """
+    _read_files(security)
+
+
+def _read_files(security: SecurityConfig) -> tuple[grpc.ServerCredentials | None, TokenFile | None]:
+    credentials = None if security.tls is None else server_credentials(security.tls)
+    return credentials, None if security.tokens is None else TokenFile(security.tokens)
 
 
 def _limit_options(limits: LimitsConfig, most_calls: int) -> tuple[tuple[str, int], ...]:

@@ -19,6 +19,8 @@ from moe_runtime.rpc.reloading import Reloaded, read_private
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+_TO_SCRAPE: tuple[Scope, ...] = ("metrics",)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -60,7 +62,7 @@ class TokenFile:
         self._tokens = Reloaded([file], lambda: read_tokens(file), now=now)
         self._today = today
 
-    def authenticate(self, shown: bytes | str | None) -> Token:
+    def authenticate(self, shown: str | None) -> Token:
         """The token that a caller shows.
 
         Raises:
@@ -68,8 +70,8 @@ class TokenFile:
         """
         if not shown:
             raise UnauthenticatedError("expected a token, as metadata `authorization: Bearer TOKEN`, found none")
-        raw = shown if isinstance(shown, bytes) else shown.encode(errors="surrogateescape")
-        digest = hashlib.sha256(raw).digest()
+        # Tokens are ASCII; what is not may be any bytes, and equals none.
+        digest = hashlib.sha256(shown.encode(errors="backslashreplace")).digest()
         found: Token | None = None
         # Against all, each in constant time: how long it takes says nothing of any of them.
         for token in self._tokens.current():
@@ -80,7 +82,7 @@ class TokenFile:
             raise UnauthenticatedError(f"the token of {found.name} expired after {found.expires}; ask for another")
         return found
 
-    def authorize(self, shown: bytes | str | None, *, any_of: Collection[Scope]) -> Token:
+    def authorize(self, shown: str | None, *, any_of: Collection[Scope]) -> Token:
         """The token that a caller shows, if it is good for what the caller wants.
 
         Raises:
@@ -94,6 +96,14 @@ class TokenFile:
                 f"found that of {token.name} with {', '.join(sorted(token.scopes))}"
             )
         return token
+
+    def lets_scrape(self, shown: str | None) -> bool:
+        """Whether a token is good for reading metrics."""
+        try:
+            self.authorize(shown, any_of=_TO_SCRAPE)
+        except (UnauthenticatedError, PermissionDeniedError):
+            return False
+        return True
 
 
 def read_tokens(path: Path) -> tuple[Token, ...]:

@@ -41,6 +41,13 @@ def fields(**changes: Any) -> bytes:
     return msgpack.packb(request_map(**changes))
 
 
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def options(**values: Any) -> bytes:
     return msgpack.packb(request_map(options=values))
 
@@ -70,6 +77,9 @@ def framing_cases() -> Iterator[tuple[str, bytes]]:
     yield "a 4 GiB string header", b"\xdb\xff\xff\xff\xff"
     yield "deep nesting", b"\x91" * 100_000 + b"\xc0"
     yield "a megabyte of nested array headers", b"\xdd\x00\x00\x00\x40" * 200_000
+    yield "a megabyte of empty arrays", b"\x81\xa1a" + b"\xdc\x00\x40" * 4 + b"\x90" * (1 << 20)
+    yield "a megabyte of empty maps", b"\x81\xa1a" + b"\xdc\x00\x40" * 4 + b"\x80" * (1 << 20)
+    yield "arrays beyond the most, each of them small", fields(layer=[[[0] * 8] * 8] * 8)
     yield "many keys", msgpack.packb({f"key-{i}": i for i in range(10_000)})
     yield "a key that is a number", b"\x81\x01\x02"
     yield "a key that is bytes", b"\x81\xc4\x01a\x02"
@@ -92,6 +102,10 @@ def field_cases() -> Iterator[tuple[str, bytes]]:
     yield "an empty request id", fields(request_id="")
     yield "a long request id", fields(request_id="r" * 129)
     yield "a request id that is a number", fields(request_id=7)
+    yield "a request id of two lines", fields(request_id="r\nWARNING forged")
+    yield "a layer with an escape sequence", fields(layer="\x1b[2J")
+    yield "a layer with a mark that turns text around", fields(layer="\u202evectors")
+    yield "a task with a null", options(task="a\0b")
     yield "no layer", fields(layer=ABSENT)
     yield "a layer that is nil", fields(layer=None)
     yield "a layer that is bytes", fields(layer=b"vectors")
@@ -119,6 +133,7 @@ def tensor_cases() -> Iterator[tuple[str, bytes]]:
     yield "an object dtype", inputs(dtype="object")
     yield "no shape", inputs(shape=ABSENT)
     yield "a shape that is a number", inputs(shape=8)
+    yield "a shape of nested lists", inputs(shape=nested(40))
     yield "a negative size", inputs(shape=[-2, -WIDTH])
     yield "a float size", inputs(shape=[2.0, WIDTH])
     yield "a bool size", inputs(shape=[True, 2 * WIDTH])

@@ -20,7 +20,6 @@ from moe_runtime.errors import (
     InvalidRequestError,
     MoERuntimeError,
     OverloadedError,
-    PoisonedRequestError,
     TransportError,
     UnknownLayerError,
 )
@@ -101,7 +100,7 @@ def test_request_of_somebody_without_a_name_carries_the_address(start_router: St
         TransportError(SECRET),
         ExpertError(SECRET),
         ChosenError(SECRET),
-        PoisonedRequestError(SECRET),
+        ExpertError(f"layer l: expert conv-0: l/conv-0/0: raised KeyError: {SECRET}"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -115,6 +114,12 @@ def test_error_of_the_inside_is_told_by_a_reference_that_the_log_has(
     reference = str(told).partition("reference ")[2][:8]
     assert f"Forward failed, reference {reference}" in caplog.text
     assert SECRET in caplog.text
+
+
+def test_error_of_an_expert_names_it_and_the_kind_of_failure() -> None:
+    told = Border().error(ExpertError(f"layer l: expert conv-0: raised {SECRET}"), method="Forward")
+    assert type(told) is ExpertError
+    assert str(told).startswith("layer l: expert conv-0: it raised; reference ")
 
 
 def test_error_about_the_request_reaches_its_client(caplog: pytest.LogCaptureFixture) -> None:
@@ -139,7 +144,11 @@ def test_text_of_an_error_is_one_line_of_bounded_length() -> None:
         ("its host sent no rows, expected 2", "its output was wrong"),
         ("its host answered for other rows than it was sent", "its output was wrong"),
         ("it waited at its host for longer than 2.0 s", "it did not answer in time"),
+        ("no answer within its share of the layer's timeout_ms", "it did not answer in time"),
+        ("its replicas do not answer", "it did not answer in time"),
         ("its queue is full", "its queue is full"),
+        ("its process is frozen", "its host is gone"),
+        ("its host is out", "its host is gone"),
         ("its host closed", "its host is gone"),
         (SECRET, "it failed"),
     ],
@@ -150,6 +159,12 @@ def test_failure_of_an_expert_is_told_by_its_kind(reason: str, kind: str, caplog
     assert report.warnings == (f"expert conv-0: {kind}",)
     assert SECRET not in str(report)
     assert reason == kind or reason in caplog.text
+
+
+@pytest.mark.parametrize("fate", ["", "; rerouted", "; served by another replica"])
+def test_what_became_of_the_rows_is_told_too(fate: str) -> None:
+    report = Border().report(reported(f"expert conv-0: its process ended{fate}"))
+    assert report.warnings == (f"expert conv-0: its host is gone{fate}",)
 
 
 def test_words_of_a_failure_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:

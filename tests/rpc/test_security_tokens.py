@@ -272,6 +272,12 @@ def test_token_is_good_on_its_last_day_and_not_after(tmp_path: Path) -> None:
         TokenFile(path, today=lambda: datetime.date(2020, 2, 1)).authenticate(OLD)
 
 
+def test_metrics_are_for_tokens_with_their_scope(tmp_path: Path) -> None:
+    file = TokenFile(write_tokens(tmp_path / "tokens.yaml"))
+    allowed = [shown for shown in (None, "", ALICE, BOB, OLD, METRICS, "z" * 20) if file.lets_scrape(shown)]
+    assert allowed == [METRICS]
+
+
 def test_token_may_be_kept_as_its_hash(tmp_path: Path) -> None:
     text = f"- {{name: carol, sha256: {hashlib.sha256(ALICE.encode()).hexdigest()}, scopes: [admin]}}"
     file = TokenFile(write_tokens(tmp_path / "tokens.yaml", text))
@@ -320,6 +326,14 @@ def test_client_sends_no_token_in_plain_text_to_other_machines(address: str) -> 
     MoEClient(address, token=ALICE, tls=True).close()
     MoEClient(address, token=ALICE, insecure=True).close()
     MoEClient(address, token="").close()
+
+
+def test_no_proxy_sees_calls_to_this_machine(guarded: LiveRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("no_grpc_proxy", raising=False)
+    expect_good_request(guarded.address, token=ALICE)
 
 
 def test_refused_call_is_a_moe_runtime_error_that_is_not_retried(guarded: LiveRouter) -> None:

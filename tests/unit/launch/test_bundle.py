@@ -183,3 +183,17 @@ def test_storing_that_was_killed_midway_can_be_repeated_and_leaves_nothing(tmp_p
     assert {name: (store.store(config).folder / name).read_bytes() for name in FILES} == FILES
     store.remove("small")
     assert os.listdir(tmp_path) == ["c"]
+
+
+def test_keys_and_tokens_are_not_bundled(tmp_path: Path) -> None:
+    tls = 'tls: {cert: server.crt, key: /etc/moe/server.key, client_ca: "~/ca.crt"}'
+    text = f"{CONFIG}security: {{{tls}, tokens: secrets/tokens.yaml}}\n"
+    config = write_config(tmp_path, text=text, files={**FILES, "server.crt": b"c", "secrets/tokens.yaml": b"t"})
+    with pytest.raises(ConfigError) as caught:
+        collect_bundle(config)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("config.yaml: security.tokens: expected an absolute path")
+    assert second.startswith("config.yaml: security.tls.cert: expected an absolute path")
+    absolute = text.replace("server.crt", "/etc/moe/server.crt").replace("secrets/tokens.yaml", "~/tokens.yaml")
+    bundle = collect_bundle(write_config(tmp_path, text=absolute))
+    assert [file.path for file in bundle.files] == ["config.yaml", *sorted(FILES)]

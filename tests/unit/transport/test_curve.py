@@ -1,11 +1,20 @@
 import pytest
 import zmq
 from msgspec.structs import replace
+from zmq.utils.monitor import recv_monitor_message
 
 from moe_runtime.errors import TransportError
 from moe_runtime.service.ports import HostLost
-from moe_runtime.transport.curve import check_public_key, make_key_pair
+from moe_runtime.transport.curve import KeyPair, check_public_key, make_key_pair, secure_connection
 from moe_runtime.transport.zmq_router import ZmqTransport
+
+HANDSHAKE_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
 
 
 def next_loss(fabric, router, host):
@@ -97,6 +106,72 @@ def test_plain_socket_cannot_talk_to_an_encrypted_address(curve_fabric):
         router = curve_fabric.router()
         curve_fabric.exchange(router, host, 1)
         assert host.counters.num_malformed == 0
+
+
+def speak(host, prepare):
+    """Whether a raw socket gets in, once it was prepared and has said something."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.set(zmq.LINGER, 0)
+        prepare(socket)
+        with socket.get_monitor_socket(HANDSHAKE_EVENTS) as monitor:
+            socket.connect(host.endpoint.remote)
+            for _ in range(1000):
+                assert host.receive(0.01) == []
+                if monitor.poll(10):
+                    event = recv_monitor_message(monitor)["event"]
+                    break
+            socket.disable_monitor()
+    return event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+
+
+def with_plain_password(socket, _host_key):
+    socket.set(zmq.PLAIN_USERNAME, b"admin")
+    socket.set(zmq.PLAIN_PASSWORD, b"admin")
+
+
+def with_a_key_of_its_own(socket, host_key):
+    secure_connection(socket, make_key_pair(), host_key=host_key)
+
+
+def with_the_host_s_key_for_its_own(socket, host_key):
+    secure_connection(socket, KeyPair(host_key, make_key_pair().secret), host_key=host_key)
+
+
+def with_no_key(_socket, _host_key):
+    pass
+
+
+@pytest.mark.parametrize(
+    "prepare", [with_no_key, with_plain_password, with_a_key_of_its_own, with_the_host_s_key_for_its_own]
+)
+def test_raw_socket_without_an_admitted_key_says_nothing_to_a_host(curve_fabric, prepare):
+    router, host = curve_fabric.router(), curve_fabric.host()
+    curve_fabric.exchange(router, host, 1)
+    assert not speak(host, lambda socket: prepare(socket, host.endpoint.public_key))
+    assert (host.counters.num_received, host.counters.num_malformed) == (1, 0)
+    curve_fabric.exchange(router, host, 2)
+
+
+def test_public_key_of_an_admitted_router_is_no_use_without_its_secret(curve_fabric):
+    router, host = curve_fabric.router(), curve_fabric.host()
+    curve_fabric.exchange(router, host, 1)
+    stolen = KeyPair(router.public_key, make_key_pair().secret)
+    assert not speak(host, lambda socket: secure_connection(socket, stolen, host_key=host.endpoint.public_key))
+    curve_fabric.exchange(router, host, 2)
+    assert host.counters.num_received == 2
+
+
+def test_many_strangers_at_once_do_not_keep_a_router_out(curve_fabric):
+    router, host = curve_fabric.router(), curve_fabric.host()
+    strangers = [ZmqTransport(node="node-1") for _ in range(20)]
+    for stranger in strangers:
+        stranger.send(host.endpoint, curve_fabric.make_request(1))
+    curve_fabric.exchange(router, host, 2)
+    for stranger in strangers:
+        next_loss(curve_fabric, stranger, host)
+        stranger.close()
+    curve_fabric.exchange(router, host, 3)
+    assert host.counters.num_received == 2
 
 
 def test_ipc_address_needs_no_key(curve_fabric):

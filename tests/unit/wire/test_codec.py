@@ -120,8 +120,11 @@ def test_malformed_request_is_refused(name: str) -> None:
     assert len(str(caught.value)) < 600
 
 
-def test_refusing_nested_headers_takes_little_memory() -> None:
-    body = MALFORMED["a megabyte of nested array headers"][0]
+@pytest.mark.parametrize(
+    "name", ["a megabyte of nested array headers", "a megabyte of empty arrays", "a megabyte of empty maps"]
+)
+def test_refusing_many_containers_takes_little_memory(name: str) -> None:
+    body = MALFORMED[name][0]
     tracemalloc.start()
     with pytest.raises(ProtocolError):
         decode_request(body)
