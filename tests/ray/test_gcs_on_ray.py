@@ -41,7 +41,7 @@ def make_head():
 
 
 class Served:
-    """``moe-runtime serve`` on a cluster, and where it serves."""
+    """``moe-runtime serve`` on a cluster, and where it serves once it was waited for."""
 
     def __init__(self, head, folder):
         path = folder / "config.yaml"
@@ -49,6 +49,9 @@ class Served:
         command = [sys.executable, "-c", MAIN, "serve", str(path), "--ray-address", head.address]
         self._messages = (folder / "messages").open("w+")
         self.process = subprocess.Popen(command, env=head.env, stdout=subprocess.PIPE, stderr=self._messages, text=True)
+        self.address = ""
+
+    def wait(self):
         line = self.process.stdout.readline()
         assert " at " in line, self.messages()
         self.address = line.split(" at ")[1].strip()
@@ -71,6 +74,7 @@ def serve_on(tmp_path):
 
     def serve(head):
         served.append(Served(head, tmp_path))
+        served[-1].wait()
         return served[-1]
 
     yield serve
