@@ -147,6 +147,12 @@ class RouterService:
         self._inbox.post(lambda: version.set_result(self._engine.oldest_table_version()))
         return version.result(timeout_s)
 
+    def next_turn(self) -> Future[None]:
+        """Done when the service's thread has come round once more; never, where it has ended."""
+        turn: Future[None] = Future()
+        self._inbox.post(lambda: turn.set_result(None))
+        return turn
+
     def layer(self, name: str) -> RoutedLayer:
         """The layer of that name.
 

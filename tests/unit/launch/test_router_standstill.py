@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 
 from moe_runtime.config.load import load_config
+from moe_runtime.config.runtime import LimitsConfig
 from moe_runtime.launch.build import build_router
-from moe_runtime.launch.router_process import RouterProcess
+from moe_runtime.launch.router_process import RouterProcess, build_setup
+from moe_runtime.launch.turn_watch import TurnWatch
+from moe_runtime.service.router_service import RouterService
 from moe_runtime.transport.in_process import InProcessNetwork
 
 CONFIG = {
@@ -50,28 +54,57 @@ def router(transport):
     made.close()
 
 
-def test_a_router_that_was_not_started_does_not_stand_still(router):
+def test_a_router_says_nothing_while_it_turns_also_when_it_was_not_started_or_drains(router):
     assert router.standstill() is None
-
-
-def test_a_router_that_turns_says_nothing_also_while_it_drains(router):
     router.start("127.0.0.1:0")
-    assert router.standstill() is None
+    assert [router.standstill() for _ in range(3)] == [None] * 3
     assert router.drain(1.0)
     assert router.standstill() is None
 
 
-def test_an_engine_that_is_held_up_is_named_until_it_goes_on(router, transport):
-    router.start("127.0.0.1:0")
+def test_an_engine_that_is_held_up_takes_its_turn_when_it_goes_on(transport):
+    setup = build_setup(build_router(load_config(CONFIG)))
+    service = RouterService(setup.layers, transport, router=setup.router, limits=LimitsConfig())
+    service.start()
     transport.gate.clear()
     transport.wake()
     assert transport.is_held.wait(10.0)
-    assert router.standstill() == "its engine has not turned within 0.6 s"
+    turn = service.next_turn()
+    assert not turn.done()
     transport.gate.set()
-    assert router.standstill() is None
+    assert turn.result(10.0) is None
+    service.close()
+    assert not service.next_turn().done()
 
 
-def test_a_router_that_was_closed_does_not_turn(router):
-    router.start("127.0.0.1:0")
-    router.close()
-    assert router.standstill() == "its engine has not turned within 0.6 s"
+class Thread:
+    """Takes its turns when the test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.asked = []
+        self.watch = TurnWatch(self.ask, limit_s=4.0, now=lambda: self.now)
+
+    def ask(self):
+        self.asked.append(Future())
+        return self.asked[-1]
+
+    def look(self, at):
+        self.now = at
+        return self.watch.stands_still()
+
+
+def test_a_thread_stands_still_when_the_turn_that_was_asked_for_does_not_come():
+    thread = Thread()
+    assert [thread.look(at) for at in (0.0, 2.0, 4.0, 4.1, 9.0)] == [False, False, False, True, True]
+    assert len(thread.asked) == 1
+    thread.asked[0].set_result(None)
+    assert [thread.look(at) for at in (10.0, 14.0, 14.1)] == [False, False, True]
+
+
+def test_a_slow_thread_does_not_stand_still():
+    thread = Thread()
+    for second in range(20):
+        assert not thread.look(float(second))
+        if second % 3 == 0:
+            thread.asked[-1].set_result(None)
