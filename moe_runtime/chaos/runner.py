@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.chaos.schedule import FaultKind
     from moe_runtime.chaos.storm import Progress as StormProgress
-    from moe_runtime.launch.runtime import Runtime
+    from moe_runtime.launch.served import Runtime
 
 _DRAIN_TIMEOUT_S = 10.0
 
