@@ -139,6 +139,7 @@ class RouterProcess:
             router=setup.router,
             limits=self._recipe.limits,
             node=self._node,
+            needs_table=True,
         )
         info = {"name": self._recipe.runtime, "node": self._node}
         try:

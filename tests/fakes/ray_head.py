@@ -32,12 +32,16 @@ class RayHead:
         port, client_port = _free_port(), _free_port()
         self.address = f"127.0.0.1:{port}"
         self._gcs: subprocess.Popen[bytes] | None = None
+        self._head_env = {**self.env, **(store if is_persistent else {})}
         options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={self._folder / 't'}"]
         options += ["--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
         options += ["--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={client_port}"]
+        self._start = [str(Path(sys.executable).with_name("ray")), "start", *options]
+
+    def start(self) -> None:
         started = subprocess.run(
-            [str(Path(sys.executable).with_name("ray")), "start", *options],
-            env={**self.env, **(store if is_persistent else {})},
+            self._start,
+            env=self._head_env,
             capture_output=True,
             text=True,
             check=False,

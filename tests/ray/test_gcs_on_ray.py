@@ -33,6 +33,7 @@ def make_head():
 
     def make(**options):
         heads.append(RayHead(**options))
+        heads[-1].start()
         return heads[-1]
 
     yield make
