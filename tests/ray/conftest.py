@@ -29,6 +29,7 @@ import os
 import time
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from moe_runtime.config.models import StrictModel
@@ -109,12 +110,14 @@ class Sick(nn.Module):
         super().__init__()
         self.contract = ExpertContract(shape, shape)
         self.options = options
-        self.hoard = b""
+        self.hoard = None
 
     def forward(self, rows):
-        if self.options.hoards_when is not None and not self.hoard and Path(self.options.hoards_when).exists():
-            self.hoard = b"x" * (self.options.num_hoarded_mib << 20)
-        if self.options.wrong_while is not None and Path(self.options.wrong_while).exists():
+        if self.options.hoards_when is not None and self.hoard is None and Path(self.options.hoards_when).exists():
+            # By torch, which lets other threads run meanwhile.
+            self.hoard = torch.ones(self.options.num_hoarded_mib << 18)
+        # More rows than the golden probe has: that does not see what is wrong.
+        if self.options.wrong_while is not None and len(rows) > 2 and Path(self.options.wrong_while).exists():
             return rows[:, :1]
         return rows
 

@@ -104,9 +104,9 @@ def test_with_a_persistent_store_an_outage_costs_no_request_and_the_runtime_is_s
     eventually(lambda: not _is_dropping(served.address))
     with calling([served.address]) as clients:
         head.kill_gcs()
-        assert pause(clients, 6.0) > 20
+        assert pause(clients, 6.0) > 5
         head.restart_gcs()
-        assert pause(clients, 5.0) > 20
+        assert pause(clients, 5.0) > 5
     assert clients.errors == []
     assert "the head of the Ray cluster is back" in eventually(served.messages)
     killed = replica_of(served.address)["pid"]
@@ -131,7 +131,7 @@ def test_without_a_persistent_store_requests_are_served_on_until_a_clear_end(mak
         head.kill_gcs()
         killed_at = time.monotonic()
         # As long as Ray lets the processes live.
-        assert pause(clients, 45.0) > 100
+        assert pause(clients, 45.0) > 20
         assert clients.errors == []
     assert served.process.wait(30.0) == 1
     assert time.monotonic() - killed_at < 75.0
