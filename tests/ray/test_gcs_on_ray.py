@@ -125,8 +125,9 @@ def test_without_a_persistent_store_requests_are_served_on_until_a_clear_end(mak
     head = make_head(is_persistent=False)
     served = serve_on(head)
     eventually(lambda: not _is_dropping(served.address))
-    workers = head.workers()
-    assert replica_of(served.address)["pid"] in workers
+    actors = head.actors()
+    assert replica_of(served.address)["pid"] in actors
+    assert len(actors) == 3
     with calling([served.address]) as clients:
         head.kill_gcs()
         killed_at = time.monotonic()
@@ -137,7 +138,7 @@ def test_without_a_persistent_store_requests_are_served_on_until_a_clear_end(mak
     assert time.monotonic() - killed_at < 75.0
     message = re.compile(r"^error: runtime outage is lost: the head of the Ray cluster has not answered", re.M)
     assert message.search(served.messages())
-    eventually(lambda: not any(map(is_alive, workers)), deadline_s=30.0)
+    eventually(lambda: not any(map(is_alive, actors)), deadline_s=30.0)
 
 
 def _is_dropping(address):

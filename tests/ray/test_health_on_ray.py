@@ -14,6 +14,11 @@ from moe_runtime.rpc.client import MoEClient
 pytestmark = pytest.mark.timeout(240)
 
 
+def config_of(make_config, *arguments, **changes):
+    """A configuration that gives actors time to start on a machine that others use."""
+    return {**make_config(*arguments, **changes), "start_timeout_s": 150}
+
+
 def host_of(runtime):
     return runtime.describe()["hosts"][0]
 
@@ -31,7 +36,7 @@ def test_a_host_whose_forward_hangs_is_replaced_while_requests_are_answered(make
     is_busy = tmp_path / "is-busy"
     options = {"quick_pid": os.getpid(), "busy_while": str(is_busy)}
     experts = [{"name": "p", "kind": "patient", "options": options}]
-    config = make_config("hanging", experts=experts, policy={"kind": "switch"}, timeout_ms=500)
+    config = config_of(make_config, "hanging", experts=experts, policy={"kind": "switch"}, timeout_ms=500)
     with serve(config) as runtime:
         hung = host_of(runtime)["pid"]
         is_busy.touch()
@@ -50,7 +55,7 @@ def test_a_host_that_gives_wrong_outputs_is_suspect_and_ready_again_when_they_ar
 ):
     is_wrong = tmp_path / "is-wrong"
     experts = [{"name": "s", "kind": "sick", "options": {"wrong_while": str(is_wrong)}}]
-    with serve(make_config("faulty", experts=experts, policy={"kind": "switch"})) as runtime:
+    with serve(config_of(make_config, "faulty", experts=experts, policy={"kind": "switch"})) as runtime:
         first = host_of(runtime)["pid"]
         eventually(lambda: host_of(runtime)["health"] is not None)
         is_wrong.touch()
@@ -76,7 +81,7 @@ def test_a_host_that_grows_gives_way_to_a_successor_without_a_dropped_assignment
         "options": {"hoards_when": str(hoards), "num_hoarded_mib": 600},
         "resources": {"max_rss_bytes": 900 << 20},
     }
-    with serve(make_config("growing", experts=[expert], policy={"kind": "switch"})) as runtime:
+    with serve(config_of(make_config, "growing", experts=[expert], policy={"kind": "switch"})) as runtime:
         grown = host_of(runtime)["pid"]
         with calling(runtime.addresses) as clients:
             hoards.touch()

@@ -17,6 +17,13 @@ from moe_runtime.launch.runtime import serve
 from moe_runtime.rpc.client import MoEClient
 
 pytestmark = pytest.mark.timeout(240)
+
+
+def config_of(make_config, *arguments, **changes):
+    """A configuration that gives actors time to start on a machine that others use."""
+    return {**make_config(*arguments, **changes), "start_timeout_s": 150}
+
+
 IDENTITY = {"experts": [{"name": "same", "kind": "identity"}], "policy": {"kind": "switch"}}
 TWINS = {"experts": [{"name": "same", "kind": "identity", "replicas": 2}], "policy": {"kind": "switch"}}
 
@@ -47,7 +54,7 @@ def is_served(address):
 def test_a_frozen_expert_is_replaced_and_its_stale_process_never_answers_for_its_successor(
     make_config, eventually, actor_names
 ):
-    with serve(make_config("frozen", timeout_ms=1000, **IDENTITY)) as runtime:
+    with serve(config_of(make_config, "frozen", timeout_ms=1000, **IDENTITY)) as runtime:
         (frozen,) = pids(runtime)
         with calling(runtime.addresses, allows_drops=True) as clients:
             os.kill(frozen, signal.SIGSTOP)
@@ -69,7 +76,7 @@ def test_a_frozen_expert_is_replaced_and_its_stale_process_never_answers_for_its
 
 
 def test_a_frozen_router_is_killed_and_comes_back_at_its_address(make_config, eventually):
-    config = make_config("stuck", router={"replicas": 2}, **IDENTITY)
+    config = config_of(make_config, "stuck", router={"replicas": 2}, **IDENTITY)
     with serve(config) as runtime, calling(runtime.addresses) as clients:
         frozen = pids(runtime, "routers")[0]
         os.kill(frozen, signal.SIGSTOP)
@@ -86,7 +93,7 @@ def test_an_expert_that_cannot_be_built_again_says_why_and_is_tried_ever_later(
     licence = tmp_path / "licence"
     licence.touch()
     experts = [{"name": "picky", "kind": "licensed", "options": {"licence": str(licence)}}]
-    with serve(make_config("crashing", experts=experts, policy={"kind": "switch"})) as runtime:
+    with serve(config_of(make_config, "crashing", experts=experts, policy={"kind": "switch"})) as runtime:
         licence.unlink()
         os.kill(pids(runtime)[0], signal.SIGKILL)
 
@@ -107,7 +114,7 @@ def test_an_expert_that_cannot_be_built_again_says_why_and_is_tried_ever_later(
 
 
 def test_neither_a_dead_controller_nor_then_a_dead_twin_costs_a_request_or_an_assignment(make_config, eventually):
-    with serve(make_config("twins", **TWINS)) as runtime, calling(runtime.addresses) as clients:
+    with serve(config_of(make_config, "twins", **TWINS)) as runtime, calling(runtime.addresses) as clients:
         before = runtime.describe()
         os.kill(before["controller_pid"], signal.SIGKILL)
         eventually(lambda: runtime.describe()["controller_pid"] != before["controller_pid"])
@@ -123,7 +130,7 @@ def test_neither_a_dead_controller_nor_then_a_dead_twin_costs_a_request_or_an_as
 
 def test_every_process_is_restarted_under_load_without_a_failed_request(make_config, eventually, actor_names, capsys):
     experts = [{"name": name, "kind": "identity"} for name in ("a", "b")]
-    config = make_config("renewed", experts=experts, policy={"kind": "switch"}, router={"replicas": 2})
+    config = config_of(make_config, "renewed", experts=experts, policy={"kind": "switch"}, router={"replicas": 2})
     with serve(config) as runtime:
         before = {*pids(runtime), *pids(runtime, "routers")}
         with calling(runtime.addresses) as clients:
