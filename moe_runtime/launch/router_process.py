@@ -11,6 +11,7 @@ import torch
 from moe_runtime.errors import ConfigError, StartError
 from moe_runtime.launch.gates import load_gate
 from moe_runtime.launch.router_metrics import RouterMetrics
+from moe_runtime.launch.turn_watch import TurnWatch
 from moe_runtime.ray_backend.plan import RouterReport
 from moe_runtime.routing.policies import build_policy
 from moe_runtime.rpc.server import RpcServer
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 #: How long answers that are ready may take to leave when the server stops.
 _GRACE_S = 2.0
 _ANSWER_TIMEOUT_S = 2.0
-#: Of each of both threads, when it is asked whether it turns.
-_TURN_TIMEOUT_S = 0.6
+#: Longer than any batch takes to be routed.
+_MAX_TURN_S = 4.0
 
 
 def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None) -> RoutedLayer:
@@ -118,6 +119,7 @@ class RouterProcess:
         self._open_transport = open_transport
         self._node = node
         self._closing = threading.Event()
+        self._watches: dict[str, TurnWatch] = {}
         self._service: RouterService | None = None
         self._server: RpcServer | None = None
         self._metrics: RouterMetrics | None = None
@@ -137,6 +139,7 @@ class RouterProcess:
             router=setup.router,
             limits=self._recipe.limits,
             node=self._node,
+            needs_table=True,
         )
         info = {"name": self._recipe.runtime, "node": self._node}
         try:
@@ -162,6 +165,10 @@ class RouterProcess:
             service.close()
             raise
         self._service, self._server, self._metrics = service, server, metrics
+        self._watches = {
+            "engine": TurnWatch(service.next_turn, limit_s=_MAX_TURN_S),
+            "gRPC server": TurnWatch(server.next_turn, limit_s=_MAX_TURN_S),
+        }
         if self._owns_process:
             # A collection that looks at all of torch would hold up the answers for a tenth of a second or more.
             gc.collect()
@@ -190,15 +197,10 @@ class RouterProcess:
         return self._service.oldest_table_version(_ANSWER_TIMEOUT_S)
 
     def standstill(self) -> str | None:
-        """Which of its threads does not turn, in words; None where all do, and where there are none yet."""
-        if self._service is None or self._server is None:
-            return None
-        try:
-            self._service.oldest_table_version(_TURN_TIMEOUT_S)
-        except TimeoutError:
-            return f"its engine has not turned within {_TURN_TIMEOUT_S:g} s"
-        if not self._server.turns(_TURN_TIMEOUT_S):
-            return f"its gRPC server has not turned within {_TURN_TIMEOUT_S:g} s"
+        """Which of its threads stands still, in words; None where none does. Never waits."""
+        for name, watch in self._watches.items():
+            if watch.stands_still():
+                return f"its {name} has stood still for more than {_MAX_TURN_S:g} s"
         return None
 
     def describe(self) -> dict[str, Any]:

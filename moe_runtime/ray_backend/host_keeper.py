@@ -189,8 +189,7 @@ class HostKeeper:
     def replicas(self) -> Iterator[tuple[ReplicaPlan, Replica]]:
         """What the routing table says of this host; nothing before it was first ready, and while it drains.
 
-        Routers go on with what they have sent to a host that is not in the table, and give up what is with one that is
-        out.
+        Routers give up what they have sent to a host that is out, and wait for one that is not in the table.
         """
         if self._report is None or self.location is None or self._drain is not None:
             return

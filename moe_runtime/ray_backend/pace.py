@@ -16,7 +16,7 @@ class Pace:
     Attributes:
         ping_every_s: Between two pings of an actor.
         ping_timeout_s: An actor that takes longer is suspect.
-        max_suspect_s: An actor that gives no answer, or a router of which a part stands still, for so long after it
+        max_suspect_s: An actor that gives no answer, or a router of which a thread stands still, for so long after it
             became suspect is killed and replaced.
         hang_factor: A forward that runs for so many times its layer's timeout hangs: its host is killed and replaced.
         min_hang_s: But none that runs for less.

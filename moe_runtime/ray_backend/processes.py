@@ -71,7 +71,7 @@ class RouterProcess(Protocol):
         ...
 
     def standstill(self) -> str | None:
-        """Which of its threads does not turn, in words; None where all do. Bounded to about a second."""
+        """Which of its threads stands still, in words; None where none does. Never waits; asked every second."""
         ...
 
     def describe(self) -> dict[str, Any]:

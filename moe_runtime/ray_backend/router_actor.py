@@ -78,7 +78,7 @@ class RouterActor:
 
     async def ping(self) -> str | None:
         """Answer: what of the router stands still, in words; None where nothing does."""
-        return None if self._process is None else await asyncio.to_thread(self._process.standstill)
+        return None if self._process is None else self._process.standstill()
 
     async def keep(self, snapshot: Snapshot) -> None:
         """Serve by the snapshot from now on, unless a newer one is here, or hosts do not know this router."""

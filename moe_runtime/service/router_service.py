@@ -64,6 +64,8 @@ class RouterService:
         limits: Limits of one request.
         node: Name of the router's node.
         clock: Tells the time.
+        needs_table: Whether to refuse requests before there is a table, instead of dropping their assignments: somebody
+            else may have one.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class RouterService:
         limits: LimitsConfig,
         node: str = "",
         clock: Clock | None = None,
+        needs_table: bool = False,
     ) -> None:
+        self._needs_table = needs_table
         self._clock = clock or MonotonicClock()
         self._limits = limits
         self._transport = transport
@@ -147,6 +151,12 @@ class RouterService:
         self._inbox.post(lambda: version.set_result(self._engine.oldest_table_version()))
         return version.result(timeout_s)
 
+    def next_turn(self) -> Future[None]:
+        """Done when the service's thread has come round once more; never, where it has ended."""
+        turn: Future[None] = Future()
+        self._inbox.post(lambda: turn.set_result(None))
+        return turn
+
     def layer(self, name: str) -> RoutedLayer:
         """The layer of that name.
 
@@ -203,6 +213,8 @@ class RouterService:
     def _accept(self, request: LayerRequest, on_done: OnDone) -> Ticket:
         generation = self._generations.current
         generation.check(request, self._limits)
+        if self._needs_table and not self._engine.table.version:
+            raise UnavailableError("the router has just started and knows no experts yet; send the request to another")
         now = self._clock.now()
         deadline = now + self._limits.default_timeout_s if request.deadline is None else request.deadline
         if deadline <= now:

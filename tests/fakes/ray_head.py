@@ -32,12 +32,17 @@ class RayHead:
         port, client_port = _free_port(), _free_port()
         self.address = f"127.0.0.1:{port}"
         self._gcs: subprocess.Popen[bytes] | None = None
+        self._seen: set[int] = set()
+        self._head_env = {**self.env, **(store if is_persistent else {})}
         options = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={self._folder / 't'}"]
         options += ["--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats"]
         options += ["--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={client_port}"]
+        self._start = [str(Path(sys.executable).with_name("ray")), "start", *options]
+
+    def start(self) -> None:
         started = subprocess.run(
-            [str(Path(sys.executable).with_name("ray")), "start", *options],
-            env={**self.env, **(store if is_persistent else {})},
+            self._start,
+            env=self._head_env,
             capture_output=True,
             text=True,
             check=False,
@@ -46,6 +51,8 @@ class RayHead:
         self._command, self._gcs_env, self._gcs_pid = self._find_gcs()
 
     def kill_gcs(self) -> None:
+        # What the raylet leaves behind when it ends for want of a GCS is nobody's child any more.
+        self._seen |= set(self.workers())
         os.kill(self._gcs_pid, signal.SIGKILL)
         if self._gcs is not None:
             self._gcs.wait()
@@ -58,13 +65,17 @@ class RayHead:
         self._gcs_pid = self._gcs.pid
 
     def workers(self) -> list[int]:
-        """The processes of actors that belong to this head: descendants of its raylet."""
+        """The processes that its raylet has started: actors, and agents of its own."""
         raylets = {pid for pid, command in self._processes() if command[0].endswith(b"/raylet")}
         return [pid for pid in _pids() if _parent(pid) in raylets]
 
+    def actors(self) -> list[int]:
+        """Those of them that are actors."""
+        return [pid for pid in self.workers() if b"Actor" in _command(pid)[0]]
+
     def end(self) -> None:
         """Kill everything that was started for this head, and remove its folder."""
-        pids = {*self.workers(), *(pid for pid, _ in self._processes())}
+        pids = {*self._seen, *self.workers(), *(pid for pid, _ in self._processes())}
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -29,6 +29,7 @@ import os
 import time
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from moe_runtime.config.models import StrictModel
@@ -96,6 +97,32 @@ def build_licensed(in_shape, options):
 
 
 LICENSED = ExpertKind("licensed", LicensedOptions, build_licensed)
+
+
+class SickOptions(StrictModel):
+    hoards_when: str | None = None
+    num_hoarded_mib: int = 0
+    wrong_while: str | None = None
+
+
+class Sick(nn.Module):
+    def __init__(self, shape, options):
+        super().__init__()
+        self.contract = ExpertContract(shape, shape)
+        self.options = options
+        self.hoard = None
+
+    def forward(self, rows):
+        if self.options.hoards_when is not None and self.hoard is None and Path(self.options.hoards_when).exists():
+            # By torch, which lets other threads run meanwhile.
+            self.hoard = torch.ones(self.options.num_hoarded_mib << 18)
+        # More rows than the golden probe has: that does not see what is wrong.
+        if self.options.wrong_while is not None and len(rows) > 2 and Path(self.options.wrong_while).exists():
+            return rows[:, :1]
+        return rows
+
+
+SICK = ExpertKind("sick", SickOptions, Sick)
 """
 
 
@@ -109,7 +136,7 @@ def plug_in_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: picky-expert\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[moe_runtime.experts]\npicky = picky_expert:KIND\npatient = picky_expert:PATIENT\n"
-        "licensed = picky_expert:LICENSED\n"
+        "licensed = picky_expert:LICENSED\nsick = picky_expert:SICK\n"
     )
     return folder
 

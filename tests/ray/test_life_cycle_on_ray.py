@@ -11,8 +11,10 @@ import sys
 import pytest
 import torch
 
+from fakes.ray_head import is_alive
 from moe_runtime.launch.runtime import attach
 from moe_runtime.rpc.client import MoEClient
+from moe_runtime.transport.ipc_folder import default_ipc_folder
 
 #: The fewest processes that make a runtime: every one of them takes seconds to import torch.
 ONE_EXPERT = {"experts": [{"kind": "identity"}], "policy": {"kind": "switch"}}
@@ -88,10 +90,16 @@ def test_when_the_server_process_is_killed_its_runtime_ends_with_its_lease(
     process, address = start_server(make_config("leased", **ONE_EXPERT))
     with MoEClient(address) as client:
         assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 1
+    with attach("leased") as leased:
+        description = leased.describe()
+    pids = [each["pid"] for each in (*description["hosts"], *description["routers"])]
+    pids.append(description["controller_pid"])
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(actor_names("leased")) == 3
     eventually(lambda: not actor_names("leased"), deadline_s=25.0)
+    eventually(lambda: not any(map(is_alive, pids)))
+    assert not [path for pid in pids for path in default_ipc_folder().glob(f"{pid}-*")]
 
 
 @pytest.mark.timeout(180)

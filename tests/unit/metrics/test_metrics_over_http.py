@@ -15,7 +15,8 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_runtime.errors import InvalidRequestError, StartError
-from moe_runtime.launch.runtime import Runtime, serve
+from moe_runtime.launch.runtime import serve
+from moe_runtime.launch.served import Runtime
 from moe_runtime.metrics.catalogue import CATALOGUE
 from moe_runtime.metrics.server import MetricsServer
 from moe_runtime.rpc.client import MoEClient
