@@ -165,7 +165,12 @@ async def _storm(
         if not settings.measures_recovery or storm.was_stopped or not storm.is_whole_again:
             return storm, None
         measuring = progress.add_task("Measuring recovery", total=None, note="")
-        times_s = await measure_recovery(cluster, storm, seed=settings.seed, reference=reference)
+        times_s: dict[str, list[float]] = {}
+        try:
+            await measure_recovery(cluster, storm, seed=settings.seed, reference=reference, times_s=times_s)
+        except ChaosError as exc:
+            # A cluster that does not recover is a finding: what else was found is still reported.
+            storm.ledger.note_mistake(f"recovery: {exc}")
         progress.update(measuring, total=1, completed=1)
         return storm, {name: Spread.of(times) for name, times in times_s.items()}
     finally:
