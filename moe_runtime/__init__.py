@@ -35,7 +35,8 @@ from moe_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from moe_runtime.launch.runtime import Runtime, attach, serve, upgrade
+    from moe_runtime.launch.runtime import attach, restart, serve, upgrade
+    from moe_runtime.launch.served import Runtime
     from moe_runtime.rpc.aio_client import AsyncMoEClient
     from moe_runtime.rpc.channels import ClientTLS
     from moe_runtime.rpc.client import MoEClient
@@ -77,6 +78,7 @@ __all__ = [
     "UnknownLayerError",
     "WeightsError",
     "attach",
+    "restart",
     "serve",
     "upgrade",
 ]
@@ -89,8 +91,9 @@ _MODULES = {
     "Report": "moe_runtime.wire.messages",
     "RequestOptions": "moe_runtime.wire.messages",
     "RetryPolicy": "moe_runtime.rpc.retries",
-    "Runtime": "moe_runtime.launch.runtime",
+    "Runtime": "moe_runtime.launch.served",
     "attach": "moe_runtime.launch.runtime",
+    "restart": "moe_runtime.launch.runtime",
     "serve": "moe_runtime.launch.runtime",
     "upgrade": "moe_runtime.launch.runtime",
 }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from moe_runtime.launch.recipes import LayerRecipe
-    from moe_runtime.launch.runtime import Runtime
+    from moe_runtime.launch.served import Runtime
     from moe_runtime.service.routing_table import RoutingTable
 
 LAYER = "layer"

@@ -132,6 +132,20 @@ def stop(
 
 
 @app.command()
+def restart(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The runtime's name in its configuration.")] = "default",
+    *,
+    experts_only: Annotated[bool, typer.Option("--experts-only", help="Leave the routers alone.")] = False,
+    routers_only: Annotated[bool, typer.Option("--routers-only", help="Leave the expert hosts alone.")] = False,
+    ray_address: JoinedCluster = None,
+) -> None:
+    """Restart the processes of a runtime one after the other, without losing a request. May be repeated."""
+    from moe_runtime.cli.restarting import restart_and_report
+
+    restart_and_report(name, experts=not routers_only, routers=not experts_only, ray_address=ray_address)
+
+
+@app.command()
 def upgrade(
     config: ConfigPath,
     *,

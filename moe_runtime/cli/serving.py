@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from moe_runtime.cli.consoles import stdout_console
+from moe_runtime.cli.consoles import report_error, stdout_console
 from moe_runtime.cli.log_wishes import LogWishes
 from moe_runtime.config.load import load_config
 from moe_runtime.errors import StartError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from moe_runtime.launch.runtime import Runtime
+    from moe_runtime.launch.served import Runtime
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -84,6 +85,7 @@ def serve_until_stopped(config: Path, where: Where, *, wishes: LogWishes | None 
             return
         # After Ray's own handlers, which the start has installed.
         stop = StopSignals()
+        runtime.when_lost(_end_as_lost)
         _print_welcome(runtime, console=console, stop="Ctrl-C or SIGTERM; requests in flight are answered first")
         received = stop.wait()
         console.print(f"{received.name}: draining; the same signal again ends this at once", markup=False)
@@ -118,6 +120,13 @@ class StopSignals:
         for each in _STOP_SIGNALS:
             signal.signal(each, _end_at_once)
         self._received.put(signal.Signals(number))
+
+
+def _end_as_lost(reason: str) -> None:
+    """End this process with an error: whatever is left to be done in order would wait for the cluster."""
+    report_error(StartError(reason))
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

@@ -93,6 +93,9 @@ class InProcessSession:
             **self._routers[0].describe(),
         }
 
+    def when_lost(self, callback: Callable[[str], None]) -> None:
+        """Threads of this process are not lost before it is: the callback is never called."""
+
     def close(self, *, drain_timeout_s: float) -> bool:
         """Drain, then stop everything; whether every request was answered. Safe to call twice."""
         # Side by side: one that waits for its last request would leave the others no time.

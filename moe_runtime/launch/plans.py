@@ -49,7 +49,9 @@ def plan_runtime(
     hosts = plan_hosts(config, recipe.layers, gpus_available=cluster.num_gpus > 0)
     return RuntimePlan(
         name=config.name,
-        hosts=tuple(_host_plan(spec, weights, config=config) for spec in hosts),
+        hosts=tuple(
+            _host_plan(spec, weights, config=config, max_forward_s=_max_forward_s(spec, recipe)) for spec in hosts
+        ),
         routers=_routers_plan(recipe, weights, node_id=cluster.node_id, logging=config.logging.settings),
         num_threads=None if config.threads == "auto" else config.threads,
         start_timeout_s=config.start_timeout_s,
@@ -91,7 +93,13 @@ def _fixed(recipe: RouterRecipe) -> dict[str, str]:
     }
 
 
-def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, config: RuntimeConfig) -> HostPlan:
+def _max_forward_s(spec: HostSpec, recipe: RouterRecipe) -> float:
+    """After so long nobody waits for a forward of this host any more."""
+    layers = {hosted.spec.layer for hosted in spec.experts}
+    return max(layer.timeout_s for layer in recipe.layers if layer.name in layers)
+
+
+def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, config: RuntimeConfig, max_forward_s: float) -> HostPlan:
     # A host that knows of no other file can fetch no other.
     own_weights = weights.only(hosted.spec.weights for hosted in spec.experts)
     return HostPlan(
@@ -104,6 +112,7 @@ def _host_plan(spec: HostSpec, weights: WeightsRecipe, *, config: RuntimeConfig)
         strategy=spec.strategy,
         twins=spec.twins,
         revision=host_revision(spec, threads=config.threads, listed=weights.listed),
+        max_forward_s=max_forward_s,
     )
 
 
@@ -112,6 +121,7 @@ def _demand(resources: ResourcesConfig) -> Demand:
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus or 0.0,
         memory_bytes=resources.memory_bytes,
+        max_rss_bytes=resources.max_rss_bytes,
         custom=resources.custom,
         node_labels=resources.node_labels,
     )

@@ -24,7 +24,6 @@ class RouterMetrics:
         service: The router.
         recipe: Its configuration.
         node: Name of its node.
-        router_address: ``HOST:PORT`` that the router is told to bind: it says which router of its node it is.
         rpc_counts: Calls and errors of its gRPC server.
         authorize: Is given a scrape's bearer token, or None, and says whether it may scrape.
     """
@@ -35,21 +34,22 @@ class RouterMetrics:
         recipe: RouterRecipe,
         *,
         node: str,
-        router_address: str,
         rpc_counts: RpcCounts,
         authorize: Authorize | None = None,
     ) -> None:
-        self._config = recipe.metrics
+        self._service = service
+        self._recipe = recipe
+        self._node = node
+        self._rpc_counts = rpc_counts
         self._authorize = authorize
-        info = {"version": __version__, "runtime": recipe.runtime, "node": node, "address": router_address}
-        self._collector = RouterCollector(
-            service, info=info, hottest_experts=self._config.hottest_experts, rpc_counts=rpc_counts
-        )
-        self._addresses = _addresses(recipe, router_address)
         self._server: MetricsServer | None = None
 
-    def start(self) -> str | None:
+    def start(self, *, asked: str, bound: str) -> str | None:
         """Bind and serve.
+
+        Args:
+            asked: ``HOST:PORT`` that the router was to bind, which says which router of its node it is.
+            bound: The one that it has bound.
 
         Returns:
             The ``host:port`` that was bound; None where no metrics are wanted.
@@ -57,27 +57,38 @@ class RouterMetrics:
         Raises:
             StartError: If no address can be bound, or scrapes have to show a token and nobody knows any.
         """
-        if self._config.needs_token and self._authorize is None:
+        config = self._recipe.metrics
+        if config.needs_token and self._authorize is None:
             raise StartError(
                 "metrics.token: expected tokens that the router knows, found none: name them, or use a loopback address"
             )
-        authorize = self._authorize if self._config.needs_token else None
-        for place, address in enumerate(self._addresses, start=1):
-            server = MetricsServer(self._collector, address=address, authorize=authorize)
+        addresses = _addresses(self._recipe, asked)
+        for place, address in enumerate(addresses, start=1):
+            server = self._serving_at(address, router=bound)
             try:
-                bound = server.start()
+                metrics_address = server.start()
             except StartError:
-                if place == len(self._addresses):
+                if place == len(addresses):
                     raise
             else:
                 self._server = server
-                return bound
+                return metrics_address
         return None
 
     def stop(self) -> None:
         """Stop serving. Safe to call twice."""
         if self._server is not None:
             self._server.stop()
+
+    def _serving_at(self, address: str, *, router: str) -> MetricsServer:
+        config = self._recipe.metrics
+        collector = RouterCollector(
+            self._service,
+            info={"version": __version__, "runtime": self._recipe.runtime, "node": self._node, "address": router},
+            hottest_experts=config.hottest_experts,
+            rpc_counts=self._rpc_counts,
+        )
+        return MetricsServer(collector, address=address, authorize=self._authorize if config.needs_token else None)
 
 
 def _addresses(recipe: RouterRecipe, router_address: str) -> tuple[str, ...]:

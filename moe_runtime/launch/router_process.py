@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 #: How long answers that are ready may take to leave when the server stops.
 _GRACE_S = 2.0
 _ANSWER_TIMEOUT_S = 2.0
+#: Of each of both threads, when it is asked whether it turns.
+_TURN_TIMEOUT_S = 0.6
 
 
 def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None) -> RoutedLayer:
@@ -144,13 +146,11 @@ class RouterProcess:
         except ConfigError:
             service.close()
             raise
-        metrics = RouterMetrics(
-            service, self._recipe, node=self._node, router_address=address, rpc_counts=server.counts
-        )
+        metrics = RouterMetrics(service, self._recipe, node=self._node, rpc_counts=server.counts)
         service.start()
         try:
             bound = server.start()
-            metrics_address = metrics.start()
+            metrics_address = metrics.start(asked=address, bound=bound)
         except StartError:
             server.stop(0.0)
             service.close()
@@ -182,6 +182,18 @@ class RouterProcess:
         if self._service is None:
             raise StartError("expected a started router to say which tables it uses")
         return self._service.oldest_table_version(_ANSWER_TIMEOUT_S)
+
+    def standstill(self) -> str | None:
+        """Which of its threads does not turn, in words; None where all do, and where there are none yet."""
+        if self._service is None or self._server is None:
+            return None
+        try:
+            self._service.oldest_table_version(_TURN_TIMEOUT_S)
+        except TimeoutError:
+            return f"its engine has not turned within {_TURN_TIMEOUT_S:g} s"
+        if not self._server.turns(_TURN_TIMEOUT_S):
+            return f"its gRPC server has not turned within {_TURN_TIMEOUT_S:g} s"
+        return None
 
     def describe(self) -> dict[str, Any]:
         """Layers, experts and replicas, as plain values."""

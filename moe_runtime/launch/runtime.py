@@ -1,9 +1,9 @@
-"""``serve``: a configuration becomes a running system, and what it returns ends it again."""
+"""``serve``: a configuration becomes a running system; what runs is changed, restarted or attached to."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from moe_runtime.launch.build import build_router
 from moe_runtime.launch.in_process import InProcessSession
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
+from moe_runtime.launch.served import Runtime
 from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 from moe_runtime.ray_backend.ports import check_ports
@@ -21,110 +22,13 @@ from moe_runtime.ray_backend.ports import check_ports
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.logs import LogSettings
+    from moe_runtime.ray_backend.changes import Restarted
     from moe_runtime.ray_backend.cluster import Cluster
     from moe_runtime.ray_backend.roll import Upgraded
-
-#: How long requests in flight may take when a runtime is closed whose configuration is not at hand.
-DEFAULT_DRAIN_TIMEOUT_S = 30.0
-
-
-class Session(Protocol):
-    """What runs a runtime: actors on Ray, or threads of this process."""
-
-    def addresses(self) -> list[str]:
-        """Where clients find the routers."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Layers, hosts and routers, as plain values."""
-        ...
-
-    def close(self, *, drain_timeout_s: float) -> bool:
-        """Drain and end everything; whether every request was answered. Safe to call twice."""
-        ...
-
-
-class Runtime:
-    """A runtime that serves. A context manager: at its end it is closed, or, if detached, left running."""
-
-    def __init__(
-        self,
-        session: Session,
-        *,
-        cluster: Cluster | None = None,
-        detached: bool = False,
-        drain_s: float = DEFAULT_DRAIN_TIMEOUT_S,
-    ) -> None:
-        """Take over what ``serve`` started."""
-        self._drain_s = drain_s
-        self._session = session
-        self._cluster = cluster
-        self._detached = detached
-        self._addresses = tuple(session.addresses())
-
-    @property
-    def address(self) -> str:
-        """``host:port`` of the first router."""
-        return self._addresses[0]
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        """``host:port`` of every router."""
-        return self._addresses
-
-    def describe(self) -> dict[str, Any]:
-        """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.
-
-        Raises:
-            StartError: If the runtime's controller does not answer.
-        """
-        return self._session.describe()
-
-    def close(self, drain_timeout_s: float | None = None) -> bool:
-        """End the runtime: routers refuse new requests and answer those in flight, then everything stops.
-
-        Args:
-            drain_timeout_s: How long the requests in flight may take; what is not answered then gets
-                ``UnavailableError``. None is ``router.drain_s`` of the configuration that was served here, and
-                30 s for a runtime that was attached to.
-
-        Returns:
-            Whether every request was answered in time. Safe to call twice.
-        """
-        try:
-            return self._session.close(drain_timeout_s=self._drain_s if drain_timeout_s is None else drain_timeout_s)
-        finally:
-            self._disconnect()
-
-    def leave(self) -> None:
-        """Let the runtime run on without this object.
-
-        Raises:
-            StartError: If it was served here without ``detach``: it would end when its lease does.
-        """
-        if not self._detached:
-            raise StartError("expected a runtime that was served with detach=True, found one with a lease; close it")
-        self._disconnect()
-
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._detached:
-            self.leave()
-        else:
-            self.close()
-
-    def _disconnect(self) -> None:
-        if self._cluster is not None:
-            self._cluster.disconnect()
 
 
 def serve(
@@ -197,6 +101,33 @@ def upgrade(
         session = attach_session(loaded.config.name)
         plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=True)
         return session.upgrade(plan, on_progress=on_progress)
+    finally:
+        cluster.disconnect()
+
+
+def restart(
+    name: str = "default", *, experts: bool = True, routers: bool = True, ray_address: str | None = None
+) -> Restarted:
+    """Give the actors of a running runtime other processes, one after the other, without losing a request.
+
+    Each expert host gets a successor beside it, for which there must be room; each router is drained and comes back at
+    its address: clients need to know another one meanwhile. Interrupted at any moment, this may be repeated.
+
+    Args:
+        name: The runtime's.
+        experts: Whether its expert hosts restart.
+        routers: Whether its routers do.
+        ray_address: Address of its cluster; ``RAY_ADDRESS``, or Ray as it is initialised, when None.
+
+    Raises:
+        PlacementError: If the cluster has no room for one host beside those that run.
+        StartError: If there is no such cluster or runtime, or something did not start. The runtime serves as before.
+    """
+    cluster = _join(ray_address)
+    try:
+        from moe_runtime.ray_backend.session import attach as attach_session
+
+        return attach_session(name).restart(experts=experts, routers=routers)
     finally:
         cluster.disconnect()
 

@@ -10,7 +10,7 @@ from moe_runtime.errors import StartError
 from moe_runtime.experts.weights_cache import Removed, default_cache
 from moe_runtime.launch.bundle_store import BundleStore
 from moe_runtime.launch.deploy import expect_cluster
-from moe_runtime.launch.runtime import DEFAULT_DRAIN_TIMEOUT_S
+from moe_runtime.launch.served import DEFAULT_DRAIN_TIMEOUT_S
 from moe_runtime.ray_backend.cluster import connect
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 

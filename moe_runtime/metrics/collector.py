@@ -118,7 +118,7 @@ def _queues(status: Mapping[str, Any]) -> Iterator[Family]:
             # A layer that is just being added has counters before it has a queue.
             family.add_metric([name], layer.get(key, 0))
         yield family
-    yield _gauge(catalogue.QUEUE_BYTES, status["queued_bytes"])
+    yield _gauge(catalogue.QUEUE_BYTES, status["queue"]["bytes"])
 
 
 def _replicas(lineup: Lineup) -> Iterator[Family]:

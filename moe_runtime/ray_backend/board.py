@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.fleet import Fleet
     from moe_runtime.ray_backend.spawner import ActorHandle, AsyncClock
 
+#: How long an actor may keep the next table waiting; one that takes longer still gets this one.
+_HAND_OVER_S = 1.0
 #: Bounds what is asked of actors that may hang: handing them a table, asking what they keep, ending them.
 CALL_TIMEOUT_S = 5.0
 
@@ -54,7 +56,7 @@ class Board:
         self.snapshot = Snapshot(table, addresses, self._public_keys(), fleet.plan)
         handles: list[ActorHandle] = [keeper.handle for keeper in fleet.routers if keeper.handle is not None]
         handles += [k.handle for k in fleet.hosts if k.life.state is ReplicaState.READY and k.handle]
-        await self.bounded(handle.keep(self.snapshot) for handle in handles)
+        await self.bounded((handle.keep(self.snapshot) for handle in handles), _HAND_OVER_S)
 
     async def adopt_newest(self, handles: Iterable[ActorHandle]) -> None:
         """Take over the newest snapshot that any of these actors keeps."""

@@ -9,25 +9,33 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_runtime.errors import StartError
 from moe_runtime.ray_backend.board import CALL_TIMEOUT_S, Board
+from moe_runtime.ray_backend.changes import Changes
 from moe_runtime.ray_backend.fleet import Fleet, ready_handles
-from moe_runtime.ray_backend.host_keeper import Pace
 from moe_runtime.ray_backend.node_choice import NodeChooser
-from moe_runtime.ray_backend.retirement import Retirement, StrayHost, StrayRouter
-from moe_runtime.ray_backend.roll import Roll, Upgraded, check_fixed, completed, is_same
+from moe_runtime.ray_backend.pace import Pace
+from moe_runtime.ray_backend.retirement import StrayHost, StrayRouter
 from moe_runtime.ray_backend.seat import Tools
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Sequence
+    from collections.abc import Coroutine, Iterable
 
+    from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.fleet import Keeper
+    from moe_runtime.ray_backend.host_keeper import HostKeeper
     from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.roll import Upgraded
     from moe_runtime.ray_backend.spawner import AsyncClock, Spawner
 
 _LOG = logging.getLogger(__name__)
+
+#: A sleep that takes so much longer than it should was interrupted.
+_LEASE_STEP_S = 1.0
+
+ResultT = TypeVar("ResultT")
 
 
 class Controller:
@@ -49,11 +57,10 @@ class Controller:
         self._spawner = spawner
         self._tools = Tools(spawner, NodeChooser(spawner.nodes, clock=clock), clock, pace or Pace())
         self._board = Board(clock)
-        self._board.fleet = self._make_fleet(plan)
-        self._loops: list[asyncio.Task[Any]] = []
+        self._changes = Changes(self._board, clock, supervisor=self)
+        self._board.fleet = self.make_fleet(plan)
+        self._loops: set[asyncio.Task[Any]] = set()
         self._watches: dict[Keeper, asyncio.Task[None]] = {}
-        self._changing = asyncio.Lock()
-        self._roll: Roll | None = None
         self._lease_until = clock.now() + (plan.lease_s or 0.0)
         self._ended = asyncio.Event()
 
@@ -84,16 +91,14 @@ class Controller:
         await self._board.adopt_newest([*hosts, *routers])
         snapshot = self._board.snapshot
         if snapshot.plan is not None:
-            self._board.fleet = self._make_fleet(snapshot.plan)
+            self._board.fleet = self.make_fleet(snapshot.plan)
         self.renew()
         strays = self._strays()
         await self._board.bounded(keeper.adopt() for keeper in self._fleet.hosts)
         await self._adopt_routers()
         await self._board.publish()
         self._supervise()
-        # Before any upgrade, which may need their names.
-        await self._changing.acquire()
-        self._run(self._retire(*strays))
+        self.spawn_task(await self._changes.retire_strays(*strays))
 
     async def upgrade(self, plan: RuntimePlan) -> Upgraded:
         """Roll to another plan while requests go on; when it returns, only what that plan has is left.
@@ -106,30 +111,28 @@ class Controller:
             PlacementError: If the cluster has no room for new actors beside those that run.
             StartError: If something new did not start. Then as before, the old plan serves.
         """
-        async with self._changing:
-            running = self.plan
-            check_fixed(running, plan)
-            plan = completed(running, plan)
-            if is_same(running, plan):
-                return Upgraded(kept=tuple(host.host_id for host in plan.hosts), num_routers=plan.routers.count)
-            self._roll = Roll(
-                self._make_fleet(plan, before=self._fleet),
-                board=self._board,
-                clock=self._clock,
-                supervise=self._watch,
-                release=self._release,
-            )
-            # A task of its own: `close` cancels it.
-            rolling: asyncio.Task[Upgraded] = asyncio.create_task(self._roll.run())
-            self._loops.append(rolling)
-            try:
-                return await rolling
-            except asyncio.CancelledError as exc:
-                if rolling.cancelled():
-                    raise StartError(f"runtime {plan.name}: it was ended before its upgrade was") from exc
-                raise
-            finally:
-                self._roll = None
+        return await self._changes.upgrade(plan)
+
+    def restart_terms(self) -> RestartTerms:
+        """Of a restart that begins now."""
+        return self._changes.restart_terms()
+
+    async def restart(self, *, generation: int, routers: bool) -> Restarted:
+        """Give actors other processes while requests go on, one after the other.
+
+        A successor of each expert host starts beside it, and takes its place when it is ready; each router is drained
+        and comes back at its address. Failed or interrupted, it may be repeated: what was done is not done again for
+        hosts.
+
+        Args:
+            generation: Hosts of an earlier one get a successor of this one; that of the terms means all, 0 none.
+            routers: Whether routers restart.
+
+        Raises:
+            PlacementError: If the cluster has no room for one more host.
+            StartError: If something did not start. What it was to replace serves; a router is brought back.
+        """
+        return await self._changes.restart(generation=generation, routers=routers)
 
     def renew(self) -> None:
         """Extend the lease from now on."""
@@ -164,7 +167,7 @@ class Controller:
 
     def progress(self) -> tuple[int, int]:
         """Number of actors that are ready, and of all; during an upgrade, of those that there will be."""
-        return (self._fleet if self._roll is None else self._roll.coming).progress()
+        return self._changes.coming.progress()
 
     def addresses(self) -> list[str]:
         """Where clients find the routers that were started."""
@@ -179,7 +182,7 @@ class Controller:
             "addresses": self.addresses(),
             "layers": await self._describe_layers(),
             **self._fleet.describe(),
-            "upgrade": None if self._roll is None else self._roll.describe(),
+            "upgrade": self._changes.describe(),
         }
 
     @property
@@ -195,31 +198,40 @@ class Controller:
     def _fleet(self) -> Fleet:
         return self._board.fleet
 
-    def _make_fleet(self, plan: RuntimePlan, *, before: Fleet | None = None) -> Fleet:
+    def make_fleet(self, plan: RuntimePlan, *, before: Fleet | None = None) -> Fleet:
+        """The fleet of a plan, which takes over what another has."""
         tools = replace(self._tools, pace=replace(self._tools.pace, start_timeout_s=plan.start_timeout_s))
-        return Fleet(plan, tools=tools, on_change=self._board.changed.set, before=before)
+        return Fleet(plan, tools=tools, on_change=self._board.changed.set, on_outgrown=self._relieve, before=before)
 
-    def _supervise(self) -> None:
-        self._watch(self._fleet.keepers)
-        self._run(self._board.publish_changes())
-        if self.plan.lease_s is not None:
-            self._run(self._watch_lease())
-
-    def _watch(self, keepers: Iterable[Keeper]) -> None:
+    def watch(self, keepers: Iterable[Keeper]) -> None:
         """Have keepers watch their actors from now on."""
         for keeper in keepers:
             self._watches[keeper] = task = asyncio.create_task(keeper.keep())
             task.add_done_callback(_log_failure)
 
-    def _release(self, keepers: Iterable[Keeper]) -> None:
+    def release(self, keepers: Iterable[Keeper]) -> None:
         """Have keepers watch their actors no longer."""
         for keeper in keepers:
             self._watches.pop(keeper).cancel()
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn_task(self, work: Coroutine[Any, Any, ResultT]) -> asyncio.Task[ResultT]:
+        """Do something in a task that ends with the runtime."""
         task = asyncio.create_task(work)
-        self._loops.append(task)
-        task.add_done_callback(_log_failure)
+        self._loops.add(task)
+        task.add_done_callback(self._loops.discard)
+        return task
+
+    def _relieve(self, host: HostKeeper, reason: str) -> None:
+        self._run(self._changes.relieve(host, reason))
+
+    def _supervise(self) -> None:
+        self.watch(self._fleet.keepers)
+        self._run(self._board.publish_changes())
+        if self.plan.lease_s is not None:
+            self._run(self._watch_lease())
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        self.spawn_task(work).add_done_callback(_log_failure)
 
     async def _describe_layers(self) -> dict[str, Any]:
         routers = ready_handles(self._fleet.routers)[:1]
@@ -245,19 +257,16 @@ class Controller:
         hosts, routers = self._spawner.others(self.plan)
         return [StrayHost(each, self._clock) for each in hosts], [StrayRouter(each, self._clock) for each in routers]
 
-    async def _retire(self, hosts: Sequence[StrayHost], routers: Sequence[StrayRouter]) -> None:
-        version, let_go_s = self._board.snapshot.table.version, self.plan.routers.let_go_s
-        try:
-            await Retirement(self._board, self._clock).run(hosts, routers, version=version, let_go_s=let_go_s)
-        finally:
-            self._changing.release()
-
     async def _watch_lease(self) -> None:
         while (remaining_s := self._lease_until - self._clock.now()) > 0:
-            await self._clock.sleep(remaining_s)
+            step_s, before = min(remaining_s, _LEASE_STEP_S), self._clock.now()
+            await self._clock.sleep(step_s)
+            if self._clock.now() - before > step_s + _LEASE_STEP_S:
+                # This process stood still: whoever renewed meanwhile could not be heard.
+                self.renew()
         _LOG.warning("runtime %s: its lease ran out; tearing it down", self.plan.name)
         # Not in this task, which `close` cancels.
-        self._loops.remove(asyncio.current_task())  # type: ignore[arg-type]  # a loop's task is never None here
+        self._loops.discard(asyncio.current_task())
         await self.close(drain_timeout_s=0.0)
 
 

@@ -21,6 +21,7 @@ from moe_runtime.ray_backend.spawner import LoopClock
 from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
+    from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.plan import RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
 
@@ -101,6 +102,19 @@ class ControllerActor:
         await self._resumed()
         try:
             return await self._controller.upgrade(plan)
+        except MoERuntimeError as exc:
+            return Failure(type(exc).__name__, str(exc))
+
+    async def restart_terms(self) -> RestartTerms:
+        """Of a restart that begins now."""
+        await self._resumed()
+        return self._controller.restart_terms()
+
+    async def restart(self, generation: int, routers: bool) -> Restarted | Failure:
+        """Give actors other processes; what was done, or why it was not."""
+        await self._resumed()
+        try:
+            return await self._controller.restart(generation=generation, routers=routers)
         except MoERuntimeError as exc:
             return Failure(type(exc).__name__, str(exc))
 

@@ -15,7 +15,7 @@ from moe_runtime.service.routing_table import ReplicaState
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-    from moe_runtime.ray_backend.plan import Location, RuntimePlan
+    from moe_runtime.ray_backend.plan import HostPlan, Location, RuntimePlan
     from moe_runtime.ray_backend.seat import Tools
     from moe_runtime.service.routing_table import Replica
 
@@ -33,7 +33,13 @@ class Fleet:
     """
 
     def __init__(
-        self, plan: RuntimePlan, *, tools: Tools, on_change: Callable[[], None], before: Fleet | None = None
+        self,
+        plan: RuntimePlan,
+        *,
+        tools: Tools,
+        on_change: Callable[[], None],
+        on_outgrown: Callable[[HostKeeper, str], None],
+        before: Fleet | None = None,
     ) -> None:
         """Start nothing yet.
 
@@ -41,6 +47,7 @@ class Fleet:
             plan: What to keep alive.
             tools: What all new keepers work with.
             on_change: Called whenever the routing table has to change.
+            on_outgrown: Called when a host should have a successor, with the reason.
             before: The fleet whose place this one will take.
         """
         self.plan = plan
@@ -48,10 +55,13 @@ class Fleet:
         self._before = before
         hosts: dict[str, HostKeeper] = {} if before is None else {keeper.plan.key: keeper for keeper in before.hosts}
         routers: dict[int, RouterKeeper] = {} if before is None else {keeper.index: keeper for keeper in before.routers}
-        self.hosts: list[HostKeeper] = [
-            hosts.get(host.key) or HostKeeper(host, tools=tools, threads_on=self._threads_on, on_change=on_change)
-            for host in plan.hosts
-        ]
+
+        def keep_host(host: HostPlan) -> HostKeeper:
+            return HostKeeper(
+                host, tools=tools, threads_on=self._threads_on, on_change=on_change, on_outgrown=on_outgrown
+            )
+
+        self.hosts: list[HostKeeper] = [hosts.get(host.key) or keep_host(host) for host in plan.hosts]
         self.routers: list[RouterKeeper] = [
             routers.get(index)
             or RouterKeeper(plan.routers, index, tools=tools, new_address=self._new_address, on_change=on_change)
@@ -93,6 +103,13 @@ class Fleet:
         for router in self.routers:
             router.follow(self.plan.routers, new_address=self._new_address)
         self._before = None
+
+    def has_twin(self, host: HostKeeper) -> bool:
+        """Whether another host that is ready serves the same experts."""
+        return any(
+            other is not host and other.plan.twins == host.plan.twins != "" and other.life.state is ReplicaState.READY
+            for other in self.hosts
+        )
 
     def replicas(self) -> dict[tuple[str, int], tuple[Replica, ...]]:
         """What the routing table says of its hosts."""

@@ -5,45 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import MoERuntimeError, PlacementError, StartError
-from moe_runtime.ray_backend.replica_state import Backoff, ReplicaLife
+from moe_runtime.ray_backend.health_watch import Drain, Finding, HealthRules, HealthWatch
+from moe_runtime.ray_backend.replica_state import ReplicaLife
 from moe_runtime.ray_backend.seat import Seat
-from moe_runtime.ray_backend.spawner import within
+from moe_runtime.ray_backend.spawner import ends_within, within
 from moe_runtime.service.routing_table import Replica, ReplicaState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from moe_runtime.ray_backend.health_watch import Verdict
     from moe_runtime.ray_backend.placer import ActorDemand
-    from moe_runtime.ray_backend.plan import HostPlan, HostReport, Location, ReplicaPlan
+    from moe_runtime.ray_backend.plan import HostHealth, HostPlan, HostReport, Location, ReplicaPlan
     from moe_runtime.ray_backend.seat import Tools
     from moe_runtime.ray_backend.spawner import HostHandle
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Pace:
-    """The times by which actors are watched.
-
-    Attributes:
-        ping_every_s: Between two pings of a host.
-        ping_timeout_s: A host that takes longer is suspect.
-        max_suspect_s: A host that is suspect for longer is killed and replaced.
-        kill_timeout_s: How long a killed actor may take to be gone.
-        start_timeout_s: Bounds a placement, and a start.
-        backoff: How long a failed host or router stays out.
-    """
-
-    ping_every_s: float = 1.0
-    ping_timeout_s: float = 2.0
-    max_suspect_s: float = 15.0
-    kill_timeout_s: float = 5.0
-    start_timeout_s: float = 60.0
-    backoff: Backoff = field(default_factory=Backoff)
 
 
 class HostKeeper:
@@ -63,6 +44,7 @@ class HostKeeper:
         tools: Tools,
         threads_on: Callable[[Location], int],
         on_change: Callable[[], None],
+        on_outgrown: Callable[[HostKeeper, str], None],
     ) -> None:
         """Start nothing yet.
 
@@ -71,8 +53,11 @@ class HostKeeper:
             tools: What all keepers of the runtime work with.
             threads_on: Torch threads of a host at a location.
             on_change: Called whenever the routing table has to change.
+            on_outgrown: Called with the reason when the host should have a successor; ``drain`` is for where none can
+                stand beside it.
         """
         self.plan = plan
+        self._who = f"expert host {plan.host_id}"
         self.life = ReplicaLife.begin(tools.clock.now())
         self.location: Location | None = None
         self.num_restarts = 0
@@ -81,6 +66,7 @@ class HostKeeper:
         self._pace = tools.pace
         self._threads_on = threads_on
         self._on_change = on_change
+        self._on_outgrown = on_outgrown
         self._seat: Seat[HostHandle] = Seat(
             replace(plan.actor, actor_id=plan.key),
             # The plan of that time: a newer one may have changed where it is in its layer.
@@ -89,6 +75,9 @@ class HostKeeper:
         )
         self._report: HostReport | None = None
         self._admitted: frozenset[str] = frozenset()
+        self._health: HostHealth | None = None
+        self._finding = Finding.FIT
+        self._drain: Drain | None = None
 
     @property
     def actor(self) -> ActorDemand:
@@ -98,16 +87,7 @@ class HostKeeper:
     @property
     def handle(self) -> HostHandle | None:
         """The actor that was placed last."""
-        return self._handle
-
-    @property
-    def _handle(self) -> HostHandle | None:
         return self._seat.handle
-
-    @property
-    def _who(self) -> str:
-        """How messages name this host."""
-        return f"expert host {self.plan.host_id}"
 
     def follow(self, plan: HostPlan, *, threads_on: Callable[[Location], int]) -> None:
         """Keep the same host under a newer plan, which may give its experts other places in their layer."""
@@ -117,7 +97,7 @@ class HostKeeper:
     def find(self) -> bool:
         """Take over the living actor of this host, if there is one; whether there is."""
         self._seat.handle = self._spawner.find_host(self.plan)
-        return self._handle is not None
+        return self.handle is not None
 
     async def place(self) -> None:
         """Create the actor, unless one was found, and wait until it runs somewhere.
@@ -141,14 +121,14 @@ class HostKeeper:
         Raises:
             StartError: If an expert could not be built in time, with its error's text.
         """
-        if self._handle is None or self.location is None:
+        if self.handle is None or self.location is None:
             raise StartError(f"{self._who}: expected to be placed before it is started")
         timeout_s = self._pace.start_timeout_s
         num_threads = self._threads_on(self.location)
         # Which node matters: it may be the one that lacks a plug-in or a weight file.
         where = f"{self._who} on node {self.location.node}"
         try:
-            self._report = await within(self._clock, timeout_s, self._handle.start(num_threads))
+            self._report = await within(self._clock, timeout_s, self.handle.start(num_threads))
         except TimeoutError as exc:
             raise StartError(f"{where}: not ready {timeout_s:g} s after its placement") from exc
         except MoERuntimeError as exc:
@@ -159,32 +139,33 @@ class HostKeeper:
 
     def has_to_admit(self, public_keys: frozenset[str]) -> bool:
         """Whether the host is ready, and does not yet let in just the routers with these keys."""
-        is_ready = self._handle is not None and self.life.state is ReplicaState.READY
+        is_ready = self.handle is not None and self.life.state is ReplicaState.READY
         return is_ready and self._admitted != public_keys
 
     async def admit(self, public_keys: frozenset[str]) -> None:
         """Have a ready host let in the routers with these keys; where it does not, it is suspect."""
-        handle = self._handle
+        handle = self.handle
         if handle is None:
             return
         try:
             await within(self._clock, self._pace.ping_timeout_s, handle.admit(public_keys))
         except (TimeoutError, MoERuntimeError) as exc:
-            if handle is self._handle and self.life.state is ReplicaState.READY:
+            if handle is self.handle and self.life.state is ReplicaState.READY:
                 self._change(self.life.become_suspect(self._clock.now(), f"it did not admit the routers: {exc}"))
         else:
-            if handle is self._handle:
+            if handle is self.handle:
                 self._admitted = public_keys
+
+    def drain(self) -> None:
+        """Have a host that serves leave the table, finish what it has, and then start again."""
+        if self.life.state is ReplicaState.SUSPECT and self._drain is None:
+            self._drain = Drain(self._clock.now() + self._pace.drain_timeout_s)
+            self._change(self.life.become_suspect(self._clock.now(), f"it drains: {self.life.reason}"))
 
     async def adopt(self) -> None:
         """Take over the living actor of this host if there is one; otherwise, or if it fails, leave it starting."""
-        if not self.find():
-            return
-        try:
-            await self.place()
-            await self.start()
-        except MoERuntimeError as exc:
-            await self._fail(str(exc).removeprefix(self._who).removeprefix(":").strip())
+        if self.find():
+            await self._place_and_start()
 
     async def keep(self) -> None:
         """Watch the host and bring it back, for ever; first brings it up if it is not."""
@@ -196,9 +177,7 @@ class HostKeeper:
 
     async def end(self) -> None:
         """Stop the host, end its actor, and remove what it leaves behind; for a host that nobody keeps any more."""
-        if self._handle is not None:
-            with contextlib.suppress(TimeoutError):
-                await within(self._clock, self._pace.kill_timeout_s, self._handle.stop())
+        await self._stop()
         await self._seat.leave()
         self.clean_up()
 
@@ -208,8 +187,12 @@ class HostKeeper:
             self._spawner.clean_up(self._report.endpoint)
 
     def replicas(self) -> Iterator[tuple[ReplicaPlan, Replica]]:
-        """What the routing table says of this host; nothing before it was first ready."""
-        if self._report is None or self.location is None:
+        """What the routing table says of this host; nothing before it was first ready, and while it drains.
+
+        Routers go on with what they have sent to a host that is not in the table, and give up what is with one that is
+        out.
+        """
+        if self._report is None or self.location is None or self._drain is not None:
             return
         for plan in self.plan.replicas:
             yield (
@@ -222,6 +205,7 @@ class HostKeeper:
                     device=self._report.device,
                     pid=self.location.pid,
                     num_restarts=self.num_restarts,
+                    reason=self.life.reason,
                 ),
             )
 
@@ -234,6 +218,8 @@ class HostKeeper:
             "reason": self.life.reason,
             "retry_in_s": None if self.life.retry_at is None else max(0.0, self.life.retry_at - self._clock.now()),
             "num_restarts": self.num_restarts,
+            "num_failures": self.life.num_failures,
+            "health": None if self._health is None else asdict(self._health),
             "node": None if self.location is None else self.location.node,
             "pid": None if self.location is None else self.location.pid,
             "num_threads": None if self._report is None else self._report.num_threads,
@@ -244,49 +230,67 @@ class HostKeeper:
         if self.life.state is ReplicaState.OUT:
             await self._clock.sleep((self.life.retry_at or 0.0) - self._clock.now())
             self._change(self.life.start_again(self._clock.now()))
+        self.num_restarts += await self._place_and_start()
+
+    async def _place_and_start(self) -> bool:
+        """Whether it is ready now; otherwise it is out."""
         try:
             await self.place()
             await self.start()
-            self.num_restarts += 1
         except MoERuntimeError as exc:
             await self._fail(str(exc).removeprefix(self._who).removeprefix(":").strip())
+            return False
+        return True
 
     async def _watch(self) -> str:
-        """Return the reason when the host is lost; meanwhile pings make it suspect and ready again."""
-        if self._handle is None:
+        """Return the reason when the host is lost, or drained; meanwhile pings make it suspect and ready again."""
+        if (handle := self.handle) is None:
             return "it has no actor"
-        death = asyncio.ensure_future(self._handle.wait())
+        death, watch = asyncio.ensure_future(handle.wait()), HealthWatch(self._pace)
         try:
-            while not await self._ends(death, self._pace.ping_every_s):
-                await self._ping(self._handle)
-                if (
-                    self.life.state is ReplicaState.SUSPECT
-                    and self._clock.now() - self.life.since > self._pace.max_suspect_s
-                ):
-                    return f"no answer for {self._pace.max_suspect_s:g} s"
+            while not await ends_within(self._clock, self._pace.ping_every_s, death):
+                verdict = await self._ping(handle, watch)
+                if verdict.finding is Finding.LOST:
+                    return verdict.reason or "it is lost"
+                if self._drain is None:
+                    self._take(verdict)
+                elif self._drain.is_over(self._health, self._clock.now()):
+                    await self._stop()
+                    return self.life.reason or "it was drained"
             return death.result()
         finally:
             death.cancel()
 
-    async def _ping(self, handle: HostHandle) -> None:
+    async def _ping(self, handle: HostHandle, watch: HealthWatch) -> Verdict:
         try:
-            await within(self._clock, self._pace.ping_timeout_s, handle.ping())
-        except (TimeoutError, MoERuntimeError) as exc:
-            if self.life.state is ReplicaState.READY:
-                self._change(self.life.become_suspect(self._clock.now(), str(exc)))
-        else:
+            self._health = await within(self._clock, self._pace.ping_timeout_s, handle.ping())
+        except TimeoutError:
+            return watch.no_answer(self._clock.now(), f"no answer within {self._pace.ping_timeout_s:g} s")
+        except MoERuntimeError as exc:
+            return watch.no_answer(self._clock.now(), str(exc))
+        rules = HealthRules(self._pace, self.plan.max_forward_s, self.plan.demand.max_rss_bytes)
+        return watch.answer(self._health, rules)
+
+    def _take(self, verdict: Verdict) -> None:
+        """Follow a finding that does not end the host."""
+        before, self._finding = self._finding, verdict.finding
+        if verdict.finding is Finding.FIT:
             if self.life.state is ReplicaState.SUSPECT:
                 self._change(self.life.become_ready(self._clock.now()))
+        elif self.life.state is ReplicaState.READY or verdict.finding is not before:
+            reason = verdict.reason or verdict.finding
+            self._change(self.life.become_suspect(self._clock.now(), reason))
+            if verdict.finding is Finding.OUTGROWN:
+                self._on_outgrown(self, reason)
 
-    async def _ends(self, task: asyncio.Future[str], timeout_s: float) -> bool:
-        timer = asyncio.ensure_future(self._clock.sleep(timeout_s))
-        waiting: list[asyncio.Future[Any]] = [task, timer]
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        timer.cancel()
-        return task.done()
+    async def _stop(self) -> None:
+        if self.handle is not None:
+            with contextlib.suppress(TimeoutError):
+                await within(self._clock, self._pace.kill_timeout_s, self.handle.stop())
 
     async def _fail(self, reason: str) -> None:
         _LOG.warning("%s is out: %s", self._who, reason)
+        self._drain, self._finding, self._health = None, Finding.FIT, None
         self._change(self.life.go_out(self._clock.now(), reason, self._pace.backoff))
         await self._seat.leave()
         self.clean_up()

@@ -27,6 +27,7 @@ class Demand:
         num_cpus: CPUs that Ray reserves.
         num_gpus: GPUs that Ray reserves.
         memory_bytes: Memory that Ray reserves, or None.
+        max_rss_bytes: Resident memory of its process above which it is replaced; None for any.
         custom: Custom Ray resources.
         node_labels: Labels that the node must have.
     """
@@ -34,6 +35,7 @@ class Demand:
     num_cpus: float = 0.1
     num_gpus: float = 0.0
     memory_bytes: int | None = None
+    max_rss_bytes: int | None = None
     custom: Mapping[str, float] = field(default_factory=dict)
     node_labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -142,7 +144,10 @@ class HostPlan:
             whose node lacks a module says so.
         strategy: Whether the actors of its layer are spread or packed.
         twins: Common to the hosts that serve replicas of the same experts; empty for one without.
-        revision: Hash of everything that makes it what it is; two plans' hosts of equal id and revision are one.
+        revision: Hash of everything that makes it what it is.
+        generation: How often it was replaced by another of the same revision, to have a new process; two plans' hosts
+            of equal id, revision and generation are one.
+        max_forward_s: The longest that a forward may take, by its layers' timeouts; None for any time.
     """
 
     host_id: str
@@ -152,11 +157,14 @@ class HostPlan:
     strategy: Strategy = "spread"
     twins: str = ""
     revision: str = ""
+    generation: int = 0
+    max_forward_s: float | None = None
 
     @property
     def key(self) -> str:
-        """Its id and revision: unique among the hosts of two plans, of which one takes the other's place."""
-        return f"{self.host_id}@{self.revision}" if self.revision else self.host_id
+        """Id, revision and generation: unique among the hosts of two plans, of which one takes the other's place."""
+        edition = self.revision + (f"+{self.generation}" if self.generation else "")
+        return f"{self.host_id}@{edition}" if edition else self.host_id
 
     @property
     def actor(self) -> ActorDemand:
@@ -224,6 +232,11 @@ class RuntimePlan:
     lease_s: float | None = 10.0
     deployment: str | None = None
     logging: LogSettings = field(default_factory=LogSettings)
+
+    @property
+    def next_generation(self) -> int:
+        """One that none of its hosts has."""
+        return max((host.generation for host in self.hosts), default=0) + 1
 
     @property
     def actors(self) -> tuple[ActorDemand, ...]:

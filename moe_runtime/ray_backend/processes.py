@@ -70,6 +70,10 @@ class RouterProcess(Protocol):
         """
         ...
 
+    def standstill(self) -> str | None:
+        """Which of its threads does not turn, in words; None where all do. Bounded to about a second."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Layers, experts and replicas, as plain values."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayError
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayError
 
 from moe_runtime.errors import StartError
 from moe_runtime.ray_backend.expert_actor import ExpertActor
@@ -14,8 +14,8 @@ from moe_runtime.ray_backend.nodes import living_nodes
 from moe_runtime.ray_backend.placement import actor_options, explain_unmet, place_options
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.router_actor import RouterActor
-from moe_runtime.ray_backend.spawner import NodeRefusedError
-from moe_runtime.ray_backend.whereabouts import locate
+from moe_runtime.ray_backend.spawner import AwayError, NodeRefusedError
+from moe_runtime.ray_backend.whereabouts import end_process_here, locate
 from moe_runtime.transport.ipc_folder import default_ipc_folder, remove_ipc, sweep_ipc
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.placer import NodeShape
     from moe_runtime.ray_backend.plan import (
         Demand,
+        HostHealth,
         HostPlan,
         HostReport,
         Location,
@@ -44,15 +45,13 @@ class RayActor:
     def __init__(self, actor: Any) -> None:
         """Wrap Ray's handle."""
         self._actor = actor
+        self._location: Location | None = None
 
     async def locate(self) -> Location:
         """Where it runs; answers as soon as it is placed."""
         location: Location = await self._call(self._actor.locate.remote())
+        self._location = location
         return location
-
-    async def ping(self) -> None:
-        """Return as soon as it answers."""
-        await self._call(self._actor.ping.remote())
 
     async def keep(self, snapshot: Snapshot) -> bool:
         """Hand it the newest snapshot; False if it is gone."""
@@ -81,12 +80,20 @@ class RayActor:
     async def kill(self) -> None:
         """End its process at once, for good."""
         ray.kill(self._actor, no_restart=True)
+        # Ray asks the process first, and gives one that is frozen five seconds.
+        self._end_here()
+
+    def _end_here(self) -> bool:
+        """End its process if that is on this node; whether it was."""
+        return self._location is not None and end_process_here(self._location)
 
     async def _call(self, answer: Any) -> Any:
         try:
             value = await answer
         except ActorUnschedulableError as exc:
             raise NodeRefusedError(_in_words(exc)) from exc
+        except ActorUnavailableError as exc:
+            raise AwayError(_in_words(exc)) from exc
         except RayError as exc:
             raise StartError(_in_words(exc)) from exc
         if isinstance(value, Failure):
@@ -103,6 +110,11 @@ class RayActor:
 class RayHost(RayActor):
     """One expert actor; implements ``HostHandle``."""
 
+    async def ping(self) -> HostHealth | None:
+        """How it is, as soon as it answers; None while it has not started."""
+        health: HostHealth | None = await self._call(self._actor.ping.remote())
+        return health
+
     async def start(self, num_threads: int) -> HostReport:
         """Start it, once."""
         report: HostReport = await self._call(self._actor.start.remote(num_threads))
@@ -115,6 +127,16 @@ class RayHost(RayActor):
 
 class RayRouter(RayActor):
     """One router actor; implements ``RouterHandle``."""
+
+    async def ping(self) -> str | None:
+        """What of it stands still, as soon as it answers."""
+        still: str | None = await self._call(self._actor.ping.remote())
+        return still
+
+    async def restart(self) -> None:
+        """End its process at once, for another in the same place."""
+        if not self._end_here():
+            ray.kill(self._actor, no_restart=False)
 
     async def start(self, address: str, plan: RoutersPlan) -> RouterReport:
         """Start it, once, and get its bound address and its key."""

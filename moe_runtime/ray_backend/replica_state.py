@@ -50,7 +50,7 @@ class ReplicaLife:
         since: Clock time at which it was entered.
         num_failures: Failures in a row.
         ready_since: Clock time of the last ``starting -> ready``, or None while it never was or is out.
-        reason: Why it is suspect or out.
+        reason: Why it is suspect or out; while it starts again, why it was out.
         retry_at: When it may start again; None unless it is out.
     """
 
@@ -76,11 +76,13 @@ class ReplicaLife:
         return replace(self._enter(ReplicaState.READY, now), ready_since=since)
 
     def become_suspect(self, now: float, reason: str) -> ReplicaLife:
-        """It did not answer, and may yet.
+        """Something is wrong with it, and may pass; one that is suspect already is so for this reason now.
 
         Raises:
-            InternalError: If it is not ready.
+            InternalError: If it is neither ready nor suspect.
         """
+        if self.state is ReplicaState.SUSPECT:
+            return replace(self, reason=reason)
         return replace(self._enter(ReplicaState.SUSPECT, now), reason=reason)
 
     def go_out(self, now: float, reason: str, backoff: Backoff) -> ReplicaLife:
@@ -107,7 +109,7 @@ class ReplicaLife:
         """
         if self.retry_at is not None and now < self.retry_at:
             raise InternalError(f"replica state: may start again at {self.retry_at}, it is {now}")
-        return self._enter(ReplicaState.STARTING, now)
+        return replace(self._enter(ReplicaState.STARTING, now), reason=self.reason)
 
     def _enter(self, state: ReplicaState, now: float) -> ReplicaLife:
         if state not in _ALLOWED[self.state]:

@@ -8,7 +8,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.ray_backend.board import CALL_TIMEOUT_S
-from moe_runtime.ray_backend.fleet import ready_handles
 from moe_runtime.ray_backend.spawner import within
 from moe_runtime.service.routing_table import ReplicaState
 
@@ -90,7 +89,7 @@ class Retirement:
         """Return when no router needs a table older than this version; in the end, restart those that do."""
         deadline, poll_s = self._clock.now() + let_go_s, _FIRST_POLL_S
         while late := await self._late_routers(version):
-            handles = ready_handles(late)
+            handles = [router.handle for router in late if router.handle is not None]
             if self._clock.now() >= deadline:
                 _LOG.warning("%d routers did not go over to table version %d; restarting them", len(late), version)
                 await end_all([handle.kill() for handle in handles])
@@ -100,13 +99,15 @@ class Retirement:
             poll_s = min(2 * poll_s, _LONGEST_POLL_S)
 
     async def _late_routers(self, version: int) -> list[RouterKeeper]:
-        """Routers with requests that an older table serves. One that is not ready has none."""
-        asked = [router for router in self._board.fleet.routers if router.life.state is ReplicaState.READY]
-        oldest = await self._board.bounded(handle.oldest_table_version() for handle in ready_handles(asked))
+        """Routers with requests that an older table serves. One that does not run has none."""
+        states = (ReplicaState.READY, ReplicaState.SUSPECT)
+        asked = [each for each in self._board.fleet.routers if each.life.state in states and each.handle is not None]
+        handles = [each.handle for each in asked if each.handle is not None]
+        oldest = await self._board.bounded(handle.oldest_table_version() for handle in handles)
         return [
             router
             for router, found in zip(asked, oldest, strict=True)
-            if router.life.state is ReplicaState.READY and not (isinstance(found, int) and found >= version)
+            if router.life.state in states and not (isinstance(found, int) and found >= version)
         ]
 
 

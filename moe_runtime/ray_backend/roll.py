@@ -156,8 +156,20 @@ def check_fixed(running: RuntimePlan, asked: RuntimePlan) -> None:
 
 
 def completed(running: RuntimePlan, asked: RuntimePlan) -> RuntimePlan:
-    """A plan with what an upgrade takes over from the one that runs: who answers for it, and where its routers are."""
-    return replace(asked, lease_s=running.lease_s, routers=replace(asked.routers, node_id=running.routers.node_id))
+    """A plan with what an upgrade takes over from the one that runs.
+
+    That is: who answers for it, where its routers are, and hosts that are the same but for their generation.
+    """
+    generations = {(host.host_id, host.revision): host.generation for host in running.hosts}
+    hosts = (replace(host, generation=generations.get((host.host_id, host.revision), 0)) for host in asked.hosts)
+    routers = replace(asked.routers, node_id=running.routers.node_id)
+    return replace(asked, lease_s=running.lease_s, hosts=tuple(hosts), routers=routers)
+
+
+def renewed(running: RuntimePlan, host_id: str, *, generation: int) -> RuntimePlan:
+    """The same plan, in which one host has a successor of a generation."""
+    hosts = (replace(host, generation=generation) if host.host_id == host_id else host for host in running.hosts)
+    return replace(running, hosts=tuple(hosts))
 
 
 def is_same(running: RuntimePlan, asked: RuntimePlan) -> bool:

@@ -76,8 +76,9 @@ class RouterActor:
             self._prepared = (plan.revision, outcome)
         return None
 
-    async def ping(self) -> None:
-        """Answer."""
+    async def ping(self) -> str | None:
+        """Answer: what of the router stands still, in words; None where nothing does."""
+        return None if self._process is None else await asyncio.to_thread(self._process.standstill)
 
     async def keep(self, snapshot: Snapshot) -> None:
         """Serve by the snapshot from now on, unless a newer one is here, or hosts do not know this router."""

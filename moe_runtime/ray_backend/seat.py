@@ -13,8 +13,8 @@ from moe_runtime.ray_backend.spawner import ActorHandle, NodeRefusedError, withi
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from moe_runtime.ray_backend.host_keeper import Pace
     from moe_runtime.ray_backend.node_choice import NodeChooser
+    from moe_runtime.ray_backend.pace import Pace
     from moe_runtime.ray_backend.placer import ActorDemand, NodeShape
     from moe_runtime.ray_backend.plan import Location
     from moe_runtime.ray_backend.spawner import AsyncClock, Spawner

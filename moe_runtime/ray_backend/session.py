@@ -14,7 +14,9 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from moe_runtime.errors import AlreadyRunningError, ConfigError, MoERuntimeError, PlacementError, StartError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
 from moe_runtime.ray_backend.depot import start_depot
+from moe_runtime.ray_backend.head_watch import HeadWatch, patience_s
 from moe_runtime.ray_backend.names import NAMESPACE, controller_name
+from moe_runtime.ray_backend.node_watch import RayView
 from moe_runtime.ray_backend.nodes import on_head
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
@@ -23,6 +25,7 @@ from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.deployment import DepotPlan
     from moe_runtime.ray_backend.plan import RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
@@ -35,7 +38,7 @@ _POLL_EVERY_S = 0.05
 #: Beyond what the controller allows itself.
 _SPARE_S = 30.0
 _GONE_WITHIN_S = 10.0
-_UPGRADE_ERRORS: dict[str, type[MoERuntimeError]] = {"ConfigError": ConfigError, "PlacementError": PlacementError}
+_ERRORS: dict[str, type[MoERuntimeError]] = {"ConfigError": ConfigError, "PlacementError": PlacementError}
 
 
 class RaySession:
@@ -50,10 +53,18 @@ class RaySession:
         self.name = name
         self._controller = controller
         self._closed = threading.Event()
+        self._on_lost: Callable[[str], None] | None = None
         self._renewing: threading.Thread | None = None
         if renews_lease:
             self._renewing = threading.Thread(target=self._renew, name="moe-lease", daemon=True)
             self._renewing.start()
+
+    def when_lost(self, callback: Callable[[str], None]) -> None:
+        """Have a callback called with the reason, from another thread, when the cluster is gone for good.
+
+        Only a session that renews a lease looks for that.
+        """
+        self._on_lost = callback
 
     def addresses(self) -> list[str]:
         """Where clients find the routers.
@@ -95,10 +106,21 @@ class RaySession:
         finally:
             is_over.set()
             watcher.join()
-        if isinstance(outcome, Failure):
-            raise _UPGRADE_ERRORS.get(outcome.error, StartError)(outcome.message)
-        upgraded: Upgraded = outcome
+        upgraded: Upgraded = _unless_failed(outcome)
         return upgraded
+
+    def restart(self, *, experts: bool, routers: bool) -> Restarted:
+        """Give expert hosts, and then routers, other processes while requests go on.
+
+        Raises:
+            PlacementError: If the cluster has no room for one host beside those that run.
+            StartError: If something did not start, or the controller does not answer. The runtime serves in any case.
+        """
+        terms: RestartTerms = self._ask("restart_terms")
+        generation = terms.generation if experts else 0
+        outcome = self._ask("restart", generation, routers, timeout_s=terms.timeout_s + _SPARE_S)
+        restarted: Restarted = _unless_failed(outcome)
+        return restarted
 
     def close(self, *, drain_timeout_s: float) -> bool:
         """Drain and end the runtime; whether every request was answered. Safe to call twice."""
@@ -121,7 +143,15 @@ class RaySession:
 
     def _renew(self) -> None:
         is_renewed = True
+        context = ray.get_runtime_context()
+        head = HeadWatch(RayView(context.gcs_address, context.get_node_id()).is_reached, limit_s=patience_s())
         while not self._closed.wait(_RENEW_EVERY_S):
+            if (reason := head.look()) is not None:
+                lost = f"runtime {self.name} is lost: {reason}"
+                _LOG.error(lost)
+                if self._on_lost is not None:
+                    self._on_lost(lost)
+                return
             try:
                 # Bounded, and then just tried again: a controller that restarts starts with a full lease.
                 warnings = ray.get(self._controller.renew.remote(), timeout=_RENEW_EVERY_S)
@@ -151,6 +181,12 @@ class RaySession:
                 if not isinstance(exc, ActorUnavailableError) or time.monotonic() > deadline:
                     raise StartError(f"runtime {self.name}: its controller does not answer: {exc}") from exc
             time.sleep(_POLL_EVERY_S)
+
+
+def _unless_failed(outcome: Any) -> Any:
+    if isinstance(outcome, Failure):
+        raise _ERRORS.get(outcome.error, StartError)(outcome.message)
+    return outcome
 
 
 def launch(

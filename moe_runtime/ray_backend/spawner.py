@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.placer import NodeShape
     from moe_runtime.ray_backend.plan import (
         Demand,
+        HostHealth,
         HostPlan,
         HostReport,
         Location,
@@ -29,6 +30,10 @@ ResultT = TypeVar("ResultT")
 
 class NodeRefusedError(StartError):
     """The node that an actor was meant for is gone, or has no room any more."""
+
+
+class AwayError(StartError):
+    """The actor's process has ended, or cannot be reached; Ray may bring it back."""
 
 
 class AsyncClock(Protocol):
@@ -73,6 +78,16 @@ async def within(clock: AsyncClock, timeout_s: float, work: Coroutine[Any, Any, 
         timer.cancel()
 
 
+async def ends_within(clock: AsyncClock, timeout_s: float, task: asyncio.Future[Any]) -> bool:
+    """Whether a task has ended by then; it goes on either way."""
+    timer = asyncio.ensure_future(clock.sleep(timeout_s))
+    try:
+        await asyncio.wait({task, timer}, return_when=asyncio.FIRST_COMPLETED)
+        return task.done()
+    finally:
+        timer.cancel()
+
+
 class ActorHandle(Protocol):
     """An actor of the runtime, expert or router. Calls wait for its placement; callers bound them."""
 
@@ -81,14 +96,6 @@ class ActorHandle(Protocol):
 
         Raises:
             NodeRefusedError: If the node that it was created for does not take it.
-            StartError: If it died.
-        """
-        ...
-
-    async def ping(self) -> None:
-        """Return as soon as it answers.
-
-        Raises:
             StartError: If it died.
         """
         ...
@@ -117,6 +124,14 @@ class ActorHandle(Protocol):
 class HostHandle(ActorHandle, Protocol):
     """An expert actor."""
 
+    async def ping(self) -> HostHealth | None:
+        """How it is, as soon as it answers; None while it has not started.
+
+        Raises:
+            StartError: If it died.
+        """
+        ...
+
     async def start(self, num_threads: int) -> HostReport:
         """Start it; a host that is started already just reports.
 
@@ -136,6 +151,18 @@ class HostHandle(ActorHandle, Protocol):
 
 class RouterHandle(ActorHandle, Protocol):
     """A router actor."""
+
+    async def ping(self) -> str | None:
+        """What of it stands still, in words, as soon as it answers; None where nothing does.
+
+        Raises:
+            StartError: If it died.
+        """
+        ...
+
+    async def restart(self) -> None:
+        """End its process at once, for another in the same place; returns without waiting for that."""
+        ...
 
     async def start(self, address: str, plan: RoutersPlan) -> RouterReport:
         """Start it, and get its bound address and its key; a router that is started already just reports.

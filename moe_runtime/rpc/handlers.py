@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from functools import partial
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from moe_runtime.service.requests import LayerAnswer
     from moe_runtime.service.router_service import RouterService
     from moe_runtime.wire.messages import ForwardRequest
+
+logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -92,6 +92,14 @@ class RpcServer:
     def counts(self) -> dict[str, dict[str, int]]:
         """``num_calls`` by method and ``num_errors`` by the name of the error. Thread-safe."""
         return self._handlers.counts()
+
+    def turns(self, timeout_s: float) -> bool:
+        """Whether its loop does what it is asked within that time; one that was stopped does not."""
+        turned: Future[None] = Future()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(turned.set_result, None)
+        return bool(wait([turned], timeout=timeout_s).done)
 
     def drain(self) -> None:
         """Tell health checks that no new requests are wanted; calls go on."""

@@ -46,6 +46,7 @@ def _describe_replica(replica: Replica) -> dict[str, Any]:
     return {
         "replica_id": replica.replica_id,
         "state": str(replica.state),
+        "reason": replica.reason,
         "node": replica.endpoint.node,
         "device": replica.device,
         "pid": replica.pid,

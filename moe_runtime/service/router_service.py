@@ -182,7 +182,6 @@ class RouterService:
             "uptime_s": self._clock.now() - self._started_at,
             "open_requests": self._inbox.num_open,
             "draining": self._inbox.is_closed,
-            "queued_bytes": self._budget.num_bytes,
             "transport": dataclasses.asdict(self._transport.counters),
         }
 

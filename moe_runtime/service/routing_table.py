@@ -35,6 +35,7 @@ class Replica:
         device: Device that it computes on.
         pid: Process id of its host on its node.
         num_restarts: How often its host came back, since the controller started.
+        reason: Why it is in that state, in words, where it is not simply ready.
     """
 
     replica_id: str
@@ -44,6 +45,7 @@ class Replica:
     device: str = "cpu"
     pid: int = 0
     num_restarts: int = 0
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

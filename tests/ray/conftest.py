@@ -17,7 +17,8 @@ import pytest
 import ray
 
 from moe_runtime.config.state_folder import STATE_FOLDER_VARIABLE
-from moe_runtime.launch.runtime import Runtime, serve
+from moe_runtime.launch.runtime import serve
+from moe_runtime.launch.served import Runtime
 from moe_runtime.ray_backend.names import NAMESPACE, belongs_to
 
 DEADLINE_S = 45.0
@@ -82,6 +83,19 @@ def build_patiently(in_shape, options):
 
 
 PATIENT = ExpertKind("patient", PatientOptions, build_patiently)
+
+
+class LicensedOptions(StrictModel):
+    licence: str
+
+
+def build_licensed(in_shape, options):
+    if not Path(options.licence).exists():
+        raise RuntimeError("the licence server is gone")
+    return Picky(in_shape)
+
+
+LICENSED = ExpertKind("licensed", LicensedOptions, build_licensed)
 """
 
 
@@ -95,6 +109,7 @@ def plug_in_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: picky-expert\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[moe_runtime.experts]\npicky = picky_expert:KIND\npatient = picky_expert:PATIENT\n"
+        "licensed = picky_expert:LICENSED\n"
     )
     return folder
 

@@ -24,7 +24,8 @@ from moe_runtime.launch.build import build_router
 from moe_runtime.launch.bundle_store import BundleStore
 from moe_runtime.launch.deploy import DeployOptions, deploy
 from moe_runtime.launch.plans import plan_runtime
-from moe_runtime.launch.runtime import Runtime, attach
+from moe_runtime.launch.runtime import attach
+from moe_runtime.launch.served import Runtime
 from moe_runtime.launch.teardown import teardown
 from moe_runtime.launch.weights_recipe import WeightsRecipe
 from moe_runtime.ray_backend.cluster import connect

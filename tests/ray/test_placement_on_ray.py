@@ -72,6 +72,7 @@ def outcome():
             "pack": layer(strategy="pack", experts=[{"kind": "identity", "count": 2, "resources": on_workers}]),
         },
         "router": {"address": "node:0", "node_labels": {"role": "expert"}},
+        "security": {"insecure": True},
     }
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")])

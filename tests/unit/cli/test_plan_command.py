@@ -15,6 +15,7 @@ layers:
     item_shape: [8]
     experts: [{kind: feed_forward, count: 2, replicas: 2, resources: {num_cpus: NUM_CPUS}}]
 router: {address: "node:0"}
+security: {insecure: true}
 """
 NODES = "nodes: [{name: n, count: 2, resources: {CPU: 2, memory: 1GiB}}]\n"
 

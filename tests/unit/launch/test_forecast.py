@@ -27,6 +27,7 @@ def plan(cluster, experts, *, router=None, device="cpu", **layer):
         "device": device,
         "layers": {"l": {"item_shape": [4], "policy": {"kind": "top_k", "k": 1}, "experts": experts, **layer}},
         "router": {"address": "node:50051", **(router or {})},
+        "security": {"insecure": True},
     }
     return forecast(load_config(data), cluster)
 

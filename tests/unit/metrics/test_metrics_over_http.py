@@ -84,6 +84,7 @@ def test_counters_equal_the_sums_of_the_reports(runtime: Runtime) -> None:
     assert total(text, "moe_batch_tokens_count") == num_batches
     assert total(text, "moe_batch_tokens_sum") == 84
     assert total(text, "moe_requests_total", outcome="answered") == 3
+    assert total(text, "moe_build_info", runtime="seen", address=runtime.address) == 1
     assert total(text, "moe_rpc_errors_total", error="ShapeError") == 1
     assert total(text, "moe_replicas", state="ready") == 4
     assert total(text, "moe_host_bytes_total", direction="sent") == 24 * sum(report.num_served for report in reports)

@@ -1,0 +1,122 @@
+"""What ``serve`` returns: a runtime that serves, to look at it and to end it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moe_runtime.errors import StartError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from moe_runtime.ray_backend.cluster import Cluster
+
+#: How long requests in flight may take when a runtime is closed whose configuration is not at hand.
+DEFAULT_DRAIN_TIMEOUT_S = 30.0
+
+
+class Session(Protocol):
+    """What runs a runtime: actors on Ray, or threads of this process."""
+
+    def addresses(self) -> list[str]:
+        """Where clients find the routers."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Layers, hosts and routers, as plain values."""
+        ...
+
+    def when_lost(self, callback: Callable[[str], None]) -> None:
+        """Have a callback called when everything is gone for good, with the reason; see ``Runtime.when_lost``."""
+        ...
+
+    def close(self, *, drain_timeout_s: float) -> bool:
+        """Drain and end everything; whether every request was answered. Safe to call twice."""
+        ...
+
+
+class Runtime:
+    """A runtime that serves. A context manager: at its end it is closed, or, if detached, left running."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        cluster: Cluster | None = None,
+        detached: bool = False,
+        drain_s: float = DEFAULT_DRAIN_TIMEOUT_S,
+    ) -> None:
+        """Take over what ``serve`` started."""
+        self._drain_s = drain_s
+        self._session = session
+        self._cluster = cluster
+        self._detached = detached
+        self._addresses = tuple(session.addresses())
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of the first router."""
+        return self._addresses[0]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """``host:port`` of every router."""
+        return self._addresses
+
+    def describe(self) -> dict[str, Any]:
+        """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.
+
+        Raises:
+            StartError: If the runtime's controller does not answer.
+        """
+        return self._session.describe()
+
+    def close(self, drain_timeout_s: float | None = None) -> bool:
+        """End the runtime: routers refuse new requests and answer those in flight, then everything stops.
+
+        Args:
+            drain_timeout_s: How long the requests in flight may take; what is not answered then gets
+                ``UnavailableError``. None is ``router.drain_s`` of the configuration that was served here, and
+                30 s for a runtime that was attached to.
+
+        Returns:
+            Whether every request was answered in time. Safe to call twice.
+        """
+        try:
+            return self._session.close(drain_timeout_s=self._drain_s if drain_timeout_s is None else drain_timeout_s)
+        finally:
+            self._disconnect()
+
+    def when_lost(self, callback: Callable[[str], None]) -> None:
+        """Have a callback called, with the reason, when the cluster of a runtime that was served here is gone for good.
+
+        It is called from another thread. Nothing of the runtime can be reached then, not even to close it, and Ray is
+        about to end this process.
+        """
+        self._session.when_lost(callback)
+
+    def leave(self) -> None:
+        """Let the runtime run on without this object.
+
+        Raises:
+            StartError: If it was served here without ``detach``: it would end when its lease does.
+        """
+        if not self._detached:
+            raise StartError("expected a runtime that was served with detach=True, found one with a lease; close it")
+        self._disconnect()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._detached:
+            self.leave()
+        else:
+            self.close()
+
+    def _disconnect(self) -> None:
+        if self._cluster is not None:
+            self._cluster.disconnect()
