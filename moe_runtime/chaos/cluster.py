@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import signal
     from collections.abc import Callable
 
-    from moe_runtime.launch.runtime import Runtime
+    from moe_runtime.launch.served import Runtime
 
 _LOG = logging.getLogger(__name__)
 

@@ -26,20 +26,27 @@ NUM_CLIENTS = 16
 #: Pause between a client's answer and its next question: up to this.
 _PAUSE_S = 0.04
 _LAG_EVERY_S = 0.01
+#: Of the lag meter, that are kept: more than a minute's.
+_MAX_TICKS = 20_000
 #: How long after its deadline a call may take to return before its request is given up as lost.
 _LOST_AFTER_S = 30.0
 
 
 class LagMeter:
-    """How late the event loop runs what is due: the noise in what its callers measure."""
+    """How late the event loop runs what is due: the noise in what its callers measure.
 
-    def __init__(self) -> None:
-        """Begin with no lag."""
-        self._recent: list[tuple[float, float]] = []
+    Attributes:
+        worst_s: The longest time for which it did not run, so far.
+    """
+
+    def __init__(self, now: float | None = None) -> None:
+        """Begin with no lag, at a time by ``time.monotonic``; at the present one when None."""
+        self._ticks: list[tuple[float, float]] = [(time.monotonic() if now is None else now, 0.0)]
         self.worst_s = 0.0
 
     async def run(self) -> None:
         """Measure until cancelled."""
+        self.add(time.monotonic(), 0.0)
         while True:
             due_at = time.monotonic() + _LAG_EVERY_S
             await asyncio.sleep(_LAG_EVERY_S)
@@ -47,20 +54,22 @@ class LagMeter:
             self.add(now, now - due_at)
 
     def add(self, now: float, lag_s: float) -> None:
-        """Enter how late the loop was at a time."""
+        """The loop runs, and is so late."""
         self.worst_s = max(self.worst_s, lag_s)
-        self._recent.append((now, lag_s))
-        if len(self._recent) > 10_000:
-            del self._recent[:5_000]
+        self._ticks.append((now, lag_s))
+        if len(self._ticks) > _MAX_TICKS:
+            del self._ticks[: _MAX_TICKS // 2]
 
-    def worst_since(self, moment: float) -> float:
-        """The longest lag since a moment, of up to about a minute ago."""
-        worst = 0.0
-        for at, lag_s in reversed(self._recent):
-            if at < moment:
+    def since(self, moment: float, now: float) -> float:
+        """For how long in all the loop did not run when something was due, from a moment of the last minute to now."""
+        latest, _ = self._ticks[-1]
+        # Overdue at this moment: whoever asks runs before the meter does.
+        total_s = max(0.0, now - max(moment, latest + _LAG_EVERY_S))
+        for at, lag_s in reversed(self._ticks):
+            if at <= moment:
                 break
-            worst = max(worst, lag_s)
-        return worst
+            total_s += min(lag_s, at - moment)
+        return total_s
 
 
 class Asker:
@@ -96,7 +105,7 @@ class Asker:
                 return_routing=question.return_routing,
             )
         except MoERuntimeError as exc:
-            elapsed_s, lag_s = time.monotonic() - asked_at, self._lag.worst_since(asked_at)
+            elapsed_s, lag_s = self._elapsed_and_lag(asked_at, timeout_s)
             # No router has to be there to answer with it; everything else is a router's word, or the client's own.
             ending = Ending.TRANSPORT_ERROR if isinstance(exc, UnavailableError) else Ending.TYPED_ERROR
             return Outcome(
@@ -108,10 +117,15 @@ class Asker:
                 message="; ".join([str(exc), *getattr(exc, "__notes__", ())]),
                 mistakes=mistakes_in_error(question, exc),
             )
-        elapsed_s, lag_s = time.monotonic() - asked_at, self._lag.worst_since(asked_at)
+        elapsed_s, lag_s = self._elapsed_and_lag(asked_at, timeout_s)
         # In a thread: the loop is what the other clients' deadlines are measured with.
         mistakes = await asyncio.to_thread(mistakes_in_answer, question, result, self._reference)
         return Outcome(Ending.OK, elapsed_s, timeout_s, lag_s, report=result.report, mistakes=mistakes)
+
+    def _elapsed_and_lag(self, asked_at: float, timeout_s: float) -> tuple[float, float]:
+        """Seconds since the call, and those of them after its deadline for which this loop did not run."""
+        now = time.monotonic()
+        return now - asked_at, self._lag.since(asked_at + timeout_s, now)
 
 
 class Load:

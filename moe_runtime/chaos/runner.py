@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.chaos.schedule import FaultKind
     from moe_runtime.chaos.storm import Progress as StormProgress
-    from moe_runtime.launch.runtime import Runtime
+    from moe_runtime.launch.served import Runtime
 
 _DRAIN_TIMEOUT_S = 10.0
 
@@ -108,10 +108,10 @@ def run(
 
 @contextmanager
 def _expected_warnings_hidden() -> Iterator[None]:
-    """Not log each loss: every one of them is on purpose. A level that somebody has set is left alone."""
+    """Not log each loss: every one of them is on purpose. Where somebody asked for details, they are logged."""
     log = logging.getLogger("moe_runtime.ray_backend")
     before = log.level
-    if logging.getLogger("moe_runtime").level == logging.NOTSET:
+    if not log.isEnabledFor(logging.INFO):
         log.setLevel(logging.ERROR)
     try:
         yield
