@@ -115,6 +115,7 @@ class Asker:
                 lag_s,
                 error=type(exc).__name__,
                 message="; ".join([str(exc), *getattr(exc, "__notes__", ())]),
+                is_poisoned=question.poison is not None,
                 mistakes=mistakes_in_error(question, exc),
             )
         elapsed_s, lag_s = self._elapsed_and_lag(asked_at, timeout_s)
