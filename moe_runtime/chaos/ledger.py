@@ -42,7 +42,7 @@ class Outcome:
         ending: In which way.
         elapsed_s: From the call to its return, at the caller.
         timeout_s: The deadline that the call was given.
-        lag_s: For how long in all the caller's own event loop did not run after the deadline: not the runtime's doing.
+        lag_s: For how long in all the caller's own threads did not run after the deadline: not the runtime's doing.
         error: Class of the error; empty where there was none.
         message: What the error said.
         is_poisoned: Whether the request was made to make experts fail.

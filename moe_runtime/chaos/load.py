@@ -18,6 +18,7 @@ from moe_runtime.rpc.aio_client import AsyncMoEClient
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moe_runtime.chaos.lag import Lag
     from moe_runtime.chaos.ledger import Ledger
     from moe_runtime.chaos.questions import Question
     from moe_runtime.chaos.reference import Reference
@@ -25,57 +26,14 @@ if TYPE_CHECKING:
 NUM_CLIENTS = 16
 #: Pause between a client's answer and its next question: up to this.
 _PAUSE_S = 0.04
-_LAG_EVERY_S = 0.01
-#: Of the lag meter, that are kept: more than a minute's.
-_MAX_TICKS = 20_000
 #: How long after its deadline a call may take to return before its request is given up as lost.
 _LOST_AFTER_S = 30.0
-
-
-class LagMeter:
-    """How late the event loop runs what is due: the noise in what its callers measure.
-
-    Attributes:
-        worst_s: The longest time for which it did not run, so far.
-    """
-
-    def __init__(self, now: float | None = None) -> None:
-        """Begin with no lag, at a time by ``time.monotonic``; at the present one when None."""
-        self._ticks: list[tuple[float, float]] = [(time.monotonic() if now is None else now, 0.0)]
-        self.worst_s = 0.0
-
-    async def run(self) -> None:
-        """Measure until cancelled."""
-        self.add(time.monotonic(), 0.0)
-        while True:
-            due_at = time.monotonic() + _LAG_EVERY_S
-            await asyncio.sleep(_LAG_EVERY_S)
-            now = time.monotonic()
-            self.add(now, now - due_at)
-
-    def add(self, now: float, lag_s: float) -> None:
-        """The loop runs, and is so late."""
-        self.worst_s = max(self.worst_s, lag_s)
-        self._ticks.append((now, lag_s))
-        if len(self._ticks) > _MAX_TICKS:
-            del self._ticks[: _MAX_TICKS // 2]
-
-    def since(self, moment: float, now: float) -> float:
-        """For how long in all the loop did not run when something was due, from a moment of the last minute to now."""
-        latest, _ = self._ticks[-1]
-        # Overdue at this moment: whoever asks runs before the meter does.
-        total_s = max(0.0, now - max(moment, latest + _LAG_EVERY_S))
-        for at, lag_s in reversed(self._ticks):
-            if at <= moment:
-                break
-            total_s += min(lag_s, at - moment)
-        return total_s
 
 
 class Asker:
     """Asks questions through one client, checks what comes back, and enters it; one per client."""
 
-    def __init__(self, client: AsyncMoEClient, *, ledger: Ledger, reference: Reference, lag: LagMeter) -> None:
+    def __init__(self, client: AsyncMoEClient, *, ledger: Ledger, reference: Reference, lag: Lag) -> None:
         """Share the ledger, the reference and the lag meter with the others."""
         self._client = client
         self._ledger = ledger
@@ -124,17 +82,16 @@ class Asker:
         return Outcome(Ending.OK, elapsed_s, timeout_s, lag_s, report=result.report, mistakes=mistakes)
 
     def _elapsed_and_lag(self, asked_at: float, timeout_s: float) -> tuple[float, float]:
-        """Seconds since the call, and those of them after its deadline for which this loop did not run."""
+        """Seconds since the call, and those of them after its deadline for which this process did not run."""
         now = time.monotonic()
-        return now - asked_at, self._lag.since(asked_at + timeout_s, now)
+        deadline = asked_at + timeout_s
+        return now - asked_at, self._lag.since(deadline, now) if now > deadline else 0.0
 
 
 class Load:
     """The clients of a run. Traffic can be held for a moment, and goes on."""
 
-    def __init__(
-        self, addresses: Sequence[str], *, seed: int, ledger: Ledger, reference: Reference, lag: LagMeter
-    ) -> None:
+    def __init__(self, addresses: Sequence[str], *, seed: int, ledger: Ledger, reference: Reference, lag: Lag) -> None:
         """Make the clients; they connect with their first question."""
         self._seed = seed
         self._ledger = ledger

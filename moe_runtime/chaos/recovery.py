@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from moe_runtime.chaos.cluster import Cluster
+    from moe_runtime.chaos.lag import Lag
     from moe_runtime.chaos.ledger import Outcome
-    from moe_runtime.chaos.load import LagMeter
     from moe_runtime.chaos.questions import Question
     from moe_runtime.chaos.reference import Reference
     from moe_runtime.chaos.storm import Storm
@@ -90,7 +90,7 @@ class _Measuring:
     ) -> None:
         self._cluster = cluster
         self._storm = storm
-        self._lag: LagMeter = storm.lag
+        self._lag: Lag = storm.lag
         self._reference = reference
         self._rng = np.random.default_rng([seed, 0x2EC])
         self._times_s = times_s

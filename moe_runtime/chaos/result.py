@@ -77,7 +77,7 @@ class ChaosResult:
         hedged: Assignments that were sent to a second replica as well.
         latency_ms: Of the answers, at the caller.
         worst_overshoot_ms: Longest time after a deadline.
-        worst_lag_ms: Longest time for which this process's loop did not run.
+        worst_lag_ms: Longest time for which a thread of this process did not run.
         counters_compared: Windows in which counters and ledger were compared, by how strictly.
         is_whole_again: Whether every part was ready again after the last fault.
         back_ms: From the loss of a part to its successor's readiness, by fault.

@@ -1,10 +1,14 @@
-"""For how long a loop did not run is known for every moment of the last minute."""
+"""For how long a thread did not run is known for every moment of the last minute."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+
 import pytest
 
-from moe_runtime.chaos.load import LagMeter
+from moe_runtime.chaos.lag import Lag, LagMeter
 
 
 def meter() -> LagMeter:
@@ -41,3 +45,17 @@ def test_a_meter_that_runs_for_long_keeps_the_last_minute():
         lag.add(tick / 100, 1.0 if tick == 1 else 0.0)
     assert lag.worst_s == 1.0
     assert lag.since(530.0, 600.0) == 0.0
+
+
+async def test_a_loop_that_is_held_up_lags_and_its_thread_ends_with_it():
+    lag = Lag()
+    measuring = asyncio.create_task(lag.run())
+    await asyncio.sleep(0)
+    assert any(thread.name == "chaos-lag" for thread in threading.enumerate())
+    began_at = time.monotonic()
+    while time.monotonic() < began_at + 0.1:
+        pass
+    assert lag.since(began_at, time.monotonic()) >= 0.08
+    measuring.cancel()
+    await asyncio.gather(measuring, return_exceptions=True)
+    assert not any(thread.name == "chaos-lag" for thread in threading.enumerate())
