@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator, model_validator
+from typing import TYPE_CHECKING
+
+from pydantic import Field, field_validator
 
 from moe_runtime.config.hosts import is_loopback
 from moe_runtime.config.models import StrictModel
 from moe_runtime.logs import LogFormat, LogLevel, LogSettings
+
+if TYPE_CHECKING:
+    from moe_runtime.config.security import SecurityConfig
 
 
 class MetricsConfig(StrictModel):
@@ -23,15 +28,33 @@ class MetricsConfig(StrictModel):
     token: bool | None = Field(
         None,
         description="Whether a scrape has to show a bearer token with the scope `metrics`; when null, it has to where "
-        "the address is not a loopback address.",
+        "the address is not a loopback address, unless `security` has no tokens and is `insecure`.",
     )
 
     @property
-    def needs_token(self) -> bool:
+    def is_public(self) -> bool:
+        """Whether others than this machine reach the metrics."""
+        return self.address is not None and not is_loopback(self.address.rpartition(":")[0])
+
+    def needs_token(self, security: SecurityConfig) -> bool:
         """Whether a scrape has to show a token."""
-        if self.token is not None:
-            return self.token
-        return self.address is not None and not _is_loopback(self.address)
+        if self.address is None or self.token is not None:
+            return self.address is not None and self.token is True
+        return self.is_public and not (security.insecure and security.tokens is None)
+
+    def check(self, security: SecurityConfig) -> None:
+        """Check that nobody reads the metrics whom nobody has let in.
+
+        Raises:
+            ValueError: If others than this machine could, or scrapes have to show a token and there are none.
+        """
+        if self.needs_token(security) and security.tokens is None:
+            raise ValueError(
+                f"metrics.token: expected a file of tokens at security.tokens, since scrapes of {self.address} have to "
+                "show one, found none"
+            )
+        if self.is_public and self.token is False and not security.insecure:
+            raise ValueError(f"metrics.token: expected true where others reach {self.address}, found false")
 
     @field_validator("address")
     @classmethod
@@ -42,12 +65,6 @@ class MetricsConfig(StrictModel):
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError(f"expected HOST:PORT with a port of 0 to 65535, found {address!r}")
         return address
-
-    @model_validator(mode="after")
-    def _token_beyond_this_machine(self) -> MetricsConfig:
-        if self.address is not None and not self.needs_token and not _is_loopback(self.address):
-            raise ValueError(f"token: expected true where others reach {self.address}, found false")
-        return self
 
 
 class LoggingConfig(StrictModel):
@@ -60,7 +77,3 @@ class LoggingConfig(StrictModel):
     def settings(self) -> LogSettings:
         """The same for processes that know no configuration."""
         return LogSettings(self.format, self.level)
-
-
-def _is_loopback(address: str) -> bool:
-    return is_loopback(address.rpartition(":")[0])

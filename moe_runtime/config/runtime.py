@@ -177,3 +177,8 @@ class RuntimeConfig(StrictModel):
                 "none; `moe-runtime certs DIR` makes them, and `security: {insecure: true}` serves in plain text"
             )
         return self
+
+    @model_validator(mode="after")
+    def _metrics_are_for_those_let_in(self) -> RuntimeConfig:
+        self.metrics.check(self.security)
+        return self

@@ -113,12 +113,13 @@ def golden_probe(
     drawn = torch.randn(NUM_PROBE_ROWS, *contract.in_shape, generator=torch.Generator().manual_seed(seed))
     rows = drawn.to(dtype)
     parameter = next(module.parameters(), rows)
-    was_training = module.training
+    were_training = [part for part in module.modules() if part.training]
     try:
         with torch.inference_mode():
             outputs = module.eval()(rows.to(parameter.device, copy=True))
     finally:
-        module.train(was_training)
+        for part in were_training:
+            part.training = True
     mistake = output_mistake(outputs, num_rows=NUM_PROBE_ROWS, contract=contract, dtype=dtype)
     if mistake is None and not bool(outputs.isfinite().all()):
         mistake = "expected finite outputs, found NaN or infinity"

@@ -18,7 +18,7 @@ from moe_runtime.experts.outputs import non_finite_rows, spoiled_rows
 from moe_runtime.experts.served_expert import ServedExpert
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from moe_runtime.experts.build import LoadedExpert
     from moe_runtime.experts.device_stage import DeviceStage, Forwarded, Forwarding
@@ -155,8 +155,11 @@ class ExpertHost:
             run: The oldest that has begun.
             is_late: Whether nobody waits for the outcomes any more; then no more is done to find culprits.
         """
-        outcomes = run.outcomes
-        for product in run.products:
+        outcomes, products = run.outcomes, run.products
+        if len(products) == 1 and not outcomes:
+            # All calls in their order, as for the one expert that most hosts have.
+            return self._results(products[0], is_late)
+        for product in products:
             outcomes.update(zip(product.indices, self._results(product, is_late), strict=True))
         return [outcomes[index] for index in range(len(outcomes))]
 
@@ -174,18 +177,22 @@ class ExpertHost:
             # An expert is anybody's code, and SystemExit is raised as easily as ValueError; or no memory is left.
             return expert.failure(exc, (self._now() - started) * 1e3)
 
-    def _results(self, product: _Product, is_late: Callable[[], bool]) -> Iterable[ExpertOutcome]:
+    def _results(self, product: _Product, is_late: Callable[[], bool]) -> list[ExpertOutcome]:
         """The outcomes of calls for one replica that were one forward."""
         expert, parts = product.expert, product.parts
         forwarded = _waited_for(expert, product.forwarding)
-        expert.note(len(parts), product.num_rows, forwarded.compute_ms)
+        # Not a method: small experts cost what calls cost.
+        expert.num_calls += len(parts)
+        expert.num_rows += product.num_rows
+        expert.num_forwards += 1
+        expert.compute_ms += forwarded.compute_ms
         if isinstance(forwarded, Failure):
             return self._salvaged(product, forwarded, is_late)
         rows, compute_ms = forwarded
         if non_finite_rows(rows) is not None:
             return self._judged(product, rows, [], compute_ms)
         if len(parts) == 1:
-            return (ExpertOutcome(rows, None, compute_ms),)
+            return [ExpertOutcome(rows, None, compute_ms)]
         pieces = torch.split(rows, [part.shape[0] for part in parts])
         return [ExpertOutcome(piece, None, compute_ms) for piece in pieces]
 
@@ -208,7 +215,8 @@ class ExpertHost:
 
     def _try(self, expert: ServedExpert, rows: Tensor) -> Forwarded | Failure:
         forwarded = _waited_for(expert, self._forward(expert, [rows]))
-        expert.note(0, 0, forwarded.compute_ms)
+        expert.num_forwards += 1
+        expert.compute_ms += forwarded.compute_ms
         return forwarded
 
     def _judged(

@@ -100,13 +100,6 @@ class ServedExpert:
         """Outputs of rows that have none, as they travel."""
         return torch.zeros(num_rows, *self._contract.out_shape, dtype=self.row_dtype)
 
-    def note(self, num_calls: int, num_rows: int, compute_ms: float) -> None:
-        """Count a forward."""
-        self.num_calls += num_calls
-        self.num_rows += num_rows
-        self.num_forwards += 1
-        self.compute_ms += compute_ms
-
     def status(self) -> dict[str, float]:
         """The counters."""
         return {

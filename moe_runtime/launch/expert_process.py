@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_runtime.errors import MoERuntimeError, StartError
+from moe_runtime.errors import MoERuntimeError, PlugInError, StartError
 from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.registry import check_plug_ins
@@ -169,6 +169,11 @@ class ExpertProcess:
             if is_out_of_memory(exc):
                 raise out_of_memory(self._spec, node=self._node, error=exc) from exc
             raise
+        except KeyboardInterrupt as exc:
+            # Whoever presses Ctrl-C interrupts the main thread; in another, it is a plug-in's own.
+            if threading.current_thread() is threading.main_thread():
+                raise
+            raise PlugInError(f"expert host {self._spec.host_id}: building its experts raised {exc!r}") from exc
 
     def _serve(self, loop: HostLoop, transport: HostTransport, num_threads: int) -> None:
         # OpenMP keeps the number per thread; products of another thread would have other last bits.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_runtime import __version__
-from moe_runtime.errors import StartError
+from moe_runtime.errors import PermissionDeniedError, StartError, UnauthenticatedError
 from moe_runtime.metrics.collector import RouterCollector
 from moe_runtime.metrics.server import MetricsServer
 from moe_runtime.ray_backend.addresses import split_address
+from moe_runtime.rpc.tokens import TokenFile
 
 if TYPE_CHECKING:
     from moe_runtime.launch.recipes import RouterRecipe
@@ -25,7 +26,6 @@ class RouterMetrics:
         recipe: Its configuration.
         node: Name of its node.
         rpc_counts: Calls and errors of its gRPC server.
-        authorize: Is given a scrape's bearer token, or None, and says whether it may scrape.
     """
 
     def __init__(
@@ -35,13 +35,11 @@ class RouterMetrics:
         *,
         node: str,
         rpc_counts: RpcCounts,
-        authorize: Authorize | None = None,
     ) -> None:
         self._service = service
         self._recipe = recipe
         self._node = node
         self._rpc_counts = rpc_counts
-        self._authorize = authorize
         self._server: MetricsServer | None = None
 
     def start(self, *, asked: str, bound: str) -> str | None:
@@ -55,13 +53,9 @@ class RouterMetrics:
             The ``host:port`` that was bound; None where no metrics are wanted.
 
         Raises:
-            StartError: If no address can be bound, or scrapes have to show a token and nobody knows any.
+            StartError: If no address can be bound.
+            ConfigError: If scrapes have to show a token, and the file of tokens cannot be used.
         """
-        config = self._recipe.metrics
-        if config.needs_token and self._authorize is None:
-            raise StartError(
-                "metrics.token: expected tokens that the router knows, found none: name them, or use a loopback address"
-            )
         addresses = _addresses(self._recipe, asked)
         for place, address in enumerate(addresses, start=1):
             server = self._serving_at(address, router=bound)
@@ -81,14 +75,29 @@ class RouterMetrics:
             self._server.stop()
 
     def _serving_at(self, address: str, *, router: str) -> MetricsServer:
-        config = self._recipe.metrics
         collector = RouterCollector(
             self._service,
             info={"version": __version__, "runtime": self._recipe.runtime, "node": self._node, "address": router},
-            hottest_experts=config.hottest_experts,
+            hottest_experts=self._recipe.metrics.hottest_experts,
             rpc_counts=self._rpc_counts,
         )
-        return MetricsServer(collector, address=address, authorize=self._authorize if config.needs_token else None)
+        return MetricsServer(collector, address=address, authorize=_authorize(self._recipe))
+
+
+def _authorize(recipe: RouterRecipe) -> Authorize | None:
+    """Whether a token is good for a scrape; None where none has to be shown."""
+    if recipe.security.tokens is None or not recipe.metrics.needs_token(recipe.security):
+        return None
+    tokens = TokenFile(recipe.security.tokens)
+
+    def may_scrape(shown: str | None) -> bool:
+        try:
+            tokens.authorize(shown, any_of=("metrics", "admin"))
+        except (UnauthenticatedError, PermissionDeniedError):
+            return False
+        return True
+
+    return may_scrape
 
 
 def _addresses(recipe: RouterRecipe, router_address: str) -> tuple[str, ...]:

@@ -151,7 +151,7 @@ class RouterProcess:
         try:
             bound = server.start()
             metrics_address = metrics.start(asked=address, bound=bound)
-        except StartError:
+        except (ConfigError, StartError):
             server.stop(0.0)
             service.close()
             raise

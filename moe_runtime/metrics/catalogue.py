@@ -7,6 +7,7 @@ from typing import Literal
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+from moe_runtime.service.queue_stats import REFUSAL_REASONS
 from moe_runtime.service.routing_table import ReplicaState
 
 MetricType = Literal["counter", "gauge", "histogram"]
@@ -41,6 +42,7 @@ class Metric:
         return HistogramMetricFamily(self.name, self.meaning, labels=self.labels)
 
 
+_REASONS = ", ".join(f"`{reason}`" for reason in REFUSAL_REASONS)
 _STATES = ", ".join(f"`{state}`" for state in ReplicaState)
 
 REQUESTS_ACCEPTED = Metric("moe_requests_accepted_total", "counter", "Requests taken into the queue.")
@@ -51,7 +53,19 @@ REQUESTS = Metric(
     ("outcome",),
 )
 REQUESTS_REFUSED = Metric(
-    "moe_requests_refused_total", "counter", "Requests refused because a queue was full or the router drained."
+    "moe_requests_refused_total",
+    "counter",
+    f"Requests refused before they were queued, because of: {_REASONS}.",
+    ("reason",),
+)
+REQUESTS_UNCOMPUTED = Metric(
+    "moe_requests_uncomputed_total",
+    "counter",
+    "Accepted requests that ended before any of their rows was computed: `expired` or `cancelled`.",
+    ("cause",),
+)
+REQUESTS_POISONED = Metric(
+    "moe_requests_poisoned_total", "counter", "Requests that failed because two expert hosts died of them."
 )
 RPC_CALLS = Metric("moe_rpc_calls_total", "counter", "gRPC calls, by method.", ("method",))
 RPC_ERRORS = Metric(
@@ -113,7 +127,7 @@ EXPERT_COMPUTE = Metric(
 EXPERT_WAIT = Metric(
     "moe_expert_wait_seconds",
     "histogram",
-    "Dispatch to answer without the product itself: the way there and back, and the queue at the host.",
+    "Rows sent to rows answered, without the product itself: the way there and back, and the queue at the host.",
     ("layer", "expert"),
 )
 REPLICAS = Metric("moe_replicas", "gauge", f"Replicas of experts by state: {_STATES}.", ("layer", "state"))
@@ -145,8 +159,8 @@ BUILD_INFO = Metric(
 
 #: In the order of the page.
 CATALOGUE: tuple[Metric, ...] = (
-    REQUESTS_ACCEPTED, REQUESTS, REQUESTS_REFUSED, RPC_CALLS, RPC_ERRORS, OPEN_REQUESTS,
-    QUEUE_REQUESTS, QUEUE_TOKENS, QUEUE_BYTES,
+    REQUESTS_ACCEPTED, REQUESTS, REQUESTS_REFUSED, REQUESTS_UNCOMPUTED, REQUESTS_POISONED, RPC_CALLS, RPC_ERRORS,
+    OPEN_REQUESTS, QUEUE_REQUESTS, QUEUE_TOKENS, QUEUE_BYTES,
     BATCHES_IN_FLIGHT, BATCHES, TOKENS, BATCH_TOKENS, BATCH_LOAD, STAGE_SECONDS,
     ASSIGNMENTS, ASSIGNMENTS_REROUTED, EXPERT_ASSIGNMENTS, EXPERT_STEPS, EXPERT_COMPUTE, EXPERT_WAIT,
     REPLICAS, EXPERTS_OUT, REPLICA_RESTARTS,

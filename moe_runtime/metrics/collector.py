@@ -94,7 +94,15 @@ class RouterCollector(Collector):
         ended.add_metric(["cancelled"], stats.num_cancelled)
         ended.add_metric(["deadline_exceeded"], stats.num_deadline_exceeded)
         yield ended
-        yield _counter(catalogue.REQUESTS_REFUSED, stats.num_refused)
+        refused = catalogue.REQUESTS_REFUSED.counter()
+        for reason, count in status["queue"]["refused"].items():
+            refused.add_metric([reason], count)
+        yield refused
+        uncomputed = catalogue.REQUESTS_UNCOMPUTED.counter()
+        uncomputed.add_metric(["expired"], status["queue"]["num_expired_before_compute"])
+        uncomputed.add_metric(["cancelled"], status["queue"]["num_cancelled_before_compute"])
+        yield uncomputed
+        yield _counter(catalogue.REQUESTS_POISONED, stats.num_poisoned)
         yield _gauge(catalogue.OPEN_REQUESTS, status["open_requests"])
 
     def _rpc(self) -> Iterator[Family]:

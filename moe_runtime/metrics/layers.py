@@ -56,6 +56,7 @@ class LayerCollector:
     def _experts(self, lineup: Lineup) -> Iterator[Family]:
         assignments, steps = catalogue.EXPERT_ASSIGNMENTS.counter(), catalogue.EXPERT_STEPS.counter()
         compute, wait = catalogue.EXPERT_COMPUTE.histogram(), catalogue.EXPERT_WAIT.histogram()
+        self._hottest = {layer: hottest for layer, hottest in self._hottest.items() if layer in lineup.stats}
         for layer, stats in lineup.stats.items():
             totals = np.array(
                 [_row(counters, own.compute_s, own.wait_s) for counters, own in

@@ -126,7 +126,7 @@ class RouterHandlers:
             raise RequestTooLargeError(f"expected at most {most} bytes in a request, found {len(body)}; split it")
         timeout_s = self._intake.timeout_s(context.time_remaining())
         deadline = self._clock.now() + timeout_s
-        async with self._intake.admitted(timeout_s):
+        async with self._intake.admitted(timeout_s, num_bytes=len(body)):
             pending = PendingAnswer(self._service, self._answers)
             try:
                 submit = partial(self._submit, body, pending, deadline=deadline, client=caller_of(context), unary=True)

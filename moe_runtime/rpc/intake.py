@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from moe_runtime.config.runtime import LimitsConfig
 
-#: Streamed bodies of the largest size that may be arriving together.
-_LARGEST_STREAMS = 4
+#: Bodies of the largest size whose bytes may be held together.
+_LARGEST_BODIES = 4
+#: Calls beyond those that the service may hold: it knows the clients, and refuses the one that has too many.
+_SPARE_CALLS = 32
 _RETRY_AFTER_MS = 50.0
 
 
@@ -24,7 +26,7 @@ class Intake:
     def __init__(self, limits: LimitsConfig) -> None:
         self._limits = limits
         self._num_calls = 0
-        self._streamed_bytes = 0
+        self._num_bytes = 0
 
     def timeout_s(self, requested_s: float | None) -> float:
         """How long a call may take: what it asks for, within the limits; the default where it asks nothing."""
@@ -33,18 +35,19 @@ class Intake:
         return min(requested_s, self._limits.max_timeout_s)
 
     @asynccontextmanager
-    async def admitted(self, timeout_s: float) -> AsyncIterator[None]:
-        """One call's place in the router, for ``timeout_s`` at most.
+    async def admitted(self, timeout_s: float, *, num_bytes: int = 0) -> AsyncIterator[None]:
+        """One call's place in the router, for ``timeout_s`` at most, and that of its body if that is here already.
 
         Raises:
-            OverloadedError: If all places are taken.
+            OverloadedError: If all places are taken, or bodies fill the memory set aside for them.
             DeadlineExceededError: If the time is over.
         """
-        most = self._limits.max_concurrent_requests
+        most = self._limits.max_concurrent_requests + _SPARE_CALLS
         if self._num_calls >= most:
             raise OverloadedError(
                 f"the router holds {most} requests, its most: try again later", retry_after_ms=_RETRY_AFTER_MS
             )
+        self._take_bytes(num_bytes)
         self._num_calls += 1
         try:
             async with asyncio.timeout(timeout_s):
@@ -53,6 +56,7 @@ class Intake:
             raise DeadlineExceededError(f"expected an answer within {timeout_s:.3f} s, found none") from exc
         finally:
             self._num_calls -= 1
+            self._num_bytes -= num_bytes
 
     @contextmanager
     def streamed(self) -> Iterator[StreamedBody]:
@@ -61,15 +65,18 @@ class Intake:
         try:
             yield body
         finally:
-            self._streamed_bytes -= len(body.content)
+            self._num_bytes -= len(body.content)
 
     def _reserve(self, body: bytearray, num_bytes: int) -> None:
         most = self._limits.max_request_bytes
         if len(body) + num_bytes > most:
             raise RequestTooLargeError(f"expected at most {most} bytes in a request, found more; split it")
-        if self._streamed_bytes + num_bytes > _LARGEST_STREAMS * most:
-            raise OverloadedError("too many streamed requests are arriving at once", retry_after_ms=_RETRY_AFTER_MS)
-        self._streamed_bytes += num_bytes
+        self._take_bytes(num_bytes)
+
+    def _take_bytes(self, num_bytes: int) -> None:
+        if self._num_bytes + num_bytes > _LARGEST_BODIES * self._limits.max_request_bytes:
+            raise OverloadedError("too many large requests are arriving at once", retry_after_ms=_RETRY_AFTER_MS)
+        self._num_bytes += num_bytes
 
 
 class StreamedBody:
@@ -85,7 +92,7 @@ class StreamedBody:
         Raises:
             ProtocolError: If a slice is empty.
             RequestTooLargeError: As soon as they exceed the largest request.
-            OverloadedError: If other streams have taken the memory set aside for them.
+            OverloadedError: If other bodies have taken the memory set aside for them.
         """
         async for piece in pieces:
             if not piece:

@@ -11,6 +11,8 @@ import grpc
 if TYPE_CHECKING:
     from moe_runtime.rpc.balancing import AddressPool
 
+#: Any method would do: health checks are answered by whoever serves.
+_CHECK = "/grpc.health.v1.Health/Check"
 _READY = grpc.ChannelConnectivity.READY
 _SHUTDOWN = grpc.ChannelConnectivity.SHUTDOWN
 
@@ -33,18 +35,15 @@ class Reconnections:
             if address in self._watched:
                 return
             self._watched.add(address)
+        # Waits for a connection; whatever is answered then. A subscription to the channel's state would do, but its
+        # thread does not survive that the channel is closed.
+        answer = channel.unary_unary(_CHECK).future(b"", wait_for_ready=True)
+        answer.add_done_callback(lambda _answer: self._connected(address))
 
-        def on_change(state: grpc.ChannelConnectivity) -> None:
-            if state is not _READY:
-                return
-            with self._lock:
-                if address not in self._watched:
-                    return
-                self._watched.remove(address)
-            channel.unsubscribe(on_change)
-            self._pool.mark_connected(address)
-
-        channel.subscribe(on_change, try_to_connect=True)
+    def _connected(self, address: str) -> None:
+        with self._lock:
+            self._watched.discard(address)
+        self._pool.mark_connected(address)
 
 
 class AioReconnections:

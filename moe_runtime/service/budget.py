@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 #: A request is taken in if it should be answered within this part of the time that it has left: what is estimated is
 #: sometimes late, and an answer that is late was computed for nothing.
 _USABLE_TIME = 0.75
+#: A batch's time, and half of one until there is a slot for it.
+_WITH_WAIT_FOR_SLOT = 1.5
 #: With more clients than this, what is ahead of one is bounded rather than added up.
 _MOST_CLIENTS_SUMMED = 64
+#: Names of clients come from outside.
+_MOST_COMEBACKS = 4096
 _SHORTEST_HINT_S = 0.001
 _LONGEST_HINT_S = 5.0
 #: The hint where nobody knows yet how fast the queue moves.
@@ -40,11 +45,12 @@ class Place:
 
 @dataclass(frozen=True)
 class _LayerLoad:
-    """What waits for one layer, how fast it goes, and whose it was lately."""
+    """What waits for one layer, how fast it goes, whose it was lately, and until when who was told to stay away."""
 
     tokens: Counter[str] = field(default_factory=Counter)
     pace: Pace = field(default_factory=Pace)
     served: ServedLately = field(default_factory=ServedLately)
+    comebacks: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -86,10 +92,10 @@ class QueueBudget:
         with self._lock:
             return self._load(layer).pace
 
-    def hint_ms(self) -> float:
-        """When it is worth trying again, in milliseconds: once what waits now is gone."""
+    def hint_ms(self, place: Place) -> float:
+        """When it is worth asking for a place again, in milliseconds."""
         with self._lock:
-            return self._hint_ms()
+            return self._hint_ms(place)
 
     def reserve(self, place: Place, *, time_left_s: float) -> None:
         """Take a place in the queue.
@@ -111,7 +117,7 @@ class QueueBudget:
             )
             self._check_room(place)
             if not (within_tokens and within_bytes):
-                raise self._refusal("client_share", self._share_spent(place))
+                raise self._refusal(place, "client_share", self._share_spent(place))
             self._check_time(place, time_left_s)
             self._take(place, 1)
 
@@ -145,9 +151,9 @@ class QueueBudget:
     def _check_room(self, place: Place) -> None:
         most_tokens, most_bytes = self._router.max_queued_tokens, self._router.max_queued_bytes
         if self.num_tokens + place.num_tokens > most_tokens:
-            raise self._refusal("tokens", _full("tokens", self.num_tokens, place.num_tokens, most_tokens))
+            raise self._refusal(place, "tokens", _full("tokens", self.num_tokens, place.num_tokens, most_tokens))
         if self.num_bytes + place.num_bytes > most_bytes:
-            raise self._refusal("bytes", _full("bytes", self.num_bytes, place.num_bytes, most_bytes))
+            raise self._refusal(place, "bytes", _full("bytes", self.num_bytes, place.num_bytes, most_bytes))
 
     def _check_time(self, place: Place, time_left_s: float) -> None:
         load = self._load(place.layer)
@@ -155,20 +161,19 @@ class QueueBudget:
             return
         ahead = self._tokens_ahead(place, load)
         wait_s = load.pace.seconds_for(ahead)
-        if ahead >= self._router.max_batch_tokens and wait_s > self._router.max_queued_s:
+        if ahead >= load.pace.batch_tokens and wait_s > self._router.max_queued_s:
             reason = f"{wait_s:.3f} s of work wait before this request, more than {self._router.max_queued_s} s"
-            raise self._refusal("time", reason)
-        finish_s = wait_s + load.pace.seconds_for(place.num_tokens) + load.pace.batch_s
+            raise self._refusal(place, "time", reason)
+        # What the next batch has room for takes no longer than that: else the queue would never fill it.
+        num_batches = max(0, math.ceil((ahead + place.num_tokens) / load.pace.batch_tokens) - 1)
+        finish_s = load.pace.seconds_for(num_batches * load.pace.batch_tokens) + _WITH_WAIT_FOR_SLOT * load.pace.batch_s
         if finish_s > _USABLE_TIME * time_left_s:
             reason = f"the answer would take about {finish_s:.3f} s, and the deadline is in {time_left_s:.3f} s"
-            raise self._refusal("time", reason)
+            raise self._refusal(place, "time", reason)
 
     def _tokens_ahead(self, place: Place, load: _LayerLoad) -> float:
         """Tokens that leave the layer's queue before the place's: the clients take turns."""
-        own, now = load.tokens[place.client], self._clock.now()
-        lately = load.served.share(place.client, now=now)
-        if own == load.num_tokens and lately == 1.0:
-            return own
+        own = load.tokens[place.client]
         each = max(own + place.num_tokens, turn_tokens(self._router.max_batch_tokens))
         others = len(load.tokens) - (place.client in load.tokens)
         if others > _MOST_CLIENTS_SUMMED:
@@ -176,8 +181,13 @@ class QueueBudget:
         else:
             waiting = own + sum(min(held, each) for client, held in load.tokens.items() if client != place.client)
         # Others who hardly wait, because they ask for little, overtake as they have done lately.
-        share = max(lately, 1.0 / max(others + 1, load.served.num_clients(now=now)))
-        return max(float(waiting), own / share)
+        return max(float(waiting), own / self._part_of_pace(place, load))
+
+    def _part_of_pace(self, place: Place, load: _LayerLoad) -> float:
+        """Which part of a layer's pace a client can expect: what it had lately, and an equal part at least."""
+        now = self._clock.now()
+        num_waiting = len(load.tokens) + (place.client not in load.tokens)
+        return max(load.served.share(place.client, now=now), 1.0 / max(num_waiting, load.served.num_clients(now=now)))
 
     def _take(self, place: Place, sign: int) -> None:
         num_tokens, num_bytes = sign * place.num_tokens, sign * place.num_bytes
@@ -199,20 +209,29 @@ class QueueBudget:
             f"and may hold {self._router.max_client_share:g} of the queue while others want it"
         )
 
-    def _refusal(self, reason: RefusalReason, words: str) -> OverloadedError:
+    def _refusal(self, place: Place, reason: RefusalReason, words: str) -> OverloadedError:
         self._stats.refuse(reason)
-        retry_after_ms = self._hint_ms()
+        retry_after_ms = self._hint_ms(place)
         return OverloadedError(
             f"the router's queue is full: {words}; try again in {retry_after_ms:.0f} ms", retry_after_ms=retry_after_ms
         )
 
-    def _hint_ms(self) -> float:
-        loads = [load for load in self._loads.values() if load.num_tokens]
-        if any(load.pace.tokens_per_s is None for load in loads):
+    def _hint_ms(self, place: Place) -> float:
+        """Callers are told to come back one after the other, at the pace at which they can be served.
+
+        The first is told to before the queue has run dry. All of them at once would be refused again, but for a few.
+        """
+        load, now = self._load(place.layer), self._clock.now()
+        if load.pace.tokens_per_s is None:
             return 1000.0 * _BLIND_HINT_S
-        # Layers are worked off side by side.
-        hint_s = max((load.pace.seconds_for(load.num_tokens) for load in loads), default=0.0)
-        return 1000.0 * min(max(hint_s, _SHORTEST_HINT_S), _LONGEST_HINT_S)
+        part = self._part_of_pace(place, load)
+        half_gone_at = now + 0.5 * load.pace.seconds_for(load.num_tokens)
+        comeback_at = max(load.comebacks.get(place.client, now), half_gone_at)
+        comeback_at = min(comeback_at + load.pace.seconds_for(place.num_tokens) / part, now + _LONGEST_HINT_S)
+        if len(load.comebacks) > _MOST_COMEBACKS:
+            load.comebacks.clear()
+        load.comebacks[place.client] = comeback_at
+        return 1000.0 * max(comeback_at - now, _SHORTEST_HINT_S)
 
 
 def _full(unit: str, queued: int, more: int, most: int) -> str:

@@ -40,7 +40,6 @@ class FrontDoor:
             max_open_requests=limits.max_concurrent_requests,
             shares=ClientShares(share=router.max_client_share, clock=clock),
             stats=self.stats,
-            hint_ms=self.budget.hint_ms,
         )
 
     def take_in(self, request: LayerRequest, action: Callable[[], None], *, time_left_s: float) -> None:
@@ -52,7 +51,10 @@ class FrontDoor:
         """
         place = _place_of(request)
         self.inbox.take_in(
-            action, client=request.client, reserve=lambda: self.budget.reserve(place, time_left_s=time_left_s)
+            action,
+            client=request.client,
+            reserve=lambda: self.budget.reserve(place, time_left_s=time_left_s),
+            hint_ms=lambda: self.budget.hint_ms(place),
         )
 
     def release(self, request: LayerRequest) -> None:

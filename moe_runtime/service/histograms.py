@@ -90,13 +90,13 @@ class ExpertHistograms:
 
     Attributes:
         compute_s: The matrix product, as its host measured it.
-        wait_s: The rest, from the batch's dispatch to the answer: the way there and back, and the host's queue.
+        wait_s: The rest, from the sending of the rows to the answer: the way there and back, and the host's queue.
     """
 
     compute_s: Histogram = field(default_factory=Histogram)
     wait_s: Histogram = field(default_factory=Histogram)
 
     def count_product(self, compute_s: float, *, taken_s: float) -> None:
-        """Add an answer that came ``taken_s`` after the dispatch of its batch."""
+        """Add an answer that came ``taken_s`` after its rows were sent."""
         self.compute_s.add(compute_s)
         self.wait_s.add(max(0.0, taken_s - compute_s))

@@ -174,11 +174,11 @@ class HostLoop:
         num_rows = 0
         while self._waiting:
             waiting = self._waiting[0]
-            request = waiting.delivery.request
-            waited_s = now - waiting.received_at
+            delivery, received_at = waiting
+            request = delivery.request
+            waited_s = now - received_at
             if waited_s > request.timeout_s:
-                self.num_skipped_late += 1
-                self._reply(waiting.delivery, _too_late(request))
+                self._skip_late(delivery)
             elif batch and num_rows + request.rows.shape[0] > self._max_rows_per_run:
                 break
             else:
@@ -191,6 +191,12 @@ class HostLoop:
         if _LOG.isEnabledFor(logging.DEBUG):
             _log_run(batch)
         return batch
+
+    def _skip_late(self, delivery: Delivery) -> None:
+        self.num_skipped_late += 1
+        self.num_failed_segments += len(delivery.request.segments)
+        self._reply(delivery, _too_late(delivery.request))
+        self.num_answered += 1
 
     def _note_wait(self, request: HostRequest, waited_s: float) -> None:
         for segment in request.segments:
@@ -206,6 +212,7 @@ class HostLoop:
         outcomes = iter(self._host.finish(run, is_late=lambda: self._is_late(batch)))
         for delivery, _ in batch:
             self._answer(delivery, outcomes)
+        self.num_answered += len(batch)
 
     def _is_late(self, batch: list[_Waiting]) -> bool:
         """Whether nobody waits for the answers any more."""
@@ -225,11 +232,12 @@ class HostLoop:
                     kept.append(rows)
                 else:
                     error, failed_rows = mistake, ()
-            has_failed = has_failed or error is not None
+            if error is not None:
+                has_failed = True
             results.append(SegmentResult(segment.replica_id, segment.num_rows, error, compute_ms, failed_rows))
         joined = torch.cat(kept) if len(kept) > 1 else kept[0] if kept else None
         if has_failed:
-            _log_failures(request, results)
+            self._note_failures(request, results)
         self._reply(delivery, HostReply(request.ticket, tuple(results), joined))
 
     def _reply(self, delivery: Delivery, reply: HostReply) -> None:
@@ -237,23 +245,19 @@ class HostLoop:
             self._transport.reply(delivery, reply)
         except TransportError as exc:
             # Rows that cannot travel are this request's misfortune, not that of the next one.
-            reply = HostReply(reply.ticket, _all_failed(reply.results, str(exc)), rows=None)
-            _log_failures(delivery.request, reply.results)
-            self._transport.reply(delivery, reply)
-        self.num_answered += 1
-        for result in reply.results:
+            good = [result for result in reply.results if result.error is None]
+            self._note_failures(delivery.request, _all_failed(good, str(exc)))
+            self._transport.reply(delivery, HostReply(reply.ticket, _all_failed(reply.results, str(exc)), rows=None))
+
+    def _note_failures(self, request: HostRequest, results: Iterable[SegmentResult]) -> None:
+        """Count the segments that failed, and tell whose rows they were; never what is in them."""
+        ids = request.request_ids
+        named = ", ".join(ids[:MAX_LOGGED_IDS]) or "of unknown id"
+        more = f" and {len(ids) - MAX_LOGGED_IDS} more" if len(ids) > MAX_LOGGED_IDS else ""
+        for result in results:
             if result.error is not None:
                 self.num_failed_segments += 1
-
-
-def _log_failures(request: HostRequest, results: Iterable[SegmentResult]) -> None:
-    """Tell whose rows failed; never what is in them."""
-    ids = request.request_ids
-    named = ", ".join(ids[:MAX_LOGGED_IDS]) or "of unknown id"
-    more = f" and {len(ids) - MAX_LOGGED_IDS} more" if len(ids) > MAX_LOGGED_IDS else ""
-    for result in results:
-        if result.error is not None:
-            _LOG.warning("requests %s%s: %s", named, more, result.error, extra={"request_ids": [*ids]})
+                _LOG.warning("requests %s%s: %s", named, more, result.error, extra={"request_ids": [*ids]})
 
 
 def _log_run(batch: Iterable[_Waiting]) -> None:

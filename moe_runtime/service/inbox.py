@@ -26,7 +26,6 @@ class Inbox:
         max_open_requests: Requests that may be open at once.
         shares: What each client may hold of them, and holds.
         stats: Counts what is refused.
-        hint_ms: Says when it is worth trying again.
     """
 
     def __init__(
@@ -36,13 +35,11 @@ class Inbox:
         max_open_requests: int,
         shares: ClientShares,
         stats: QueueStats,
-        hint_ms: Callable[[], float],
     ) -> None:
         self._wake = wake
         self._max_open_requests = max_open_requests
         self._shares = shares
         self._stats = stats
-        self._hint_ms = hint_ms
         self._actions: deque[Callable[[], None]] = deque()
         self._is_woken = False
         self._changed = threading.Condition()
@@ -59,13 +56,21 @@ class Inbox:
         """Whether new requests are refused."""
         return self._is_closed
 
-    def take_in(self, action: Callable[[], None], *, client: str, reserve: Callable[[], None]) -> None:
+    def take_in(
+        self,
+        action: Callable[[], None],
+        *,
+        client: str,
+        reserve: Callable[[], None],
+        hint_ms: Callable[[], float],
+    ) -> None:
         """Count a request as open, and have the service's thread queue it.
 
         Args:
             action: Queues it.
             client: Who asks.
             reserve: Takes its place in the queue's budget, or raises.
+            hint_ms: Says when it is worth trying again, in milliseconds.
 
         Raises:
             UnavailableError: If no new requests are taken.
@@ -75,7 +80,7 @@ class Inbox:
             if self._is_closed:
                 self._stats.refuse("draining")
                 raise UnavailableError("the router is shutting down; send the request to another one")
-            self._check_room(client)
+            self._check_room(client, hint_ms)
             reserve()
             self._num_open += 1
             self._shares.take(client, 1)
@@ -122,19 +127,19 @@ class Inbox:
         with self._changed:
             return self._changed.wait_for(lambda: self._num_open == 0, timeout_s)
 
-    def _check_room(self, client: str) -> None:
+    def _check_room(self, client: str, hint_ms: Callable[[], float]) -> None:
         most = self._max_open_requests
         within_share = self._shares.may_take(client, 1, whole=most)
         if self._num_open >= most:
             self._stats.refuse("open_requests")
-            raise OverloadedError(f"the router holds {most} requests, its limit; try again", self._hint_ms())
+            raise OverloadedError(f"the router holds {most} requests, its limit; try again", hint_ms())
         if not within_share:
             self._stats.refuse("client_share")
             held = self._shares.held(client)
             raise OverloadedError(
                 f"the client has {held} requests open of the {most} that the router holds at most, "
                 f"and may have {self._shares.share:g} of them while others want some; try again",
-                self._hint_ms(),
+                hint_ms(),
             )
 
     def _wake_once(self) -> None:

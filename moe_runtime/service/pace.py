@@ -17,16 +17,19 @@ class Pace:
     Only batches that left rows waiting behind them tell what a layer can do; of the others, which may be small
     because nobody asked for more, one that was faster than that counts. So a layer that recovers is believed at
     once, and one that nobody uses is not taken for slow. Nothing is known before the first batch that left rows
-    behind. The two numbers may be read from any thread.
+    behind. The numbers may be read from any thread.
 
     Attributes:
         tokens_per_s: Weighted mean over about the last second of work; None while it is unknown.
-        batch_s: Weighted mean of the time from a batch's departure to its answer; 0 while it is unknown.
+        batch_s: Weighted mean of the time from a batch's departure to its answer, of every batch, the quick ones
+            believed sooner: an estimate that keeps requests away must not outlive its cause.
+        batch_tokens: Weighted mean of the tokens of the batches that left rows waiting.
     """
 
     def __init__(self) -> None:
         self.tokens_per_s: float | None = None
         self.batch_s = 0.0
+        self.batch_tokens = 1.0
         self._tokens = 0.0
         self._work_s = 0.0
         self._last_answer_at = -math.inf
@@ -41,11 +44,14 @@ class Pace:
         if seconds <= 0:
             return
         is_faster = self.tokens_per_s is not None and tokens / seconds > self.tokens_per_s
-        if not left_rows_waiting and not is_faster:
-            return
         took_s = now - joined_at
-        self.batch_s = took_s if self.tokens_per_s is None else self.batch_s * kept + took_s * (1.0 - kept)
-        self._tokens, self._work_s, self.tokens_per_s = tokens, seconds, tokens / seconds
+        old = min(kept, 0.5) if took_s < self.batch_s else kept
+        self.batch_s = took_s if self.batch_s == 0.0 else self.batch_s * old + took_s * (1.0 - old)
+        if left_rows_waiting:
+            is_first = self.tokens_per_s is None
+            self.batch_tokens = num_tokens if is_first else self.batch_tokens * kept + num_tokens * (1.0 - kept)
+        if left_rows_waiting or is_faster:
+            self._tokens, self._work_s, self.tokens_per_s = tokens, seconds, tokens / seconds
 
     def seconds_for(self, num_tokens: float) -> float:
         """How long so many tokens take to be worked off; 0 while the pace is unknown."""

@@ -102,12 +102,13 @@ class LayerStats:
             num_rows=plan.num_planned,
             rows_per_expert=plan.rows_per_expert,
         )
-        for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):
-            expert.num_served += num_rows
-        if result.failures is not None:
-            dropped = plan.expert_ids[~result.served]
-            self._add("num_dropped_failure", dropped)
-            self._add("num_served", dropped, sign=-1)
+        if result.failures is None:
+            for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):
+                expert.num_served += num_rows
+        else:
+            # Not all of them less the failed ones: a counter that goes back looks like a restart to who reads it then.
+            self._add("num_served", plan.expert_ids[result.served])
+            self._add("num_dropped_failure", plan.expert_ids[~result.served])
             asked = admission.asked_expert_ids[plan.assignment_ids]
             self._add("num_retried", asked[result.mask_of(result.failures.retried)])
             self._add("num_hedged", asked[result.mask_of(result.failures.hedged)])
@@ -135,10 +136,10 @@ class LayerStats:
         expert.compute_ms += compute_ms
         self.expert_histograms[expert_id].count_product(compute_ms / 1000.0, taken_s=taken_s)
 
-    def _add(self, counter: str, expert_ids: Tensor, *, sign: int = 1) -> None:
+    def _add(self, counter: str, expert_ids: Tensor) -> None:
         counts = count_per_expert(expert_ids, num_experts=len(self.experts))
         for expert, count in zip(self.experts, counts, strict=True):
-            setattr(expert, counter, getattr(expert, counter) + sign * count)
+            setattr(expert, counter, getattr(expert, counter) + count)
 
 
 @dataclass

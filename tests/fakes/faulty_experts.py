@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,7 +27,7 @@ SLEEP_S = 0.2
 class FaultyOptions(StrictModel):
     """What is wrong from the start."""
 
-    raises_when_built: bool = False
+    raises_when_built: Literal["RuntimeError", "KeyboardInterrupt", "MemoryError"] | None = None
 
 
 class Faulty(nn.Module):
@@ -33,8 +35,8 @@ class Faulty(nn.Module):
 
     def __init__(self, in_shape: tuple[int, ...], options: FaultyOptions) -> None:
         super().__init__()
-        if options.raises_when_built:
-            raise RuntimeError("it cannot be built")
+        if options.raises_when_built is not None:
+            raise getattr(builtins, options.raises_when_built)("it cannot be built")
         self.contract = ExpertContract(in_shape, in_shape)
         self.factor = nn.Parameter(torch.full((1,), 10.0))
 

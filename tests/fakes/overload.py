@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fakes.service import FakeClock, make_layer, tokens_of
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
@@ -24,12 +24,17 @@ from moe_runtime.service.stats import RouterStats
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that comes at a time, whatever became of those before it."""
+    """A request that comes at a time, whatever became of those before it.
+
+    Until ``repeats_until`` its caller asks again: at once after an answer or an expiry, after a refusal when it was
+    told to.
+    """
 
     at: float
     num_tokens: int
     timeout_s: float
     client: str = ""
+    repeats_until: float = 0.0
 
 
 @dataclass
@@ -72,6 +77,7 @@ class QueueAndHost:
         self._arrived: dict[int, Arrival] = {}
         self._rows_back: Counter[int] = Counter()
         self._under_way: list[tuple[float, int, JoinedBatch]] = []
+        self._coming: list[tuple[float, int, Arrival]] = []
         self._host_is_free_at = 0.0
 
     @property
@@ -82,15 +88,21 @@ class QueueAndHost:
 
     def run(self, arrivals: Iterable[Arrival]) -> None:
         """Let the requests come, and work until nothing is left."""
-        coming = sorted(arrivals, key=lambda arrival: arrival.at)
-        position = 0
-        while position < len(coming) or self.door.inbox.num_open or self._under_way:
-            next_arrival = coming[position].at if position < len(coming) else float("inf")
+        for arrival in arrivals:
+            self._expect(arrival)
+        while self._coming or self.door.inbox.num_open or self._under_way:
+            next_arrival = self._coming[0][0] if self._coming else float("inf")
             self._advance_to(min(next_arrival, self._next_event_at()))
-            while position < len(coming) and coming[position].at <= self.clock.now():
-                self._arrive(coming[position])
-                position += 1
+            while self._coming and self._coming[0][0] <= self.clock.now():
+                self._arrive(heapq.heappop(self._coming)[2])
             self._turn()
+
+    def _expect(self, arrival: Arrival) -> None:
+        heapq.heappush(self._coming, (arrival.at, next(self._keys), arrival))
+
+    def _repeat(self, arrival: Arrival, *, at: float) -> None:
+        if at < arrival.repeats_until:
+            self._expect(replace(arrival, at=at))
 
     def _next_event_at(self) -> float:
         now = self.clock.now()
@@ -110,6 +122,7 @@ class QueueAndHost:
         def on_done(answer: LayerAnswer | MoERuntimeError) -> None:
             if isinstance(answer, MoERuntimeError):
                 outcome.late += 1
+            self._repeat(arrival, at=self.clock.now())
 
         generation = self.generations.current
         pending = PendingRequest(key, request, on_done, now, now + arrival.timeout_s, generation)
@@ -120,8 +133,9 @@ class QueueAndHost:
 
         try:
             self.door.take_in(request, queue, time_left_s=arrival.timeout_s)
-        except OverloadedError:
+        except OverloadedError as exc:
             outcome.refused += 1
+            self._repeat(arrival, at=now + exc.retry_after_ms / 1000.0)
             return
         self._arrived[key] = arrival
         self.most_queued_tokens = max(self.most_queued_tokens, self.door.budget.num_tokens)

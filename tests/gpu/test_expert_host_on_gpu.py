@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from moe_runtime.config.models import ViewConfig
-from moe_runtime.experts.build import LoadedExpert, build_expert
+from moe_runtime.experts.build import LoadedExpert, build_expert, initial_module
 from moe_runtime.experts.cuda_stage import CudaStage
+from moe_runtime.experts.golden_probe import golden_probe
 from moe_runtime.experts.host import ExpertCall, ExpertHost
 from moe_runtime.experts.spec import ExpertSpec
+from moe_runtime.experts.weights import save_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -135,6 +138,39 @@ def test_an_expert_that_raises_costs_only_its_calls() -> None:
     assert bad.error == "a: the expert raised ValueError: negative row"
     assert good.rows is not None
     assert torch.equal(good.rows, torch.ones(2, 16))
+
+
+def test_rows_that_an_expert_refuses_or_spoils_fail_alone() -> None:
+    class RefusesNegative(torch.nn.Module):
+        def forward(self, rows: Tensor) -> Tensor:
+            if bool((rows < 0).any()):
+                raise ValueError("negative row")
+            return 1 / rows
+
+    expert = replace(on_gpu(spec_of("identity")), module=RefusesNegative(), probe=None)
+    given = torch.ones(32, 16)
+    given[5], given[20] = -1.0, 0.0
+    (outcome,) = ExpertHost({"a": expert}, device=DEVICE).run([ExpertCall("a", given)])
+    expected = torch.ones(32, 16)
+    expected[[5, 20]] = 0.0
+    assert outcome.failed_rows == (5, 20)
+    assert outcome.rows is not None
+    assert torch.equal(outcome.rows, expected)
+
+
+def test_an_expert_on_the_gpu_passes_the_probe_that_was_made_on_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "e.safetensors"
+    spec = spec_of("feed_forward", width=256)
+    module = initial_module(spec)
+    save_weights(path, module.state_dict(), probe=golden_probe(module, module.contract))
+    expert = build_expert(replace(spec, weights=str(path)), device=DEVICE)
+    assert expert.probe is not None
+    assert expert.probe.rows.device.type == "cuda"
+    for parameter in expert.module.parameters():
+        parameter.data.mul_(2)
+    host = ExpertHost({"a": expert}, device=DEVICE)
+    host.run([ExpertCall("a", torch.full((1, 256), 3e38))])
+    assert host.unfit is not None
 
 
 def test_the_time_of_a_forward_is_the_devices() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 
 import pytest
 
@@ -27,6 +27,19 @@ async def test_bodies_that_arrive_together_are_bounded_and_give_their_place_back
         assert refused.value.retry_after_ms > 0
     with intake.streamed() as body:
         assert len(await body.receive(pieces(60, 40))) == 100
+
+
+async def test_bodies_that_came_in_one_piece_count_as_well_until_their_calls_end() -> None:
+    intake = Intake(LimitsConfig(max_request_bytes=100))
+    async with AsyncExitStack() as calls:
+        for _ in range(4):
+            await calls.enter_async_context(intake.admitted(20.0, num_bytes=100))
+        with pytest.raises(OverloadedError, match="arriving at once"):
+            await calls.enter_async_context(intake.admitted(20.0, num_bytes=1))
+        with intake.streamed() as body, pytest.raises(OverloadedError, match="arriving at once"):
+            await body.receive(pieces(1))
+    async with intake.admitted(20.0, num_bytes=100):
+        pass
 
 
 async def test_body_is_refused_as_soon_as_it_is_too_large() -> None:

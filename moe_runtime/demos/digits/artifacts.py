@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.demos.digits.training import DigitsLayer
 from moe_runtime.errors import WeightsError
+from moe_runtime.experts.golden_probe import golden_probe
+from moe_runtime.experts.protocol import Expert
 from moe_runtime.experts.weights import load_into, load_weights, save_weights, write_manifest
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ def save(layer: DigitsLayer, recipe: Recipe, folder: Path) -> None:
         new = workplace / "new"
         new.mkdir()
         for name, module in _modules(layer).items():
-            save_weights(new / name, module.state_dict(), {"recipe": recipe.key})
+            probe = golden_probe(module, module.contract) if isinstance(module, Expert) else None
+            save_weights(new / name, module.state_dict(), {"recipe": recipe.key}, probe=probe)
         (new / CONFIG_NAME).write_text(recipe.config_text)
         write_manifest(new)
         if folder.exists():

@@ -5,6 +5,7 @@ import pytest
 from moe_runtime.config.load import load_config
 from moe_runtime.config.observing import MetricsConfig
 from moe_runtime.config.runtime import RuntimeConfig
+from moe_runtime.config.security import SecurityConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.logs import LogSettings
 
@@ -20,21 +21,32 @@ def test_by_default_no_port_is_opened_and_warnings_are_logged_for_people() -> No
     assert config.logging.settings == LogSettings("human", "warning")
 
 
+OPEN = SecurityConfig(insecure=True)
+TOKENS = SecurityConfig(tokens="tokens.yaml")
+BOTH = SecurityConfig(tokens="tokens.yaml", insecure=True)
+
+
 @pytest.mark.parametrize(
-    ("address", "token", "needed"),
+    ("address", "token", "security", "needed"),
     [
-        ("127.0.0.1:9464", None, False),
-        ("[::1]:9464", None, False),
-        ("localhost:9464", True, True),
-        ("0.0.0.0:9464", None, True),
-        ("10.0.0.1:9464", True, True),
-        (None, None, False),
+        ("127.0.0.1:9464", None, TOKENS, False),
+        ("[::1]:9464", None, TOKENS, False),
+        ("localhost:9464", True, TOKENS, True),
+        ("0.0.0.0:9464", None, TOKENS, True),
+        ("0.0.0.0:9464", None, BOTH, True),
+        ("0.0.0.0:9464", False, BOTH, False),
+        ("0.0.0.0:9464", None, OPEN, False),
+        ("10.0.0.1:9464", True, TOKENS, True),
+        (None, None, TOKENS, False),
+        (None, True, TOKENS, False),
     ],
 )
 def test_a_scrape_shows_a_token_where_others_reach_the_address(
-    address: str | None, token: bool | None, needed: bool
+    address: str | None, token: bool | None, security: SecurityConfig, needed: bool
 ) -> None:
-    assert MetricsConfig(address=address, token=token).needs_token is needed
+    metrics = MetricsConfig(address=address, token=token)
+    assert metrics.needs_token(security) is needed
+    metrics.check(security)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +55,10 @@ def test_a_scrape_shows_a_token_where_others_reach_the_address(
         ({"metrics": {"address": "9464"}}, "metrics.address: expected HOST:PORT"),
         ({"metrics": {"address": "127.0.0.1:65536"}}, "metrics.address: expected HOST:PORT"),
         ({"metrics": {"hottest_experts": 0}}, "metrics.hottest_experts: "),
+        (
+            {"metrics": {"address": "0.0.0.0:9464"}},
+            "metrics.token: expected a file of tokens at security.tokens, since scrapes of 0.0.0.0:9464",
+        ),
         (
             {"metrics": {"address": "0.0.0.0:9464", "token": False}},
             "metrics.token: expected true where others reach 0.0.0.0:9464, found false",

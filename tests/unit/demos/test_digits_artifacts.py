@@ -11,6 +11,7 @@ from moe_runtime.demos.digits import artifacts
 from moe_runtime.demos.digits.recipe import Recipe
 from moe_runtime.demos.digits.training import DigitsLayer
 from moe_runtime.errors import WeightsError
+from moe_runtime.experts.weights import load_weights
 
 WEIGHT_FILES = [
     "conv-0.safetensors",
@@ -44,6 +45,18 @@ def test_the_folder_holds_one_weight_file_per_expert_the_gate_a_manifest_and_the
     assert sorted(path.name for path in folder.iterdir()) == sorted([*WEIGHT_FILES, "config.yaml", "manifest.json"])
     assert sorted(json.loads((folder / "manifest.json").read_text())["files"]) == WEIGHT_FILES
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_each_expert_s_file_holds_a_golden_probe_that_it_passes(
+    short_recipe: Recipe, trained: DigitsLayer, tmp_path: Path
+) -> None:
+    artifacts.save(trained, short_recipe, tmp_path / "digits")
+
+    for name, expert in zip(trained.names, trained.experts, strict=True):
+        probe = load_weights(tmp_path / "digits" / f"{name}.safetensors").probe
+        assert probe is not None
+        assert probe.mistake(expert) is None
+    assert load_weights(tmp_path / "digits" / "gate.safetensors").probe is None
 
 
 def test_interrupted_saving_leaves_nothing(short_recipe: Recipe, tmp_path: Path) -> None:

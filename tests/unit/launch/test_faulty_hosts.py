@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import torch
 from fakes.faulty_experts import FAULTS, SLEEP_S, install
 from fakes.host_process import ChildProcess, serve_experts
 from moe_runtime.config.models import ResourcesConfig
-from moe_runtime.errors import PlugInError, TransportError
+from moe_runtime.errors import MoERuntimeError, TransportError
 from moe_runtime.experts.spec import ExpertSpec
 from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.recipes import HostedExpert, HostSpec
+from moe_runtime.ray_backend.expert_actor import ExpertActor
 from moe_runtime.ray_backend.plan import HostHealth
 from moe_runtime.service.ports import HostLost, HostReply, HostRequest, Segment
 from moe_runtime.transport.in_process import InProcessNetwork
@@ -219,10 +221,25 @@ def test_a_frozen_host_is_lost_without_a_death_and_its_late_answer_is_ignored(in
     assert in_process.router.poll(0.0) == []
 
 
-def test_a_constructor_that_raises_is_said_by_whoever_starts_the_host():
-    spec = host_of(options={"raises_when_built": True})
-    with pytest.raises(PlugInError, match=r"layers\.l\.experts\[faulty\].*it cannot be built"):
-        ExpertProcess(spec, open_transport=InProcessNetwork().host_transport, num_threads=None).start()
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("RuntimeError", "PlugInError: layers.l.experts[faulty]: building kind 'faulty' for rows of shape [2] raised"),
+        ("KeyboardInterrupt", "PlugInError: expert host l/faulty/0: building its experts raised KeyboardInterrupt"),
+        ("MemoryError", "StartError: expert host l/faulty/0: no memory was left on node"),
+    ],
+)
+def test_what_a_constructor_raises_is_an_error_of_the_start(error, said):
+    spec = host_of(options={"raises_when_built": error})
+    process = ExpertProcess(spec, open_transport=InProcessNetwork().host_transport, num_threads=None)
+    # In a thread, as in an actor: Ctrl-C reaches the main one only.
+    with ThreadPoolExecutor() as threads, pytest.raises(MoERuntimeError) as caught:
+        threads.submit(process.start).result(DEADLINE_S)
+    assert f"{type(caught.value).__name__}: {caught.value}".startswith(said)
+
+
+async def test_a_ping_of_an_actor_that_was_not_started_is_answered():
+    assert await ExpertActor(b"").ping() is None
 
 
 def test_experts_that_turn_out_too_large_while_they_are_loaded_are_a_start_error(tmp_path):

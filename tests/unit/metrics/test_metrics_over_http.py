@@ -7,6 +7,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,9 +188,20 @@ def test_a_scrape_shows_a_token_where_one_is_asked_for() -> None:
         server.stop()
 
 
-def test_tokens_that_nobody_knows_fail_the_start() -> None:
-    with pytest.raises(StartError, match=r"^metrics.token: expected tokens that the router knows, found none"):
-        serve(config(metrics={"token": True}), ray=False)
+def test_tokens_of_the_right_scope_may_scrape(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    scopes = {"metrics": "m" * 16, "admin": "a" * 16, "infer": "i" * 16}
+    entries = [f"- {{name: {scope}, token: {token}, scopes: [{scope}]}}" for scope, token in scopes.items()]
+    path.write_text("\n".join(entries), encoding="utf-8")
+    path.chmod(0o600)
+    security = {"tokens": str(path)}
+    with serve(config(metrics={"token": True}, security=security), ray=False) as runtime:
+        address = metrics_address(runtime)
+        for scope in ("metrics", "admin"):
+            assert "moe_uptime_seconds" in read(address, Authorization=f"Bearer {scopes[scope]}")
+        for headers in ({}, {"Authorization": f"Bearer {scopes['infer']}"}):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                read(address, **headers)
 
 
 def test_scrapers_that_say_nothing_do_not_keep_others_out(runtime: Runtime) -> None:

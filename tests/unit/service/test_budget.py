@@ -50,19 +50,36 @@ def test_full_queue_refuses_by_tokens_and_by_bytes() -> None:
     assert setting.refused() == {"tokens": 1, "bytes": 1}
 
 
-def test_hint_is_the_time_that_what_waits_takes_at_the_pace_of_late_not_since_the_start() -> None:
+def test_hint_follows_the_pace_of_late_not_that_since_the_start() -> None:
     setting = Setting(max_queued_tokens=10, max_queued_s=60.0)
     setting.reserve(8)
     setting.clock.advance(3600.0)
     setting.measure(40.0)
-    with pytest.raises(OverloadedError, match="try again in 200 ms") as refused:
+    # Half of the 8 tokens that wait, and 3 of its own, at 40 per second.
+    with pytest.raises(OverloadedError, match="try again in 175 ms") as refused:
         setting.reserve(3)
-    assert refused.value.retry_after_ms == pytest.approx(8 / 40 * 1000.0)
+    assert refused.value.retry_after_ms == pytest.approx(175.0)
+
+
+def test_callers_are_told_to_come_back_one_after_the_other_up_to_five_seconds() -> None:
+    setting = Setting(max_queued_tokens=10, max_queued_s=60.0)
+    setting.measure(10.0, batch_s=1.0)
+    setting.reserve(10)
+    hints = []
+    for _ in range(6):
+        with pytest.raises(OverloadedError) as refused:
+            setting.reserve(10)
+        hints.append(refused.value.retry_after_ms)
+    assert hints == pytest.approx([1500, 2500, 3500, 4500, 5000, 5000])
+    setting.clock.advance(10.0)
+    with pytest.raises(OverloadedError) as refused:
+        setting.reserve(10)
+    assert refused.value.retry_after_ms == pytest.approx(1500)
 
 
 def test_more_work_than_may_wait_is_refused_but_the_next_batch_may_always_be_filled() -> None:
     setting = Setting(max_queued_s=0.5)
-    setting.measure(10.0)
+    setting.measure(10.0, batch_s=0.8)
     setting.reserve(1)
     setting.reserve(6)
     # 7 tokens are 0.7 s of work, but fewer than a batch.
@@ -76,10 +93,10 @@ def test_request_whose_answer_would_be_late_is_refused_at_once_and_one_with_time
     setting = Setting(max_queued_s=60.0)
     setting.measure(100.0, batch_s=0.1)
     setting.reserve(20)
-    # 20 tokens before it, 10 of its own, and a batch's time: 0.2 + 0.1 + 0.1 s, which is 0.75 of 0.533 s.
-    with pytest.raises(OverloadedError, match=r"the answer would take about 0\.400 s, and the deadline is in 0\.530 s"):
-        setting.reserve(10, left_s=0.53)
-    setting.reserve(10, left_s=0.54)
+    # Two batches of 10 before its own, and that with its wait for a slot: 0.2 + 0.15 s, which is 0.75 of 0.467 s.
+    with pytest.raises(OverloadedError, match=r"the answer would take about 0\.350 s, and the deadline is in 0\.460 s"):
+        setting.reserve(10, left_s=0.46)
+    setting.reserve(10, left_s=0.47)
 
 
 def test_nothing_is_refused_for_its_time_while_nothing_waits_however_slow_the_layer_was() -> None:
@@ -117,9 +134,9 @@ def test_client_is_told_of_the_part_of_the_pace_that_others_leave_it() -> None:
     setting.reserve(40, client="flood")
     setting.send(30, client="half")
     setting.send(30, client="flood")
-    # 10 tokens at half the pace, its own at the whole, and a batch: 0.2 + 0.1 + 0.1 s.
-    with pytest.raises(OverloadedError, match=r"about 0\.400 s"):
-        setting.reserve(10, client="flood", left_s=0.5)
+    # 10 tokens at half the pace, which are two batches, and its own: 0.2 + 0.15 s.
+    with pytest.raises(OverloadedError, match=r"about 0\.350 s"):
+        setting.reserve(10, client="flood", left_s=0.46)
 
 
 def test_snapshot_says_what_waits_and_how_fast_it_goes() -> None:

@@ -86,18 +86,19 @@ class System:
             "doubles": dataclasses.replace(load("doubles"), module=self.doubles),
             "wide": wide,
         }
+        self.host = ExpertHost(experts, device="cpu", stage=stage)
         self.loop = HostLoop(
-            ExpertHost(experts, device="cpu", stage=stage),
+            self.host,
             self.transport,
             clock=self.clock,
             **options,
         )
 
-    def send(self, ticket, *segments, timeout_s=5.0):
+    def send(self, ticket, *segments, timeout_s=5.0, request_ids=()):
         """Send rows of shape (n, 2), given as (replica_id, [value of each row])."""
         rows = torch.tensor([[value] * 2 for _, values in segments for value in values]).reshape(-1, 2).float()
         listed = tuple(Segment(replica_id, len(values)) for replica_id, values in segments)
-        self.router.send(self.transport.endpoint, HostRequest(ticket, listed, rows, timeout_s))
+        self.router.send(self.transport.endpoint, HostRequest(ticket, listed, rows, timeout_s, request_ids))
 
     def answers(self):
         return {reply.ticket: reply for reply in self.router.poll(0.0)}
@@ -346,3 +347,109 @@ def test_calls_that_make_their_device_fail_cost_only_themselves():
         assert answers[1].results[0].error == "identity: the expert raised RuntimeError: the device failed"
         assert first_column(answers[1]) == [4.0]
         assert first_column(answers[2]) == [5.0]
+
+
+def test_rows_that_fail_alone_are_named_and_zero_in_the_reply(system):
+    system.send(1, ("doubles", [1.0, 13.0, 3.0]), ("identity", [float("inf"), 5.0]))
+    system.send(2, ("doubles", [13.0]), ("identity", [7.0]))
+    system.loop.serve_once(0.0)
+    answers = system.answers()
+    assert [(r.failed_rows, r.has_rows) for r in answers[1].results] == [((1,), True), ((), True)]
+    assert first_column(answers[1]) == [2.0, 0.0, 6.0, float("inf"), 5.0]
+    assert [(r.failed_rows, r.has_rows) for r in answers[2].results] == [((), False), ((), True)]
+    assert first_column(answers[2]) == [7.0]
+    assert system.loop.num_failed_segments == 2
+
+
+def test_rows_that_fail_alone_but_cannot_travel_are_an_error_of_the_whole_segment(system):
+    class Spoiled(torch.nn.Module):
+        def forward(self, rows):
+            return torch.tensor([[1.0] * 3, [float("nan")] * 3])
+
+    experts = {"identity": load("identity"), "wide": load("wide", "constant", {"out_shape": [3]})}
+    experts["wide"] = dataclasses.replace(experts["wide"], module=Spoiled(), probe=None)
+    loop = HostLoop(ExpertHost(experts, device="cpu"), system.transport)
+    system.send(1, ("identity", [1.0]), ("wide", [2.0, 3.0]))
+    loop.serve_once(0.0)
+    reply = system.answers()[1]
+    assert (reply.results[1].failed_rows, reply.results[1].has_rows) == ((), False)
+    assert first_column(reply) == [1.0]
+
+
+def test_the_search_for_culprits_ends_when_every_request_of_the_run_is_late(system):
+    def raise_later(rows):
+        system.clock.time += 1.0
+        raise ValueError("always")
+
+    system.doubles.forward = raise_later
+    system.send(1, ("doubles", [1.0] * 64), timeout_s=2.5)
+    system.send(2, ("doubles", [1.0] * 64), timeout_s=0.5)
+    started_at = system.clock.time
+    system.loop.serve_once(0.0)
+    # The merged forward, and two halves, after which nobody waits any more.
+    assert system.clock.time - started_at == 3.0
+    assert all(not result.has_rows for reply in system.answers().values() for result in reply.results)
+
+
+def test_the_log_names_at_most_three_requests_and_how_many_more(system, caplog):
+    system.send(1, ("gone", [1.0]), request_ids=("a", "b", "c", "d", "e"))
+    system.send(2, ("gone", [1.0]))
+    system.send(3, ("identity", [1.0]), request_ids=("fine",))
+    system.loop.serve_once(0.0)
+    first, second = caplog.records
+    assert first.getMessage().startswith("requests a, b, c and 2 more: gone: expected one of this host's replicas")
+    assert first.request_ids == ["a", "b", "c", "d", "e"]
+    assert second.getMessage().startswith("requests of unknown id: gone")
+
+
+def test_what_waits_and_what_is_with_the_experts_is_counted_as_waiting():
+    seen = []
+    with contextlib.closing(System(max_rows_per_run=1)) as system:
+        forward = system.doubles.forward
+
+        def note(rows):
+            system.clock.time += 0.5
+            seen.append((system.loop.num_waiting, system.loop.busy_s))
+            return forward(rows)
+
+        system.doubles.forward = note
+        for ticket in (1, 2):
+            system.send(ticket, ("doubles", [1.0]))
+        assert (system.loop.num_waiting, system.loop.busy_s) == (0, 0.0)
+        for _ in range(2):
+            system.loop.serve_once(0.0)
+        assert seen == [(2, 0.5), (1, 0.5)]
+        assert (system.loop.num_waiting, system.loop.busy_s) == (0, 0.0)
+
+
+def test_a_run_that_is_awaited_later_keeps_its_host_busy_until_then():
+    with contextlib.closing(System(LateStage(), max_rows_per_run=1)) as system:
+        for ticket in (1, 2):
+            system.send(ticket, ("identity", [float(ticket)]))
+        system.loop.serve_once(0.0)
+        system.clock.time += 2.0
+        assert (system.loop.num_waiting, system.loop.busy_s) == (2, 2.0)
+        system.loop.serve_once(0.0)
+        assert (system.loop.num_waiting, system.loop.busy_s) == (0, 0.0)
+
+
+def test_a_request_that_is_too_late_no_longer_waits_and_is_not_logged(caplog):
+    with contextlib.closing(System()) as system:
+        system.send(1, ("doubles", [1.0]), timeout_s=-1.0)
+        system.loop.serve_once(0.0)
+        assert (system.loop.num_waiting, system.loop.num_skipped_late) == (0, 1)
+    assert caplog.records == []
+
+
+def test_status_tells_what_the_loop_has_done():
+    with contextlib.closing(System(max_rows_per_run=1)) as system:
+        for ticket in (1, 2):
+            system.send(ticket, ("doubles", [1.0]))
+        system.loop.serve_once(0.0)
+        system.clock.time += 0.75
+        system.loop.serve_once(0.0)
+        status = system.loop.status()
+        assert {name: status[name] for name in ("num_requests", "num_answered", "num_waiting", "num_rows")} == {
+            "num_requests": 2, "num_answered": 2, "num_waiting": 0, "num_rows": 2
+        }  # fmt: skip
+        assert system.host.status()["doubles"]["queue_s"] == 0.75

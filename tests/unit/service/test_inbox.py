@@ -20,7 +20,6 @@ def make_inbox(wake: Callable[[], None], max_open_requests: int, *, clock: FakeC
         max_open_requests=max_open_requests,
         shares=ClientShares(share=0.5, clock=clock),
         stats=stats,
-        hint_ms=lambda: 20.0,
     )
 
 
@@ -38,7 +37,7 @@ class Setting:
         self.inbox.post(lambda: self.done.append(name))
 
     def take_in(self, name: str = "request", client: str = "") -> None:
-        self.inbox.take_in(lambda: self.done.append(name), client=client, reserve=lambda: None)
+        self.inbox.take_in(lambda: self.done.append(name), client=client, reserve=lambda: None, hint_ms=lambda: 20.0)
 
     def _wake(self) -> None:
         self.num_wakes += 1
@@ -114,7 +113,7 @@ def test_a_request_that_finds_no_place_in_the_queue_is_not_open() -> None:
         raise OverloadedError("the queue is full", retry_after_ms=1.0)
 
     with pytest.raises(OverloadedError, match="the queue is full"):
-        setting.inbox.take_in(lambda: None, client="", reserve=refuse)
+        setting.inbox.take_in(lambda: None, client="", reserve=refuse, hint_ms=lambda: 20.0)
     assert (setting.inbox.num_open, setting.num_wakes) == (0, 0)
 
 

@@ -33,6 +33,16 @@ def test_three_times_the_capacity_leaves_the_capacity_and_ends_within_a_second(
     assert setting.door.load()["tokens"] == 0
 
 
+def test_callers_that_come_back_when_they_are_told_get_the_capacity_with_few_refusals() -> None:
+    setting = QueueAndHost(batch_s=0.1, token_s=0.0, max_batch_tokens=100)
+    setting.run([Arrival(0.0, 25, 1.0, repeats_until=10.0) for _ in range(256)])
+    outcome = setting.outcomes[""]
+    assert outcome.tokens_in_time / 10.0 >= 0.9 * setting.capacity
+    # Most expire who came before anybody knew the pace; then each is refused about once per 25 tokens of the capacity.
+    assert outcome.late <= 256
+    assert outcome.refused <= 3 * outcome.in_time
+
+
 def test_load_within_the_capacity_is_never_refused() -> None:
     setting = QueueAndHost(batch_s=0.01, token_s=0.0)
     load = steady(setting, times=0.9, timeout_s=1.0)
@@ -75,3 +85,13 @@ def test_expired_requests_are_never_computed_when_the_host_stalls() -> None:
     # Two batches were under way: the first request, and the two that came within the next 2 ms.
     assert stats["num_expired_before_compute"] == 97
     assert stats["num_rows_freed"] == 97 * 8
+
+
+def test_queue_recovers_from_a_stall_that_made_the_layer_look_slow() -> None:
+    setting = QueueAndHost(batch_s=0.1, token_s=0.0, max_batch_tokens=100)
+    pace = setting.door.budget.pace("layer")
+    pace.batch_answered(100, joined_at=-5.0, now=0.0, left_rows_waiting=True)
+    assert pace.tokens_per_s == 20.0
+    setting.run([Arrival(0.008 * i, 25, 1.0) for i in range(1000)])
+    late = [at for at, _ in setting.outcomes[""].latencies if at >= 4.0]
+    assert 25 * len(late) / 4.0 >= 0.9 * setting.capacity
