@@ -8,7 +8,13 @@ import numpy as np
 
 from moe_runtime.chaos.layer import LAYER, NUM_EXPERTS
 from moe_runtime.chaos.reference import Routing
-from moe_runtime.errors import DeadlineExceededError, ExpertError, OverloadedError, UnavailableError
+from moe_runtime.errors import (
+    DeadlineExceededError,
+    ExpertError,
+    OverloadedError,
+    PoisonedRequestError,
+    UnavailableError,
+)
 from moe_runtime.wire.messages import DROPPED_CAPACITY, DROPPED_FAILURE, SERVED
 
 if TYPE_CHECKING:
@@ -23,8 +29,9 @@ if TYPE_CHECKING:
 
 #: Largest difference from the reference: absolute, and relative to it.
 TOLERANCE = 1e-5
-#: What any request may end with while parts of the cluster are down.
-_EXCUSED = (DeadlineExceededError, OverloadedError, UnavailableError)
+#: What any request may end with while parts of the cluster are down. A right one is taken for poison where two hosts
+#: happen to die in a row while they work on it: the runtime cannot know, and the ledger counts such errors apart.
+_EXCUSED = (DeadlineExceededError, OverloadedError, UnavailableError, PoisonedRequestError)
 
 
 def mistakes_in_answer(question: Question, result: ForwardResult, reference: Reference) -> tuple[str, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from moe_runtime.chaos.processes import command_of, marked_pids, open_files, res
 from moe_runtime.transport.ipc_folder import default_ipc_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from moe_runtime.chaos.cluster import Cluster
 
@@ -27,8 +28,10 @@ _JUDGED_S = 60.0
 #: Above both of these, memory grows.
 MAX_SLOPE_MIB_PER_MIN = 4.0
 MAX_GROWTH_MIB = 24.0
-#: Descriptors that a long-lived process may have more of at its end than after its warm-up.
+#: Descriptors that a long-lived process may have more of at its end than at most in the first half of its life.
 MAX_MORE_FILES = 24
+#: Of a descriptor's target: which socket, which pipe.
+_NUMBERS = re.compile(r"\[?\d+\]?")
 #: Descriptors that libraries of this process open once and keep: event loops of gRPC, Ray's logs.
 MAX_KEPT_FILES = 48
 _GONE_WITHIN_S = 20.0
@@ -38,11 +41,16 @@ _SHARED_MEMORY = Path("/dev/shm")  # nosec B108  # looked at, not written
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process held at a time, in seconds since the start of the run."""
+    """What a process held at a time, in seconds since the start of the run; its open descriptors by their sort."""
 
     at_s: float
     rss_mib: float
-    num_files: int
+    files: Counter[str]
+
+    @property
+    def num_files(self) -> int:
+        """Open descriptors."""
+        return self.files.total()
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,9 @@ class Growth:
         rss_mib: Memory at the end.
         slope_mib_per_min: Of a line through its samples; None where it did not live long enough.
         growth_mib: By that line, from the end of its warm-up to its end.
-        more_files: Descriptors at its end, less those after the warm-up; None likewise.
+        more_files: Descriptors at its end, less the most that it had in the first half of its life; None likewise. In
+            between, hosts come and go, and with them their connections.
+        more_by_sort: Those, by what they are open on.
     """
 
     part: str
@@ -66,6 +76,7 @@ class Growth:
     slope_mib_per_min: float | None
     growth_mib: float | None
     more_files: int | None
+    more_by_sort: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def mistakes(self) -> tuple[str, ...]:
@@ -77,7 +88,8 @@ class Growth:
             slope = f"{self.growth_mib:.0f} MiB at {self.slope_mib_per_min:.1f} MiB per minute"
             found.append(f"{self.part}, pid {self.pid}: its memory grew by {slope}")
         if self.more_files is not None and self.more_files > MAX_MORE_FILES:
-            found.append(f"{self.part}, pid {self.pid}: {self.more_files} more open descriptors than after its start")
+            sorts = ", ".join(f"{count} {sort}" for sort, count in self.more_by_sort.items())
+            found.append(f"{self.part}, pid {self.pid}: {self.more_files} more open descriptors than before: {sorts}")
         return tuple(found)
 
 
@@ -102,7 +114,8 @@ class FootprintMeter:
         """Look at one process; nothing happens if it is gone."""
         rss, files = resident_bytes(pid), open_files(pid)
         if rss is not None and files is not None:
-            self._samples[part, pid].append(Sample(at_s, rss / _MIB, len(files)))
+            sorts = Counter(_NUMBERS.sub("", target).rstrip(":") for target in files.values())
+            self._samples[part, pid].append(Sample(at_s, rss / _MIB, sorts))
 
     def growths(self) -> tuple[Growth, ...]:
         """One per process that was seen."""
@@ -118,7 +131,18 @@ def growth_of(part: str, pid: int, samples: Sequence[Sample]) -> Growth:
         return Growth(part, pid, seconds, last.rss_mib, None, None, None)
     slope, _ = np.polyfit([sample.at_s for sample in warm], [sample.rss_mib for sample in warm], 1)
     growth = float(slope) * (last.at_s - warm[0].at_s)
-    return Growth(part, pid, seconds, last.rss_mib, 60 * float(slope), growth, last.num_files - warm[0].num_files)
+    half = [sample for sample in samples if sample.at_s <= first.at_s + seconds / 2]
+    most = max(half, key=lambda sample: sample.num_files)
+    return Growth(
+        part,
+        pid,
+        seconds,
+        last.rss_mib,
+        60 * float(slope),
+        growth,
+        last.num_files - most.num_files,
+        dict((last.files - most.files).most_common(5)),
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,12 +88,12 @@ class Injector:
             self.last_router_fault_at = time.monotonic()
 
     async def _kill_expert(self, fault: Fault) -> bool:
-        hosts = self._cluster.hosts()
-        victim = hosts[fault.target % len(hosts)]
-        if not self._kill(victim["pid"]):
-            return False
-        self._cluster.await_back(fault.kind, host_is_back(victim["host_id"], victim["pid"]))
-        return True
+        # The next one where the target is away already.
+        for victim in _from(self._cluster.hosts(), fault.target):
+            if victim["pid"] not in self._frozen and self._kill(victim["pid"]):
+                self._cluster.await_back(fault.kind, host_is_back(victim["host_id"], victim["pid"]))
+                return True
+        return False
 
     async def _kill_router(self, fault: Fault) -> bool:
         routers = self._cluster.routers()
@@ -113,8 +113,9 @@ class Injector:
 
     async def _freeze(self, fault: Fault) -> bool:
         parts = self._cluster.routers() if fault.kind is FaultKind.FREEZE_ROUTER else self._cluster.hosts()
-        pid = parts[fault.target % len(parts)]["pid"]
-        if pid in self._frozen or not self._cluster.send_signal(pid, signal.SIGSTOP):
+        pids = [part["pid"] for part in _from(parts, fault.target) if part["pid"] not in self._frozen]
+        pid = next((pid for pid in pids if self._cluster.send_signal(pid, signal.SIGSTOP)), None)
+        if pid is None:
             return False
         self._frozen.add(pid)
         try:
@@ -145,3 +146,9 @@ class Injector:
         is_hit = self._cluster.send_signal(pid, signal.SIGKILL)
         self.num_kills += is_hit
         return is_hit
+
+
+def _from(parts: Sequence[dict[str, Any]], target: int) -> list[dict[str, Any]]:
+    """The parts in turn, the target first."""
+    first = target % len(parts)
+    return [*parts[first:], *parts[:first]]

@@ -42,9 +42,10 @@ class Outcome:
         ending: In which way.
         elapsed_s: From the call to its return, at the caller.
         timeout_s: The deadline that the call was given.
-        lag_s: How late the caller's own event loop ran meanwhile, at worst: not the runtime's doing.
+        lag_s: For how long in all the caller's own threads did not run after the deadline: not the runtime's doing.
         error: Class of the error; empty where there was none.
         message: What the error said.
+        is_poisoned: Whether the request was made to make experts fail.
         report: The answer's; None where there was an error.
         mistakes: What is wrong with it, in words.
     """
@@ -55,6 +56,7 @@ class Outcome:
     lag_s: float = 0.0
     error: str = ""
     message: str = ""
+    is_poisoned: bool = False
     report: Report | None = None
     mistakes: tuple[str, ...] = ()
 
@@ -77,6 +79,7 @@ class Sums:
         num_requests: Entered.
         endings: Requests by how they ended.
         errors: Requests by the class of their error.
+        innocent_errors: Those of requests that were not made to make experts fail.
         counts: Of the answers' reports, by the names of their fields.
         failed_assignments: Assignments that requests without an answer asked for.
         num_wrong: Requests with a mistake, and requests that ended twice.
@@ -88,6 +91,7 @@ class Sums:
     num_requests: int = 0
     endings: Counter[Ending] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
+    innocent_errors: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     failed_assignments: int = 0
     num_wrong: int = 0
@@ -116,6 +120,7 @@ class Ledger:
         self._num_requests = 0
         self._endings: Counter[Ending] = Counter()
         self._errors: Counter[str] = Counter()
+        self._innocent_errors: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._failed_assignments = 0
         self._num_wrong = self._num_late = self._num_excused = 0
@@ -160,6 +165,7 @@ class Ledger:
                 num_requests=self._num_requests,
                 endings=self._endings.copy(),
                 errors=self._errors.copy(),
+                innocent_errors=self._innocent_errors.copy(),
                 counts=self._counts.copy(),
                 failed_assignments=self._failed_assignments,
                 num_wrong=self._num_wrong,
@@ -187,6 +193,7 @@ class Ledger:
         self._endings[outcome.ending] += 1
         if outcome.report is None:
             self._errors[outcome.error] += 1
+            self._innocent_errors[outcome.error] += not outcome.is_poisoned
             self._messages.setdefault(outcome.error, outcome.message)
             self._failed_assignments += num_assignments
             return

@@ -18,6 +18,7 @@ from moe_runtime.rpc.aio_client import AsyncMoEClient
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moe_runtime.chaos.lag import Lag
     from moe_runtime.chaos.ledger import Ledger
     from moe_runtime.chaos.questions import Question
     from moe_runtime.chaos.reference import Reference
@@ -25,48 +26,14 @@ if TYPE_CHECKING:
 NUM_CLIENTS = 16
 #: Pause between a client's answer and its next question: up to this.
 _PAUSE_S = 0.04
-_LAG_EVERY_S = 0.01
 #: How long after its deadline a call may take to return before its request is given up as lost.
 _LOST_AFTER_S = 30.0
-
-
-class LagMeter:
-    """How late the event loop runs what is due: the noise in what its callers measure."""
-
-    def __init__(self) -> None:
-        """Begin with no lag."""
-        self._recent: list[tuple[float, float]] = []
-        self.worst_s = 0.0
-
-    async def run(self) -> None:
-        """Measure until cancelled."""
-        while True:
-            due_at = time.monotonic() + _LAG_EVERY_S
-            await asyncio.sleep(_LAG_EVERY_S)
-            now = time.monotonic()
-            self.add(now, now - due_at)
-
-    def add(self, now: float, lag_s: float) -> None:
-        """Enter how late the loop was at a time."""
-        self.worst_s = max(self.worst_s, lag_s)
-        self._recent.append((now, lag_s))
-        if len(self._recent) > 10_000:
-            del self._recent[:5_000]
-
-    def worst_since(self, moment: float) -> float:
-        """The longest lag since a moment, of up to about a minute ago."""
-        worst = 0.0
-        for at, lag_s in reversed(self._recent):
-            if at < moment:
-                break
-            worst = max(worst, lag_s)
-        return worst
 
 
 class Asker:
     """Asks questions through one client, checks what comes back, and enters it; one per client."""
 
-    def __init__(self, client: AsyncMoEClient, *, ledger: Ledger, reference: Reference, lag: LagMeter) -> None:
+    def __init__(self, client: AsyncMoEClient, *, ledger: Ledger, reference: Reference, lag: Lag) -> None:
         """Share the ledger, the reference and the lag meter with the others."""
         self._client = client
         self._ledger = ledger
@@ -96,7 +63,7 @@ class Asker:
                 return_routing=question.return_routing,
             )
         except MoERuntimeError as exc:
-            elapsed_s, lag_s = time.monotonic() - asked_at, self._lag.worst_since(asked_at)
+            elapsed_s, lag_s = self._elapsed_and_lag(asked_at, timeout_s)
             # No router has to be there to answer with it; everything else is a router's word, or the client's own.
             ending = Ending.TRANSPORT_ERROR if isinstance(exc, UnavailableError) else Ending.TYPED_ERROR
             return Outcome(
@@ -106,20 +73,25 @@ class Asker:
                 lag_s,
                 error=type(exc).__name__,
                 message="; ".join([str(exc), *getattr(exc, "__notes__", ())]),
+                is_poisoned=question.poison is not None,
                 mistakes=mistakes_in_error(question, exc),
             )
-        elapsed_s, lag_s = time.monotonic() - asked_at, self._lag.worst_since(asked_at)
+        elapsed_s, lag_s = self._elapsed_and_lag(asked_at, timeout_s)
         # In a thread: the loop is what the other clients' deadlines are measured with.
         mistakes = await asyncio.to_thread(mistakes_in_answer, question, result, self._reference)
         return Outcome(Ending.OK, elapsed_s, timeout_s, lag_s, report=result.report, mistakes=mistakes)
+
+    def _elapsed_and_lag(self, asked_at: float, timeout_s: float) -> tuple[float, float]:
+        """Seconds since the call, and those of them after its deadline for which this process did not run."""
+        now = time.monotonic()
+        deadline = asked_at + timeout_s
+        return now - asked_at, self._lag.since(deadline, now) if now > deadline else 0.0
 
 
 class Load:
     """The clients of a run. Traffic can be held for a moment, and goes on."""
 
-    def __init__(
-        self, addresses: Sequence[str], *, seed: int, ledger: Ledger, reference: Reference, lag: LagMeter
-    ) -> None:
+    def __init__(self, addresses: Sequence[str], *, seed: int, ledger: Ledger, reference: Reference, lag: Lag) -> None:
         """Make the clients; they connect with their first question."""
         self._seed = seed
         self._ledger = ledger

@@ -51,6 +51,7 @@ def ledger_table(result: Mapping[str, Any]) -> str:
             ("requests", f"{result['num_requests']:,}"),
             ("answered", f"{result['num_ok']:,}"),
             ("errors", errors or "none"),
+            ("right requests taken for poison", f"{result['innocent_errors'].get('PoisonedRequestError', 0):,}"),
             ("**wrong, lost, late, leaked**", "**{num_wrong}, {num_lost}, {num_late}, {num_leaks}**".format(**result)),
             ("faults", f"{faults}; {result['num_kills']:,} processes killed"),
             ("assignments served", f"{result['served']:,}"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from moe_runtime.chaos.cluster import Cluster
+    from moe_runtime.chaos.lag import Lag
     from moe_runtime.chaos.ledger import Outcome
-    from moe_runtime.chaos.load import LagMeter
     from moe_runtime.chaos.questions import Question
     from moe_runtime.chaos.reference import Reference
     from moe_runtime.chaos.storm import Storm
@@ -46,9 +45,9 @@ _FAILOVER_WATCH_S = 3.0
 
 
 async def measure_recovery(
-    cluster: Cluster, storm: Storm, *, seed: int, reference: Reference
-) -> Mapping[str, list[float]]:
-    """Times in seconds, by what they measure; the cluster must be whole, and is left so.
+    cluster: Cluster, storm: Storm, *, seed: int, reference: Reference, times_s: dict[str, list[float]]
+) -> None:
+    """Enter times in seconds, by what they measure; the cluster must be whole, and is left so.
 
     ``kill_to_noticed``: SIGKILL of an expert host to a router's end of the data plane knowing it.
     ``kill_to_other_answer``: SIGKILL of a host that works on a request to that request's answer by another replica or
@@ -57,8 +56,18 @@ async def measure_recovery(
     ``router_failover``: the longest time for which a client that knows both routers is without an answer after one
     was killed; it asks all the time. ``router_back``: SIGKILL of a router to its successor's being ready.
     Every answer is checked and entered in the storm's ledger.
+
+    Args:
+        cluster: What is broken and watched.
+        storm: The one that is over; its ledger goes on.
+        seed: Of the requests.
+        reference: Checks the answers.
+        times_s: Where the times go, one after the other.
+
+    Raises:
+        ChaosError: If a part does not answer, or does not come back.
     """
-    measuring = _Measuring(cluster, storm, seed=seed, reference=reference)
+    measuring = _Measuring(cluster, storm, seed=seed, reference=reference, times_s=times_s)
     lag = asyncio.create_task(storm.lag.run())
     try:
         for turn in range(_NUM_EXPERT_KILLS):
@@ -67,17 +76,24 @@ async def measure_recovery(
             await measuring.kill_router(turn)
     finally:
         lag.cancel()
-    return measuring.times_s
 
 
 class _Measuring:
-    def __init__(self, cluster: Cluster, storm: Storm, *, seed: int, reference: Reference) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        storm: Storm,
+        *,
+        seed: int,
+        reference: Reference,
+        times_s: dict[str, list[float]],
+    ) -> None:
         self._cluster = cluster
         self._storm = storm
-        self._lag: LagMeter = storm.lag
+        self._lag: Lag = storm.lag
         self._reference = reference
         self._rng = np.random.default_rng([seed, 0x2EC])
-        self.times_s: dict[str, list[float]] = defaultdict(list)
+        self._times_s = times_s
 
     async def kill_expert(self, turn: int) -> None:
         """Kill one of two replicas while one of them is at work on a request."""
@@ -94,12 +110,12 @@ class _Measuring:
                 asking = asyncio.create_task(asker.ask(question))
                 await asyncio.sleep(_KILL_AFTER_S)
                 killed_at = self._kill(replica["pid"])
-                self.times_s["kill_to_noticed"].append(await noticing - killed_at)
+                self._note("kill_to_noticed", await noticing - killed_at)
                 outcome = await asking
         if outcome is not None:
             self._note_answer(outcome, asked_at=asked_at, killed_at=killed_at)
         is_back = host_is_back(host["host_id"], host["pid"])
-        self.times_s["kill_to_back"].append(await self._until(lambda: is_back(self._cluster.description)) - killed_at)
+        self._note("kill_to_back", await self._until(lambda: is_back(self._cluster.description)) - killed_at)
         await self._until(lambda: self._cluster.is_whole)
 
     async def kill_router(self, turn: int) -> None:
@@ -124,9 +140,9 @@ class _Measuring:
             await asking
         moments = [killed_at, *(moment for moment in answered_at if moment > killed_at)]
         gaps = [later - earlier for earlier, later in pairwise(moments)]
-        self.times_s["router_failover"].append(max(gaps, default=_FAILOVER_WATCH_S))
+        self._note("router_failover", max(gaps, default=_FAILOVER_WATCH_S))
         is_back = router_is_back(victim["index"], victim["pid"])
-        self.times_s["router_back"].append(await self._until(lambda: is_back(self._cluster.description)) - killed_at)
+        self._note("router_back", await self._until(lambda: is_back(self._cluster.description)) - killed_at)
         await self._until(lambda: self._cluster.is_whole)
 
     def _note_answer(self, outcome: Outcome, *, asked_at: float, killed_at: float) -> None:
@@ -135,9 +151,12 @@ class _Measuring:
             return
         after_kill_s = asked_at + outcome.elapsed_s - killed_at
         if outcome.report.num_dropped_failure:
-            self.times_s["kill_to_dropped_answer"].append(after_kill_s)
+            self._note("kill_to_dropped_answer", after_kill_s)
         elif outcome.elapsed_s > SLOW_S + _UNDISTURBED_S:
-            self.times_s["kill_to_other_answer"].append(after_kill_s - SLOW_S)
+            self._note("kill_to_other_answer", after_kill_s - SLOW_S)
+
+    def _note(self, name: str, seconds: float) -> None:
+        self._times_s.setdefault(name, []).append(seconds)
 
     def _slow_question(self) -> tuple[Question, int]:
         """One row for one expert, which sleeps over it; and that expert."""

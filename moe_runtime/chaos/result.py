@@ -58,6 +58,7 @@ class ChaosResult:
         num_typed_errors: Ended with an error of a class that says why.
         num_transport_errors: Ended because no router could be reached.
         errors: Both, by class.
+        innocent_errors: Those of requests that were not made to make experts fail, by class.
         messages: What the first error of each class said.
         num_wrong: Answers with a mistake, errors that a right request must not end with, and counters of routers
             that differ from the ledger.
@@ -76,7 +77,7 @@ class ChaosResult:
         hedged: Assignments that were sent to a second replica as well.
         latency_ms: Of the answers, at the caller.
         worst_overshoot_ms: Longest time after a deadline.
-        worst_lag_ms: Longest time for which this process's loop did not run.
+        worst_lag_ms: Longest time for which a thread of this process did not run.
         counters_compared: Windows in which counters and ledger were compared, by how strictly.
         is_whole_again: Whether every part was ready again after the last fault.
         back_ms: From the loss of a part to its successor's readiness, by fault.
@@ -93,6 +94,7 @@ class ChaosResult:
     num_typed_errors: int
     num_transport_errors: int
     errors: Mapping[str, int]
+    innocent_errors: Mapping[str, int]
     messages: Mapping[str, str]
     num_wrong: int
     num_lost: int
@@ -152,6 +154,7 @@ def sums_of(sums: Sums) -> dict[str, Any]:
         "num_typed_errors": sums.endings[Ending.TYPED_ERROR],
         "num_transport_errors": sums.endings[Ending.TRANSPORT_ERROR],
         "errors": dict(sorted(sums.errors.items())),
+        "innocent_errors": {name: count for name, count in sorted(sums.innocent_errors.items()) if count},
         "num_wrong": sums.num_wrong,
         "num_lost": sums.num_lost,
         "num_late": sums.num_late,

@@ -108,10 +108,10 @@ def run(
 
 @contextmanager
 def _expected_warnings_hidden() -> Iterator[None]:
-    """Not log each loss: every one of them is on purpose. A level that somebody has set is left alone."""
+    """Not log each loss: every one of them is on purpose. Where somebody asked for details, they are logged."""
     log = logging.getLogger("moe_runtime.ray_backend")
     before = log.level
-    if logging.getLogger("moe_runtime").level == logging.NOTSET:
+    if not log.isEnabledFor(logging.INFO):
         log.setLevel(logging.ERROR)
     try:
         yield
@@ -165,7 +165,12 @@ async def _storm(
         if not settings.measures_recovery or storm.was_stopped or not storm.is_whole_again:
             return storm, None
         measuring = progress.add_task("Measuring recovery", total=None, note="")
-        times_s = await measure_recovery(cluster, storm, seed=settings.seed, reference=reference)
+        times_s: dict[str, list[float]] = {}
+        try:
+            await measure_recovery(cluster, storm, seed=settings.seed, reference=reference, times_s=times_s)
+        except ChaosError as exc:
+            # A cluster that does not recover is a finding: what else was found is still reported.
+            storm.ledger.note_mistake(f"recovery: {exc}")
         progress.update(measuring, total=1, completed=1)
         return storm, {name: Spread.of(times) for name, times in times_s.items()}
     finally:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: Nothing happens before: every client has been answered once by then.
 FIRST_AT_S = 2.0
 #: Nor within so many seconds of the end: what was broken last is to be mended again under load.
-QUIET_END_S = 6.0
+QUIET_END_S = 10.0
 #: Seconds between two faults.
 GAP_S = (0.6, 2.4)
 #: A client that knows both routers is promised an answer while one of them lives.

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from moe_runtime.chaos.counters import Comparison, CounterReader, comparison_of, mistakes_in_counters
 from moe_runtime.chaos.footprint import FootprintMeter
 from moe_runtime.chaos.injector import Injector
+from moe_runtime.chaos.lag import Lag
 from moe_runtime.chaos.ledger import Ledger
-from moe_runtime.chaos.load import LagMeter, Load
+from moe_runtime.chaos.load import Load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ class Storm:
     Attributes:
         ledger: Every request and its outcome.
         injector: What was done.
-        lag: How late this process's own loop ran.
+        lag: How late this process itself ran.
         footprint: What routers and controller held.
         comparisons: Windows between settlements, by how they could be compared.
         is_whole_again: Whether every part of the cluster was back in time when the faults were over.
@@ -69,7 +70,7 @@ class Storm:
         """Make clients and injector; call it within an event loop."""
         self._cluster = cluster
         self.ledger = Ledger()
-        self.lag = LagMeter()
+        self.lag = Lag()
         self._load = Load(cluster.addresses, seed=seed, ledger=self.ledger, reference=reference, lag=self.lag)
         self.injector = Injector(cluster, self._load, seed=seed)
         self._counters = CounterReader(cluster.addresses)

@@ -29,7 +29,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.timeout(300)  # two Rays share the cores, and what is killed has to come back
+@pytest.mark.timeout(400)  # two Rays share the cores, and what is killed has to come back
 def test_a_short_storm_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "chaos.json"
     with start("--minutes", "0.35", "--seed", "1", "--no-recovery", "--json", str(path)) as process:
@@ -45,7 +45,7 @@ def test_a_short_storm_loses_nothing(tmp_path: Path) -> None:
     assert sum(result["counters_compared"].values()) >= 1
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_an_interrupt_ends_the_storm_in_order_and_reports_what_was_found(tmp_path: Path) -> None:
     path = tmp_path / "chaos.json"
     with start("--minutes", "10", "--seed", "1", "--without", "poison_hang", "--json", str(path)) as process:

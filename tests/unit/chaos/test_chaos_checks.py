@@ -159,23 +159,27 @@ def test_a_drop_of_the_wrong_sort_is_a_mistake():
     )
 
 
-@pytest.mark.parametrize("error", [DeadlineExceededError("x"), OverloadedError("x"), UnavailableError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [DeadlineExceededError("x"), OverloadedError("x"), UnavailableError("x"), PoisonedRequestError("x")],
+    ids=lambda e: str(type(e)),
+)
 def test_a_request_may_end_with_what_a_broken_cluster_cannot_help(error: Exception):
     assert mistakes_in_error(question(), error) == ()
 
 
 @pytest.mark.parametrize(
     "error",
-    [InternalError("x"), ShapeError("x"), ExpertError("x"), PoisonedRequestError("x")],
+    [InternalError("x"), ShapeError("x"), ExpertError("x")],
     ids=lambda e: str(type(e)),
 )
 def test_a_right_request_may_not_end_with_anything_else(error: Exception):
     assert mistakes_in_error(question(), error) == (f"a valid request ended with {type(error).__name__}: x",)
 
 
-def test_a_poisoned_request_may_end_as_poisoned_but_not_with_a_defect():
+def test_a_poisoned_request_may_end_with_its_experts_error_but_not_with_a_defect():
     poisoned = draw_poisoned(np.random.default_rng(0), Poison.EXIT)
-    assert mistakes_in_error(poisoned, PoisonedRequestError("x")) == ()
+    assert mistakes_in_error(poisoned, ExpertError("x")) == ()
     assert mistakes_in_error(poisoned, InternalError("x")) != ()
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from moe_runtime.chaos.footprint import MAX_KEPT_FILES, Sample, Traces, find_leaks, growth_of
+from moe_runtime.chaos.footprint import MAX_KEPT_FILES, FootprintMeter, Sample, Traces, find_leaks, growth_of
 from moe_runtime.chaos.processes import is_marked, marked, marked_pids, open_files, resident_bytes
 from moe_runtime.transport.ipc_folder import default_ipc_folder, prepare_ipc_folder
 
@@ -91,7 +93,7 @@ def test_a_process_that_is_gone_holds_nothing(child: subprocess.Popen[bytes]):
 def samples(rss_mib: list[float], num_files: list[int] | None = None) -> list[Sample]:
     """Ten seconds apart."""
     files = num_files or [50] * len(rss_mib)
-    return [Sample(10.0 * i, *pair) for i, pair in enumerate(zip(rss_mib, files, strict=True))]
+    return [Sample(10.0 * i, rss, Counter(socket=n)) for i, (rss, n) in enumerate(zip(rss_mib, files, strict=True))]
 
 
 def test_memory_that_grows_all_the_time_is_a_leak():
@@ -115,5 +117,20 @@ def test_a_process_that_lived_for_a_minute_is_not_judged():
 
 def test_descriptors_that_add_up_are_a_leak():
     growth = growth_of("router 1", 8, samples([300.0] * 61, [50 + i for i in range(61)]))
-    assert growth.more_files == 57
-    assert growth.mistakes == ("router 1, pid 8: 57 more open descriptors than after its start",)
+    assert growth.more_files == 30
+    assert growth.mistakes == ("router 1, pid 8: 30 more open descriptors than before: 30 socket",)
+
+
+def test_descriptors_that_come_and_go_are_none():
+    growth = growth_of("router 1", 8, samples([300.0] * 61, [50 + 60 * (i % 4) // 3 for i in range(61)]))
+    assert growth.mistakes == ()
+
+
+def test_descriptors_are_told_apart_by_what_they_are_open_on():
+    meter = FootprintMeter()
+    with open("/dev/null") as null, socket.socket(), socket.socket():
+        meter.sample("clients", os.getpid(), at_s=0.0)
+        assert null.fileno() > 0
+    (samples_of_this,) = meter._samples.values()
+    assert samples_of_this[0].files["socket"] >= 2
+    assert samples_of_this[0].files["/dev/null"] >= 1

@@ -91,3 +91,13 @@ def test_mistakes_are_counted_by_request_and_kept_in_words():
     ledger.note_mistake("counters differ")
     assert ledger.sums().num_wrong == 2
     assert ledger.examples() == ("request 1: one; two", "counters differ")
+
+
+def test_errors_of_requests_that_were_made_to_fail_are_told_from_the_others():
+    ledger = Ledger()
+    for is_poisoned in (True, False, True):
+        outcome = Outcome(Ending.TYPED_ERROR, 0.1, 1.0, error="PoisonedRequestError", is_poisoned=is_poisoned)
+        ledger.close(ledger.enter(1), outcome)
+    sums = ledger.sums()
+    assert sums.errors == {"PoisonedRequestError": 3}
+    assert sums.innocent_errors == {"PoisonedRequestError": 1}
