@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_runtime import __version__
-from moe_runtime.errors import PermissionDeniedError, StartError, UnauthenticatedError
+from moe_runtime.errors import StartError
 from moe_runtime.metrics.collector import RouterCollector
 from moe_runtime.metrics.server import MetricsServer
 from moe_runtime.ray_backend.addresses import split_address
-from moe_runtime.rpc.tokens import TokenFile
 
 if TYPE_CHECKING:
     from moe_runtime.launch.recipes import RouterRecipe
@@ -26,6 +25,7 @@ class RouterMetrics:
         recipe: Its configuration.
         node: Name of its node.
         rpc_counts: Calls and errors of its gRPC server.
+        authorize: Whether a token is good for a scrape, where the configuration asks for one; None if there are none.
     """
 
     def __init__(
@@ -35,11 +35,13 @@ class RouterMetrics:
         *,
         node: str,
         rpc_counts: RpcCounts,
+        authorize: Authorize | None,
     ) -> None:
         self._service = service
         self._recipe = recipe
         self._node = node
         self._rpc_counts = rpc_counts
+        self._authorize = authorize if recipe.metrics.needs_token(recipe.security) else None
         self._server: MetricsServer | None = None
 
     def start(self, *, asked: str, bound: str) -> str | None:
@@ -54,7 +56,6 @@ class RouterMetrics:
 
         Raises:
             StartError: If no address can be bound.
-            ConfigError: If scrapes have to show a token, and the file of tokens cannot be used.
         """
         addresses = _addresses(self._recipe, asked)
         for place, address in enumerate(addresses, start=1):
@@ -81,23 +82,7 @@ class RouterMetrics:
             hottest_experts=self._recipe.metrics.hottest_experts,
             rpc_counts=self._rpc_counts,
         )
-        return MetricsServer(collector, address=address, authorize=_authorize(self._recipe))
-
-
-def _authorize(recipe: RouterRecipe) -> Authorize | None:
-    """Whether a token is good for a scrape; None where none has to be shown."""
-    if recipe.security.tokens is None or not recipe.metrics.needs_token(recipe.security):
-        return None
-    tokens = TokenFile(recipe.security.tokens)
-
-    def may_scrape(shown: str | None) -> bool:
-        try:
-            tokens.authorize(shown, any_of=("metrics", "admin"))
-        except (UnauthenticatedError, PermissionDeniedError):
-            return False
-        return True
-
-    return may_scrape
+        return MetricsServer(collector, address=address, authorize=self._authorize)
 
 
 def _addresses(recipe: RouterRecipe, router_address: str) -> tuple[str, ...]:
