@@ -15,8 +15,14 @@ from moe_runtime.transport.zmq_router import ZmqTransport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 _WITHIN_S = 30.0
+
+
+def is_listening(replica: Mapping[str, Any]) -> bool:
+    """Whether the host of a replica, as a router describes it, has its socket on this machine."""
+    return _socket_of(replica) is not None
 
 
 class HostWatch:
@@ -31,7 +37,7 @@ class HostWatch:
 
     def __init__(self, replica: Mapping[str, Any]) -> None:
         incarnation, node = str(replica["incarnation"]), str(replica["node"])
-        path = next(default_ipc_folder().glob(f"*-{incarnation}.ipc"), None)
+        path = _socket_of(replica)
         if path is None:
             raise ChaosError(f"expert host {incarnation}: expected its socket on this machine, found none")
         self._transport = ZmqTransport(node=node, encryption="none")
@@ -65,3 +71,7 @@ class HostWatch:
             if any(isinstance(event, expected) for event in self._transport.poll(left_s)):
                 return
         raise ChaosError(f"expected {expected.__name__} from the data plane within {_WITHIN_S:g} s, found none")
+
+
+def _socket_of(replica: Mapping[str, Any]) -> Path | None:
+    return next(default_ipc_folder().glob(f"*-{replica['incarnation']}.ipc"), None)

@@ -14,7 +14,7 @@ import numpy as np
 from moe_runtime.chaos.cluster import host_is_back, router_is_back
 from moe_runtime.chaos.errors import ChaosError
 from moe_runtime.chaos.faulty_expert import SLOW_S, Poison
-from moe_runtime.chaos.host_watch import HostWatch
+from moe_runtime.chaos.host_watch import HostWatch, is_listening
 from moe_runtime.chaos.layer import LAYER
 from moe_runtime.chaos.ledger import Ending
 from moe_runtime.chaos.load import Asker
@@ -98,6 +98,8 @@ class _Measuring:
     async def kill_expert(self, turn: int) -> None:
         """Kill one of two replicas while one of them is at work on a request."""
         question, expert_id = self._slow_question()
+        # A router may still describe a host that is gone.
+        await self._until(lambda: is_listening(self._replica(expert_id, turn)))
         replica = self._replica(expert_id, turn)
         host = next(host for host in self._cluster.hosts() if host["pid"] == replica["pid"])
         async with AsyncMoEClient(self._cluster.addresses[0]) as client:

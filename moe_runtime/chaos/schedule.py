@@ -17,7 +17,7 @@ FIRST_AT_S = 2.0
 #: Nor within so many seconds of the end: what was broken last is to be mended again under load.
 QUIET_END_S = 10.0
 #: Seconds between two faults.
-GAP_S = (0.6, 2.4)
+GAP_S = (1.0, 5.0)
 #: A client that knows both routers is promised an answer while one of them lives.
 _ROUTER_GAP_S = 10.0
 

@@ -25,12 +25,14 @@ class History(NamedTuple):
     Attributes:
         tried: Replicas that failed them.
         num_moves: Experts that they were moved to.
+        num_timeouts: Replicas that did not answer in time.
         alone: Where a host died while it had them: the request, by its place in the batch, whose rows they are, and
             with which alone they travel from then on.
     """
 
     tried: tuple[str, ...] = ()
     num_moves: int = 0
+    num_timeouts: int = 0
     alone: int | None = None
 
 

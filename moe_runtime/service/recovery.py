@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from moe_runtime.service.stats import RouterStats
 
 
+_MAX_TIMEOUTS = 2
+
+
 class _Failed(NamedTuple):
     """Rows that wait for what comes next."""
 
@@ -48,7 +51,8 @@ class Recovery:
     """Takes failed rows on by the steps of their layer's ``on_failure.order``. Owned by one thread.
 
     Failures are collected, and go on when ``run`` is called: rows that go to the same host then share a message. A
-    replica that does not answer is asked only where no other step leads anywhere.
+    replica that does not answer is asked only where no other step leads anywhere. Rows that two replicas did not answer
+    in time go no further: whatever holds up their hosts is not to hold up all the others.
 
     Args:
         attempts: Sends what is tried anew.
@@ -80,7 +84,7 @@ class Recovery:
         """An attempt at these rows has failed."""
         for segment in segments:
             if self._is_over(flight, segment, reason, timed_out=timed_out):
-                self._failed.append(_Failed(flight, _tried(segment), reason))
+                self._failed.append(_Failed(flight, _tried(segment, timed_out=timed_out), reason))
 
     def fail_rows(
         self, flight: Flight, segment: PlannedSegment, result: SegmentResult, values: Tensor
@@ -126,6 +130,8 @@ class Recovery:
         layer, table = flight.layer, flight.table
         num_others = table.num_reachable(layer.name) - layer.policy.max_k if layer.can_reroute else 0
         for segment in segments:
+            if segment.history.num_timeouts + 1 >= _MAX_TIMEOUTS:
+                continue
             num_moves = segment.history.num_moves
             if num_moves < min(num_others, layer.capacity.max_reroutes):
                 return True
@@ -149,8 +155,8 @@ class Recovery:
         if not flight.has_failed(request):
             self._stats.num_poisoned += 1
             flight.log().errors[request] = PoisonedRequestError(
-                f"layer {flight.layer.name}: {flight.request_name(request)}: two expert hosts died of it, the second"
-                " while it worked on nothing else; do not send it again"
+                f"layer {flight.layer.name}: {flight.request_name(request)}: two expert hosts died while they had it,"
+                " the second when it was sent alone; do not send it again"
             )
 
     def _place(self, failed: _Failed) -> Iterator[_Placed]:
@@ -159,7 +165,7 @@ class Recovery:
         segment = _without_failed_requests(flight, segment)
         if not segment.rows:
             return
-        if self._clock.now() < flight.deadline:
+        if self._clock.now() < flight.deadline and segment.history.num_timeouts < _MAX_TIMEOUTS:
             for step in flight.layer.on_failure.order:
                 if step == "replica" and (twin := self._twin(flight, segment)) is not None:
                     yield self._to_twin(flight, segment, twin)
@@ -238,10 +244,12 @@ class Recovery:
             self.fail(flight, message.segments, reason)
 
 
-def _tried(segment: PlannedSegment, *, alone: int | None = None) -> PlannedSegment:
+def _tried(segment: PlannedSegment, *, alone: int | None = None, timed_out: bool = False) -> PlannedSegment:
     """The segment without its replica, which has failed it."""
     history = segment.history
-    after = History(segment.tried, history.num_moves, history.alone if alone is None else alone)
+    # Where two raced, neither has answered.
+    num_timeouts = history.num_timeouts + timed_out * (1 if segment.race is None else 2)
+    after = History(segment.tried, history.num_moves, num_timeouts, history.alone if alone is None else alone)
     return PlannedSegment(segment.expert_id, segment.rows, history=after)
 
 

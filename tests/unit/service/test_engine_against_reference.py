@@ -104,10 +104,15 @@ def test_outputs_and_outcomes_equal_the_reference(
         failed={(token, expert_id) for token in range(num_tokens) for expert_id in dead},
     )
     experts = [lambda row, e=e: scale(e) * row for e in range(NUM_EXPERTS)]
+    pairs = sorted(route_reference(inputs, rules), key=lambda pair: (pair.token, pair.rank))
+    has_failures = any(pair.outcome == "dropped_failure" for pair in pairs)
+    assert bool(result.errors) == (steps[-1] == "error" and has_failures)
+    if result.errors:
+        # The request fails as a whole: what else becomes of its rows is nobody's business.
+        return
     expected = forward_reference(tokens, inputs, rules, experts=experts)
     torch.testing.assert_close(result.outputs.double(), expected, rtol=1e-4, atol=1e-5)
 
-    pairs = sorted(route_reference(inputs, rules), key=lambda pair: (pair.token, pair.rank))
     report = BatchLedger(result, layer).part(first_row=0, last_row=num_tokens, queue_s=0.0, return_routing=True)
     assert report.token_ids is not None
     assert report.expert_ids is not None
@@ -116,5 +121,4 @@ def test_outputs_and_outcomes_equal_the_reference(
     assert report.expert_ids.tolist() == [pair.expert for pair in pairs]
     assert report.outcomes.tolist() == [OUTCOMES[pair.outcome] for pair in pairs]
     assert report.num_rerouted == sum(pair.rerouted for pair in pairs)
-    assert bool(result.errors) == (steps[-1] == "error" and report.num_dropped_failure > 0)
     assert report.num_assignments == report.num_served + report.num_dropped_capacity + report.num_dropped_failure

@@ -362,7 +362,7 @@ def test_each_attempt_gets_half_of_what_remains_and_the_last_one_all() -> None:
     replicas = tuple(replica(0, 10 + n, n=n) for n in range(3))
     router = Router(make_layer(1, on_failure=order("replica", "drop")), RoutingTable(1, {("layer", 0): replicas}))
     router.submit(tokens_of(1), torch.zeros(1, 1))
-    for host, timeout_s in ((10, 1.0), (11, 0.5), (12, 0.5)):
+    for host, timeout_s in ((10, 1.0), (11, 1.0)):
         assert router.sent_to(host).timeout_s == timeout_s
         results = router.engine.poll(9.0)
         assert results == []
@@ -372,6 +372,20 @@ def test_each_attempt_gets_half_of_what_remains_and_the_last_one_all() -> None:
     (result,) = results
     assert router.report(result).num_dropped_failure == 1
     assert router.clock.now() == 102.0
+    # Whatever holds up two replicas is not sent to the third.
+    assert router.hosts == []
+
+
+def test_rows_that_two_experts_did_not_answer_in_time_are_not_moved_to_more() -> None:
+    experts = {("layer", n): (replica(n, 10 + n),) for n in range(4)}
+    router = Router(make_layer(4, on_failure=order("reroute", "drop")), RoutingTable(1, experts))
+    router.submit(tokens_of(1), torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    router.clock.advance(1.0)
+    assert router.engine.poll(0.0) == []
+    router.clock.advance(1.0)
+    (result,) = router.engine.poll(0.0)
+    assert router.hosts == [10, 11]
+    assert router.report(result).num_dropped_failure == 1
 
 
 def test_nothing_is_tried_after_the_layers_timeout() -> None:
