@@ -81,6 +81,8 @@ def connect(ray_address: str | None = None, *, total_cpus: float = 0.0) -> Clust
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray's default of 15 lets any other process of the machine starve experts and routers.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # A page on standard output for each; the controller says the same in one line of the log.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed while executing a task")
     import ray
 
     if not initialised:
