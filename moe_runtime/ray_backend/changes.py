@@ -28,6 +28,8 @@ _LOG = logging.getLogger(__name__)
 #: How long a router that has restarted may take to route by the newest table.
 _FOLLOW_TIMEOUT_S = 10.0
 _POLL_EVERY_S = 0.05
+#: How long clients may take to find out that a router is back; their channels try again every second.
+_NOTICE_S = 2.0
 
 ResultT = TypeVar("ResultT")
 
@@ -184,7 +186,9 @@ class Changes:
         for host_id in hosts:
             await self._roll_to(renewed(self._plan, host_id, generation=generation))
         keepers = list(self._board.fleet.routers) if routers else []
-        for keeper in keepers:
+        for place, keeper in enumerate(keepers):
+            if place:
+                await self._clock.sleep(_NOTICE_S)
             await self._restart_router(keeper)
         return Restarted(tuple(hosts), len(keepers))
 

@@ -23,7 +23,7 @@ class RetryPolicy:
         earned_per_success: What each successful call adds to the budget, up to where it began.
     """
 
-    max_attempts: int = 4
+    max_attempts: int = 6
     first_backoff_s: float = 0.05
     max_backoff_s: float = 1.0
     budget: float = 20.0

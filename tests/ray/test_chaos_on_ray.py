@@ -40,7 +40,7 @@ def test_a_short_storm_loses_nothing(tmp_path: Path) -> None:
     assert result["num_requests"] == result["num_ok"] + result["num_typed_errors"] + result["num_transport_errors"]
     assert result["num_ok"] > 100
     assert set(result["num_faults"]) <= set(FaultKind)
-    assert sum(result["num_faults"].values()) >= 5
+    assert sum(result["num_faults"].values()) >= 3
     assert result["num_kills"] >= 1
     assert sum(result["counters_compared"].values()) >= 1
 
