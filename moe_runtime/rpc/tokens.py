@@ -19,7 +19,7 @@ from moe_runtime.rpc.reloading import Reloaded, read_private
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-_TO_SCRAPE: tuple[Scope, ...] = ("metrics",)
+_TO_SCRAPE: tuple[Scope, ...] = ("admin", "metrics")
 
 
 @dataclass(frozen=True)

@@ -272,10 +272,10 @@ def test_token_is_good_on_its_last_day_and_not_after(tmp_path: Path) -> None:
         TokenFile(path, today=lambda: datetime.date(2020, 2, 1)).authenticate(OLD)
 
 
-def test_metrics_are_for_tokens_with_their_scope(tmp_path: Path) -> None:
+def test_metrics_are_for_tokens_with_their_scope_and_for_admins(tmp_path: Path) -> None:
     file = TokenFile(write_tokens(tmp_path / "tokens.yaml"))
     allowed = [shown for shown in (None, "", ALICE, BOB, OLD, METRICS, "z" * 20) if file.lets_scrape(shown)]
-    assert allowed == [METRICS]
+    assert allowed == [BOB, METRICS]
 
 
 def test_token_may_be_kept_as_its_hash(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 def test_the_configuration_in_the_readme_can_be_served(tmp_path: Path) -> None:
     from moe_runtime.launch.build import validate
 
-    [example] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    examples = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    for each in examples:
+        load_config(yaml.safe_load(each))
+    example = examples[0]
     assert load_config(yaml.safe_load(example)).config.name == "my-runtime"
     path = tmp_path / "config.yaml"
     path.write_text(example, encoding="utf-8")
@@ -31,7 +34,7 @@ def test_the_configuration_in_the_readme_can_be_served(tmp_path: Path) -> None:
 
 def test_the_python_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    [config] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    config, *_ = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     [code] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "config.yaml").write_text(config.replace("50051", "0"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
