@@ -69,11 +69,13 @@ def test_call_under_way_at_a_router_that_ends_is_answered_by_another_within_its_
         ended_at = time.monotonic()
         assert call.result().report.num_served == 4
         assert time.monotonic() - ended_at < FAILOVER_S
-        # Nobody asks it again: every call goes straight to the other.
+        # Nobody asks it again: in turn with the other, every second call would wait for it.
+        times_s = []
         for _ in range(20):
             began_at = time.monotonic()
             client.forward(ROWS, layer="vectors", timeout_s=DEADLINE_S)
-            assert time.monotonic() - began_at < 0.5
+            times_s.append(time.monotonic() - began_at)
+        assert sum(time_s > 0.5 for time_s in times_s) <= 3
 
 
 async def test_asynchronous_call_under_way_at_a_killed_router_is_answered_by_another(start: StartProcess) -> None:
