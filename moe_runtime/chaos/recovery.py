@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 #: An expert has two replicas, so half of the kills hit the one that works.
 _NUM_EXPERT_KILLS, _NUM_ROUTER_KILLS = 8, 4
 #: From the question that keeps an expert busy to the kill.
-_KILL_AFTER_S = 0.5 * SLOW_S
+_KILL_AFTER_S = 0.15 * SLOW_S
 #: An answer that took so much longer than its expert sleeps was not the first host's.
-_UNDISTURBED_S = 0.25 * SLOW_S
+_UNDISTURBED_S = 0.12 * SLOW_S
 _WHOLE_WITHIN_S = 60.0
 _LOOK_EVERY_S = 0.1
 #: How long a client is watched after a router was killed.
@@ -52,7 +52,8 @@ async def measure_recovery(
     ``kill_to_noticed``: SIGKILL of an expert host to a router's end of the data plane knowing it.
     ``kill_to_other_answer``: SIGKILL of a host that works on a request to that request's answer by another replica or
     another expert, less the time for which that one sleeps over it, too. ``kill_to_dropped_answer``: the same where
-    the assignment was dropped instead. ``kill_to_back``: SIGKILL to the successor's being ready.
+    the assignment was dropped instead. Neither where a twin was asked before.
+    ``kill_to_back``: SIGKILL to the successor's being ready.
     ``router_failover``: the longest time for which a client that knows both routers is without an answer after one
     was killed; it asks all the time. ``router_back``: SIGKILL of a router to its successor's being ready.
     Every answer is checked and entered in the storm's ledger.
@@ -154,7 +155,7 @@ class _Measuring:
         after_kill_s = asked_at + outcome.elapsed_s - killed_at
         if outcome.report.num_dropped_failure:
             self._note("kill_to_dropped_answer", after_kill_s)
-        elif outcome.elapsed_s > SLOW_S + _UNDISTURBED_S:
+        elif outcome.elapsed_s > SLOW_S + _UNDISTURBED_S and not outcome.report.num_hedged:
             self._note("kill_to_other_answer", after_kill_s - SLOW_S)
 
     def _note(self, name: str, seconds: float) -> None:

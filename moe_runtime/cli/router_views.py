@@ -76,6 +76,11 @@ def _ask(address: str, *, timeout_s: float, connection: Connection) -> RouterVie
                 address, description=client.describe(timeout_s=timeout_s), load=client.status(timeout_s=timeout_s)
             )
         except UnavailableError as exc:
+            if "refused" not in str(exc):
+                raise UnavailableError(
+                    f"{address}: expected a router, found none that can be talked to in this way; "
+                    f"if it speaks TLS, give --tls or --ca: {exc}"
+                ) from exc
             raise UnavailableError(
                 f"nothing serves at {address}: start it with `moe-runtime serve CONFIG --address {address}`, "
                 "or name another with --address"

@@ -66,6 +66,8 @@ def serve_until_stopped(config: Path, where: Where, *, wishes: LogWishes | None 
     with console.status(f"Starting {config.name}") as starting:
 
         def show(num_ready: int, num_actors: int) -> None:
+            # Ray, which has started by now, has put handlers of its own in their place.
+            leave_on_signals()
             starting.update(f"Starting {config.name}: {num_ready} of {num_actors} actors are ready")
 
         runtime = serve(

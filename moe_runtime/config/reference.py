@@ -132,6 +132,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(f"`{argument}`" for argument in arguments)
     if origin is list:
         return f"list of {_type_name(arguments[0])}s"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"list of {_type_name(arguments[0])}"
     if origin is tuple:
         return "[" + ", ".join(_type_name(argument) for argument in arguments) + "]"
     if origin is dict:

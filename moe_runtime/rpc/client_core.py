@@ -109,7 +109,9 @@ class ClientCore:
             return ForwardResult(outputs=convert(reply.outputs), report=reply.report)
 
         method = FORWARD if len(body) <= UNARY_BYTES else FORWARD_STREAM
-        return ClientCall(self, method=method, body=body, decode=decode, timeout_s=timeout_s)
+        return ClientCall(
+            self, method=method, body=body, decode=decode, timeout_s=timeout_s, request_id=request.request_id
+        )
 
     def describe(self, timeout_s: float | None) -> ClientCall[dict[str, Any]]:
         """A call that asks what a router serves."""
@@ -135,8 +137,10 @@ class ClientCall(Generic[ResultT]):
         body: bytes,
         decode: Callable[[bytes], ResultT],
         timeout_s: float | None,
+        request_id: str | None = None,
     ) -> None:
         self._core = core
+        self._request_id = request_id
         self._decode = decode
         self._deadline = _deadline(core.now(), timeout_s)
         self._num_attempts = 0
@@ -176,8 +180,7 @@ class ClientCall(Generic[ResultT]):
         in_time = self._deadline is None or self._core.now() + delay_s < self._deadline
         may_retry = in_time and self._num_attempts < self._core.retry_policy.max_attempts
         if not may_retry or not (self._goes_elsewhere(error) or self._core.retry_budget.spend()):
-            error.add_note(f"after {self._num_attempts} attempts, the last at {self.attempt.address}")
-            raise error
+            raise self._with_story(error)
         self.attempt = self._next_attempt(method, body, delay_s=delay_s)
 
     def _goes_elsewhere(self, error: MoERuntimeError) -> bool:
@@ -197,7 +200,12 @@ class ClientCall(Generic[ResultT]):
             hint_s = error.retry_after_ms / 1e3
             if self._deadline is not None or hint_s <= _LONGEST_HINT_S:
                 return max(hint_s, backoff_s)
-        raise error
+        raise self._with_story(error)
+
+    def _with_story(self, error: MoERuntimeError) -> MoERuntimeError:
+        about = "" if self._request_id is None else f"; request {self._request_id}"
+        error.add_note(f"after {self._num_attempts} attempts, the last at {self.attempt.address}{about}")
+        return error
 
     def _next_attempt(self, method: str, body: bytes, *, delay_s: float) -> Attempt:
         left_s = None if self._deadline is None else self._deadline - self._core.now() - delay_s

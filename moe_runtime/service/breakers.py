@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 #: How long the first time, and at most.
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 8.0
+#: How long the first time where an answer is late: whoever still works on it will answer, which closes the breaker, and
+#: each probe may cost a request its time.
+LATE_BACKOFF_S = 4.0
 
 
 @dataclass(slots=True)
@@ -62,11 +65,11 @@ class Breakers:
         if breaker is not None:
             breaker.is_probed = False
 
-    def failed(self, key: Hashable, *, sent_at: float) -> None:
+    def failed(self, key: Hashable, *, sent_at: float, first_backoff_s: float = FIRST_BACKOFF_S) -> None:
         """Open the breaker, because of a message; one that was sent before it opened says nothing new."""
         breaker = self._open.get(key)
         if breaker is None:
-            self._open[key] = _Breaker(self._clock.now(), FIRST_BACKOFF_S)
+            self._open[key] = _Breaker(self._clock.now(), first_backoff_s)
         elif sent_at >= breaker.opened_at:
             self._open[key] = _Breaker(self._clock.now(), min(2.0 * breaker.backoff_s, LONGEST_BACKOFF_S))
 

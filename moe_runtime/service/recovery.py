@@ -156,7 +156,7 @@ class Recovery:
             self._stats.num_poisoned += 1
             flight.log().errors[request] = PoisonedRequestError(
                 f"layer {flight.layer.name}: {flight.request_name(request)}: two expert hosts died while they had it,"
-                " the second when it was sent alone; do not send it again"
+                " the second when it was sent alone; send it again only if they may have died of something else"
             )
 
     def _place(self, failed: _Failed) -> Iterator[_Placed]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moe_runtime.service.breakers import Breakers
+from moe_runtime.service.breakers import LATE_BACKOFF_S, Breakers
 from moe_runtime.service.routing_table import ReplicaState
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class ReplicaChoice:
         """A host did not answer a message in time."""
         incarnation = message.endpoint.incarnation
         for segment in message.segments:
-            self._breakers.failed((incarnation, segment.replica_id), sent_at=sent_at)
+            self._breakers.failed((incarnation, segment.replica_id), sent_at=sent_at, first_backoff_s=LATE_BACKOFF_S)
 
     def host_lost(self, endpoint: Endpoint) -> None:
         """A host has gone, and has not been replaced as far as is known."""

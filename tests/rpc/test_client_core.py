@@ -80,7 +80,8 @@ def test_backoff_doubles_up_to_its_maximum_within_its_jitter() -> None:
         assert longest_s / 2 <= call.attempt.delay_s <= longest_s
     with pytest.raises(UnavailableError) as caught:
         call.failed(UNAVAILABLE)
-    assert caught.value.__notes__ == ["after 4 attempts, the last at a:1"]
+    (note,) = caught.value.__notes__
+    assert note.startswith("after 4 attempts, the last at a:1; request ")
 
 
 def test_another_router_is_tried_without_a_pause() -> None:

@@ -8,7 +8,7 @@ import torch
 from fakes.service import FakeClock, FakeTransport, endpoint, logits_for, make_layer, replica, table_of, tokens_of
 from moe_runtime.config.models import OnFailureConfig
 from moe_runtime.service.batch import Batch
-from moe_runtime.service.breakers import FIRST_BACKOFF_S, LONGEST_BACKOFF_S, Breakers
+from moe_runtime.service.breakers import FIRST_BACKOFF_S, LATE_BACKOFF_S, LONGEST_BACKOFF_S, Breakers
 from moe_runtime.service.dispatch import PlannedSegment, make_message
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.ports import HostLost
@@ -117,7 +117,7 @@ def test_after_a_time_out_the_replica_gets_nothing_then_a_probe_then_its_share()
     router.engine.poll(0.0)
     assert router.transport.sent[-1][0] == endpoint(11)
     assert [router.submit() for _ in range(3)] == [[11]] * 3
-    router.clock.advance(FIRST_BACKOFF_S)
+    router.clock.advance(LATE_BACKOFF_S)
     assert router.submit() == [10]
     assert router.submit() == [11]
     router.transport.answer(router.transport.sent[-2][1])
