@@ -188,7 +188,7 @@ def test_refusal_comes_before_the_body(guarded: LiveRouter) -> None:
 
 
 def test_tokens_are_neither_logged_nor_shown(guarded: LiveRouter, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG), MoEClient(guarded.address, token=ALICE) as client:
+    with caplog.at_level(logging.DEBUG, logger="moe_runtime"), MoEClient(guarded.address, token=ALICE) as client:
         client.forward(ROWS, layer="vectors", timeout_s=20)
         with MoEClient(guarded.address, token="wrong-" * 5) as stranger, pytest.raises(UnauthenticatedError) as caught:
             stranger.forward(ROWS, layer="vectors", timeout_s=20)
