@@ -26,7 +26,7 @@ class RetryPolicy:
     max_attempts: int = 6
     first_backoff_s: float = 0.05
     max_backoff_s: float = 1.0
-    budget: float = 20.0
+    budget: float = 100.0
     earned_per_success: float = 0.1
 
     def backoff_s(self, num_retries: int, rng: random.Random) -> float:
