@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from moe_runtime.cli.consoles import report_error, stdout_console
@@ -111,19 +111,25 @@ class StopSignals:
     """SIGINT and SIGTERM of this process from now on: the first is awaited, the second ends the process."""
 
     def __init__(self) -> None:
-        # SimpleQueue.put may interrupt itself and get; the locks of threading.Event may not.
-        self._received: SimpleQueue[signal.Signals] = SimpleQueue()
+        self._received: list[signal.Signals] = []
+        # A signal may be delivered to any thread, and then interrupts no lock that this one waits for; but whichever
+        # thread it is, a byte is written here.
+        self._wakes, self._writes = socket.socketpair()
+        self._writes.setblocking(False)
+        signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
         for number in _STOP_SIGNALS:
             signal.signal(number, self._first)
 
     def wait(self) -> signal.Signals:
         """The first signal, when it has come."""
-        return self._received.get()
+        while not self._received:
+            self._wakes.recv(1)
+        return self._received[0]
 
     def _first(self, number: int, _frame: FrameType | None) -> None:
         for each in _STOP_SIGNALS:
             signal.signal(each, _end_at_once)
-        self._received.put(signal.Signals(number))
+        self._received.append(signal.Signals(number))
 
 
 def _end_as_lost(reason: str) -> None:
