@@ -114,6 +114,8 @@ class Load:
             "served": report.num_served,
             "dropped_capacity": report.num_dropped_capacity,
             "dropped_failure": report.num_dropped_failure,
+            "rerouted": report.num_rerouted,
+            "retried": report.num_retried,
             "experts": np.bincount(experts, minlength=len(outputs)).tolist(),
             "warnings": list(report.warnings),
             "batch_tokens": list(report.batch_tokens),

@@ -100,7 +100,7 @@ class Line:
     @property
     def is_affected(self) -> bool:
         """Whether it was answered without an expert that it was meant for."""
-        return self.error is not None or self.report["dropped_failure"] > 0
+        return self.error is not None or any(self.report[how] for how in ("dropped_failure", "rerouted", "retried"))
 
 
 @dataclass
