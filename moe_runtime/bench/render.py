@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import Console
-    from rich.progress import TaskID
+    from rich.progress import Progress, TaskID
 
     from moe_runtime.bench.results import Row
     from moe_runtime.bench.suite import Suite
@@ -29,17 +28,6 @@ class ShownStage:
     def update(self, num_done: int, num_all: int) -> None:
         """So many steps of so many are done."""
         self._progress.update(self._task, completed=num_done, total=num_all)
-
-
-def make_progress(console: Console) -> Progress:
-    """Bars for a suite's stages, which stay on the screen when they are done."""
-    columns: list[ProgressColumn] = [
-        SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-    ]
-    return Progress(*columns, console=console)
 
 
 def show_title(console: Console, suite: Suite) -> None:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.bench.errors import BenchError
 from moe_runtime.bench.machine import describe_machine
-from moe_runtime.bench.render import ShownStage, make_progress, show_duration, show_machine, show_rows, show_title
+from moe_runtime.bench.render import ShownStage, show_duration, show_machine, show_rows, show_title
 from moe_runtime.bench.results import SuiteRun, write_json
 from moe_runtime.bench.suite import BenchSettings
 from moe_runtime.bench.suites import SUITES
+from moe_runtime.progress import make_progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +81,7 @@ def _possible(console: Console) -> list[Suite]:
 
 def _measure(suite: Suite, *, quick: bool, console: Console) -> list[Row]:
     show_title(console, suite)
-    with make_progress(console) as progress:
+    with make_progress(console, has_notes=False) as progress:
 
         def begin(title: str) -> ShownStage:
             return ShownStage(progress, progress.add_task(title, total=None))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -16,18 +15,6 @@ if TYPE_CHECKING:
 
     from moe_runtime.chaos.result import ChaosResult, Spread
     from moe_runtime.chaos.storm import Progress as StormProgress
-
-
-def make_progress(console: Console) -> Progress:
-    """Bars for the stages of a run, which stay on the screen when they are done."""
-    columns: list[ProgressColumn] = [
-        SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[note]}[/]"),
-    ]
-    return Progress(*columns, console=console)
 
 
 def show_title(console: Console, *, seed: int, minutes: float) -> None:

@@ -21,11 +21,12 @@ from moe_runtime.chaos.layer import chaos_config, draw_weights, write_weights
 from moe_runtime.chaos.processes import marked
 from moe_runtime.chaos.recovery import measure_recovery
 from moe_runtime.chaos.reference import Reference
-from moe_runtime.chaos.render import make_progress, progress_note, show_result, show_title
+from moe_runtime.chaos.render import progress_note, show_result, show_title
 from moe_runtime.chaos.result import ChaosResult, Spread, sums_of
 from moe_runtime.chaos.schedule import make_schedule
 from moe_runtime.chaos.storm import Storm
 from moe_runtime.launch.runtime import serve
+from moe_runtime.progress import make_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

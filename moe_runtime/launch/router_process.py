@@ -141,21 +141,12 @@ class RouterProcess:
             node=self._node,
             needs_table=True,
         )
-        info = {"name": self._recipe.runtime, "node": self._node}
         try:
-            server = RpcServer(
-                service, address=address, limits=self._recipe.limits, info=info, security=self._recipe.security
-            )
+            server = self._make_server(service, address)
         except ConfigError:
             service.close()
             raise
-        metrics = RouterMetrics(
-            service,
-            self._recipe,
-            node=self._node,
-            rpc_counts=server.counts,
-            authorize=None if server.tokens is None else server.tokens.lets_scrape,
-        )
+        metrics = self._make_metrics(service, server)
         service.start()
         try:
             bound = server.start()
@@ -234,3 +225,12 @@ class RouterProcess:
             self._server.stop(_GRACE_S)
         if self._service is not None:
             self._service.close()
+
+    def _make_server(self, service: RouterService, address: str) -> RpcServer:
+        recipe = self._recipe
+        info = {"name": recipe.runtime, "node": self._node}
+        return RpcServer(service, address=address, limits=recipe.limits, info=info, security=recipe.security)
+
+    def _make_metrics(self, service: RouterService, server: RpcServer) -> RouterMetrics:
+        authorize = None if server.tokens is None else server.tokens.lets_scrape
+        return RouterMetrics(service, self._recipe, node=self._node, rpc_counts=server.counts, authorize=authorize)

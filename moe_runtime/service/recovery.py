@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moe_runtime.service.stats import RouterStats
 
 
+#: Replicas that may be held up by the same rows.
 _MAX_TIMEOUTS = 2
 
 

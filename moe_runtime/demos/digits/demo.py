@@ -11,7 +11,7 @@ from moe_runtime.demos.digits import artifacts
 from moe_runtime.demos.digits.data import load_digits
 from moe_runtime.demos.digits.recipe import DEFAULT_RECIPE, LAYER
 from moe_runtime.demos.digits.reference import Reference
-from moe_runtime.demos.digits.render import make_progress, show_result, show_title
+from moe_runtime.demos.digits.render import show_result, show_title
 from moe_runtime.demos.digits.summary import Preparation, served_experts, summarise
 from moe_runtime.demos.digits.traffic import DEFAULT_LOAD, send
 from moe_runtime.demos.digits.training import train
@@ -19,6 +19,7 @@ from moe_runtime.demos.errors import DemoError
 from moe_runtime.errors import PlugInError, WeightsError
 from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.launch.runtime import serve
+from moe_runtime.progress import make_progress
 from moe_runtime.rpc.client import MoEClient
 
 if TYPE_CHECKING:

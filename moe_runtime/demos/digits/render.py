@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,18 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moe_runtime.demos.digits.result import DigitsResult
-
-
-def make_progress(console: Console) -> Progress:
-    """Bars for the demo's stages, which stay on the screen when they are done."""
-    columns: list[ProgressColumn] = [
-        SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[note]}[/]"),
-    ]
-    return Progress(*columns, console=console)
 
 
 def show_title(console: Console) -> None:
