@@ -8,6 +8,7 @@ import torch
 
 from moe_runtime.bench.errors import BenchError
 from moe_runtime.routing.gates import LinearGate
+from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.service.batch import Batch
 from moe_runtime.service.engine import RouterEngine
 
@@ -52,7 +53,7 @@ class LibraryLayer:
         Raises:
             BenchError: If an expert did not serve its rows.
         """
-        self.engine.submit(Batch(self.layer.name, tokens, k=k))
+        self.engine.submit(Batch(self.layer.name, tokens, info=TokenInfo(k=k)))
         while True:
             for result in self.engine.poll(_POLL_S):
                 if result.failures is not None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.experts.kinds.feed_forward import FeedForward, FeedForwardOptions
 from moe_runtime.experts.protocol import ExpertKind
 

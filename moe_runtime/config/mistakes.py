@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from moe_runtime.config.models import NAME_PATTERN
+from moe_runtime.config.strict import NAME_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

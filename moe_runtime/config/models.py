@@ -3,103 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-#: Native code behind the fields has no unbounded integers.
-MAX_COUNT = 2**31 - 1
-MAX_BYTES = 2**40
-#: Elements of one token: 1 GiB in float32.
-MAX_ITEM_ELEMENTS = 2**28
-MAX_THREADS = 1024
-MAX_SECONDS = 30 * 24 * 3600
+from moe_runtime.config.balance import BalanceConfig, LossesConfig
+from moe_runtime.config.experts import ExpertConfig
+from moe_runtime.config.gates import GateConfig, LinearGateConfig
+from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
+from moe_runtime.config.strict import MAX_COUNT, MAX_ITEM_ELEMENTS, MAX_SECONDS, StrictModel
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 DTypeName = Literal["float32", "float64", "float16", "bfloat16"]
 WireDTypeName = Literal["float32", "float16", "bfloat16"]
-ResidualRule = Literal["add", "passthrough", "none"]
-Normalize = Literal["before_drop", "after_drop", "none"]
+ResidualRule = Literal["add", "passthrough", "none", "blend"]
 WeightOn = Literal["output", "input"]
 Strategy = Literal["spread", "pack"]
+SharedGate = Literal["none", "sigmoid"]
 FailureStep = Literal["replica", "reroute", "drop", "error"]
-
-
-class StrictModel(BaseModel):
-    """Base of every configuration block: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class LinearGateConfig(StrictModel):
-    """Router logits ``x @ W.T (+ b)``."""
-
-    kind: Literal["linear"] = "linear"
-    bias: bool = Field(False, description="Adds a learned bias per expert.")
-    in_features: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_ITEM_ELEMENTS,
-        description="Width of the gate's input; the flattened `item_shape` when not given.",
-    )
-    jitter_eps: float = Field(
-        0.0, ge=0, lt=1, description="Training only: multiplies the gate's copy of the input by U[1-eps, 1+eps]."
-    )
-    weights: str | None = Field(
-        None, description="A safetensors file, relative to the config file; initialised from `seed` without it."
-    )
-
-
-class MLPGateConfig(LinearGateConfig):
-    """Linear, ReLU, linear (Eigen, Ranzato, Sutskever 2013)."""
-
-    kind: Literal["mlp"]  # type: ignore[assignment]
-    hidden_features: int = Field(ge=1, le=MAX_ITEM_ELEMENTS, description="Width of the hidden layer.")
-
-
-class NoisyGateConfig(LinearGateConfig):
-    """Linear; training adds learned Gaussian noise to the logits (Shazeer et al. 2017)."""
-
-    kind: Literal["noisy"]  # type: ignore[assignment]
-
-
-GateConfig = Annotated[LinearGateConfig | MLPGateConfig | NoisyGateConfig, Field(discriminator="kind")]
-
-
-class DensePolicyConfig(StrictModel):
-    """Every expert serves every token, weighted by the softmax (Jacobs, Jordan, Nowlan, Hinton 1991)."""
-
-    kind: Literal["dense"]
-    normalize: Normalize = Field("before_drop", description="Which assignments the weights are normalised over.")
-
-
-class TopKPolicyConfig(StrictModel):
-    """Each token goes to its `k` experts of the highest score (Shazeer et al. 2017)."""
-
-    kind: Literal["top_k"] = "top_k"
-    k: int = Field(2, ge=1, le=65536, description="Experts per token.")
-    score: Literal["softmax", "sigmoid", "softmax_after_topk"] = Field(
-        "softmax", description="How router logits become scores."
-    )
-    normalize: Normalize = Field(
-        "before_drop",
-        description="`before_drop`: over the token's assignments, dropped ones included (a half-dropped token is "
-        "attenuated); `after_drop`: over the served ones (a lone survivor gets weight 1); `none`: scores as they are.",
-    )
-    norm_p: float = Field(
-        1.0, ge=0.1, le=100, description="The p of the norm that weights are divided by; 1 is their sum."
-    )
-    scaling_factor: float = Field(1.0, gt=0, le=1e6, description="Multiplies the weights, last.")
-
-
-class SwitchPolicyConfig(StrictModel):
-    """One expert per token, weighted by its probability among all (Switch Transformers 2021)."""
-
-    kind: Literal["switch"]
-
-
-PolicyConfig = Annotated[DensePolicyConfig | TopKPolicyConfig | SwitchPolicyConfig, Field(discriminator="kind")]
 
 
 class CapacityConfig(StrictModel):
@@ -146,80 +66,6 @@ class HedgeConfig(StrictModel):
     max_share: float = Field(0.05, gt=0, le=1, description="Share of messages that may be hedged.")
 
 
-class ViewConfig(StrictModel):
-    """The part of a token that an expert sees, and in which shape."""
-
-    columns: tuple[int, int] | None = Field(
-        None, description="Half-open range of the flattened token's columns; all when not given."
-    )
-    shape: list[int] | None = Field(None, description="Shape of what the expert sees; flat when not given.")
-
-    @field_validator("columns")
-    @classmethod
-    def _ascending(cls, columns: tuple[int, int] | None) -> tuple[int, int] | None:
-        if columns is not None and not 0 <= columns[0] < columns[1]:
-            raise ValueError(f"expected [start, stop] with 0 <= start < stop, found {list(columns)}")
-        return columns
-
-
-class ResourcesConfig(StrictModel):
-    """What an expert's actor asks of the cluster."""
-
-    num_cpus: float = Field(0.1, ge=0, le=65536, description="CPUs that Ray reserves.")
-    num_gpus: float | None = Field(
-        None,
-        ge=0,
-        le=1024,
-        description="GPUs that Ray reserves, a share of one or whole ones; 1 where `device` resolves to cuda, else 0.",
-    )
-    memory_bytes: int | None = Field(None, ge=1, le=MAX_BYTES, description="Memory that Ray reserves.")
-    max_rss_bytes: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_BYTES,
-        description="Resident memory of the actor's process above which it is drained and replaced.",
-    )
-    custom: dict[str, float] = Field(default_factory=dict, description="Custom Ray resources.")
-    node_labels: dict[str, str] = Field(default_factory=dict, description="Labels that the node must have.")
-
-    @field_validator("num_gpus")
-    @classmethod
-    def _share_or_whole(cls, num_gpus: float | None) -> float | None:
-        if num_gpus is not None and num_gpus > 1 and num_gpus != int(num_gpus):
-            raise ValueError(f"expected a whole number above 1, as Ray shares only a single GPU; found {num_gpus:g}")
-        return num_gpus
-
-
-class ExpertConfig(StrictModel):
-    """One expert, or `count` alike."""
-
-    kind: str = Field(description="A built-in kind or one that a plug-in registers.")
-    name: Name | None = Field(
-        None, description="Unique in the layer; `<kind>-<n>` when not given; `<name>-<n>` where `count` is above 1."
-    )
-    count: int = Field(1, ge=1, le=65536, description="How many experts this block stands for.")
-    replicas: int = Field(
-        1,
-        ge=1,
-        le=1024,
-        description="Actors that serve each of these experts, on nodes of their own where there is room.",
-    )
-    weights: str | None = Field(
-        None,
-        description="A safetensors file, relative to the config file; `{i}` is the index within `count`. "
-        "Initialised from `seed` without it.",
-    )
-    view: ViewConfig | None = Field(None, description="The part of the token that the expert sees.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the kind.")
-    resources: ResourcesConfig = Field(default_factory=ResourcesConfig, description="Demands of the expert's actor.")
-
-    @model_validator(mode="after")
-    def _one_file_per_expert(self) -> ExpertConfig:
-        if self.count > 1 and self.weights is not None and "{i}" not in self.weights:
-            raise ValueError(f"weights: with count {self.count}, expected a name with {{i}}, found {self.weights!r}")
-        return self
-
-
 _NARROWER: dict[DTypeName, tuple[WireDTypeName, ...]] = {
     "float64": ("float32", "float16", "bfloat16"),
     "float32": ("float16", "bfloat16"),
@@ -238,8 +84,8 @@ class LayerConfig(StrictModel):
     capacity: CapacityConfig = Field(default_factory=CapacityConfig, description="Capacity and overflow.")
     residual: ResidualRule | None = Field(
         None,
-        description="`add`: x + y; `passthrough`: x where nothing was served; `none`: 0 there. "
-        "`passthrough` where shapes agree, else `none`, when not given.",
+        description="`add`: x + y; `passthrough`: x where nothing was served; `none`: 0 there; `blend`: y + (1 - sum "
+        "of the weights) x (BASE). `passthrough` where shapes agree, else `none`, when not given.",
     )
     weight_on: WeightOn = Field("output", description="`input` scales what the expert sees (Llama 4).")
     on_failure: OnFailureConfig = Field(
@@ -266,6 +112,19 @@ class LayerConfig(StrictModel):
         "spread", description="`spread`: its actors over as many nodes as there are; `pack`: on as few as will do."
     )
     experts: list[ExpertConfig] = Field(min_length=1, description="The experts; gate rows follow their order.")
+    shared_experts: list[ExpertConfig] = Field(
+        default_factory=list,
+        description="Experts that serve every token, outside of `k`, capacity, normalisation and losses (DeepSeekMoE).",
+    )
+    shared_gate: SharedGate = Field(
+        "none", description="Weight of a shared expert: 1, or `sigmoid` of a learned score of the token (Qwen2-MoE)."
+    )
+    allow_batch_coupled: bool = Field(
+        False,
+        description="Lets requests share a batch although the policy couples the tokens of a batch.",
+    )
+    losses: LossesConfig = Field(default_factory=LossesConfig, description="What training adds to its own loss.")
+    balance: BalanceConfig = Field(default_factory=BalanceConfig, description="Balance while serving.")
 
     @field_validator("item_shape")
     @classmethod
@@ -278,7 +137,7 @@ class LayerConfig(StrictModel):
 
     @property
     def num_experts(self) -> int:
-        """Experts of the layer, after ``count`` is expanded."""
+        """Experts that tokens are routed to, after ``count`` is expanded; shared ones are not among them."""
         return sum(expert.count for expert in self.experts)
 
     @model_validator(mode="after")
@@ -306,8 +165,20 @@ class LayerConfig(StrictModel):
 
     @model_validator(mode="after")
     def _enough_experts(self) -> LayerConfig:
-        if isinstance(self.policy, TopKPolicyConfig) and self.policy.k > self.num_experts:
-            raise ValueError(
-                f"policy.k: expected at most {self.num_experts}, the layer's experts, found {self.policy.k}"
-            )
+        k = getattr(self.policy, "k", 1)
+        if k > self.num_experts:
+            raise ValueError(f"policy.k: expected at most {self.num_experts}, the layer's experts, found {k}")
+        return self
+
+    @model_validator(mode="after")
+    def _bias_has_a_policy(self) -> LayerConfig:
+        uses_bias = isinstance(self.policy, TopKPolicyConfig) and self.policy.expert_bias
+        if self.balance.online_bias and not uses_bias:
+            raise ValueError("balance.online_bias: expected policy top_k with expert_bias true, found another policy")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_gate_has_experts(self) -> LayerConfig:
+        if self.shared_gate != "none" and not self.shared_experts:
+            raise ValueError(f"shared_gate: expected none without shared_experts, found {self.shared_gate}")
         return self

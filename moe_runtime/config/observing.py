@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, field_validator
 
 from moe_runtime.config.hosts import is_loopback
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.logs import LogFormat, LogLevel, LogSettings
 
 if TYPE_CHECKING:

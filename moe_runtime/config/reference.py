@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from moe_runtime.config.models import NAME_PATTERN
 from moe_runtime.config.runtime import RuntimeConfig
+from moe_runtime.config.strict import NAME_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -8,9 +8,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from moe_runtime.config.hosts import is_loopback
-from moe_runtime.config.models import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_THREADS, LayerConfig, Name, StrictModel
+from moe_runtime.config.models import LayerConfig
 from moe_runtime.config.observing import LoggingConfig, MetricsConfig
 from moe_runtime.config.security import SecurityConfig
+from moe_runtime.config.strict import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_THREADS, Name, StrictModel
 
 
 class RouterConfig(StrictModel):

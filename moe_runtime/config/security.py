@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import datetime  # noqa: TC003  # pydantic evaluates the annotation
+import datetime  # pydantic evaluates the annotation
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from moe_runtime.config.models import Name, StrictModel
+from moe_runtime.config.strict import Name, StrictModel
 
 if TYPE_CHECKING:
     from pathlib import Path

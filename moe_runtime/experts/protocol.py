@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.errors import ConfigError, PlugInError
 from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.kinds.conv import CONV

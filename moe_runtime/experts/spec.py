@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from moe_runtime.config.mistakes import describe_mistake
-from moe_runtime.config.models import MAX_ITEM_ELEMENTS
+from moe_runtime.config.strict import MAX_ITEM_ELEMENTS
 from moe_runtime.errors import ConfigError, PlugInError
 from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.protocol import Expert, ExpertContract
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
     from torch import nn
 
-    from moe_runtime.config.models import DTypeName, StrictModel, ViewConfig
+    from moe_runtime.config.experts import ViewConfig
+    from moe_runtime.config.models import DTypeName
+    from moe_runtime.config.strict import StrictModel
 
 
 @dataclass(frozen=True)

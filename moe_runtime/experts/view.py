@@ -11,7 +11,7 @@ from moe_runtime.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_runtime.config.models import ViewConfig
+    from moe_runtime.config.experts import ViewConfig
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from moe_runtime.experts.build import check_weights
 from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.experts.spec import expert_contract
 from moe_runtime.launch.expansion import expand_experts, name_mistakes
-from moe_runtime.launch.gates import check_gate_weights, gate_seed
+from moe_runtime.launch.gates import check_gate_weights, gate_seed, gate_shape
 from moe_runtime.launch.packing import pack_experts
 from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary, RouterRecipe
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.rules import check_rules, resolve_residual
 from moe_runtime.rpc.server import check_security
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.expansion import ExpandedExpert
+    from moe_runtime.routing.policy import Policy
 
 
 def validate(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> ConfigSummary:
@@ -143,9 +144,11 @@ class _LayerCheck:
             self._mistakes.add(ConfigError(line))
         self._check_devices()
         out_shape = self._check_experts()
-        self._check_gate()
-        if out_shape is not None:
-            self._check_rules(out_shape)
+        policy = self._policy()
+        if policy is not None:
+            self._check_gate(policy)
+        if policy is not None and out_shape is not None:
+            self._check_rules(policy, out_shape)
         if out_shape is None or len(self._mistakes.lines) > num_before:
             return None
         return self._make(out_shape)
@@ -175,8 +178,15 @@ class _LayerCheck:
             hedge=layer.hedge,
             experts_per_actor=layer.experts_per_actor,
             strategy=layer.strategy,
+            allow_batch_coupled=layer.allow_batch_coupled,
             experts=tuple(expert.recipe for expert in self._experts),
+            num_shared=self._num_shared,
+            shared_gate=layer.shared_gate,
         )
+
+    @property
+    def _num_shared(self) -> int:
+        return len(self._experts) - self._layer.num_experts
 
     @property
     def _gate_features(self) -> int:
@@ -235,16 +245,20 @@ class _LayerCheck:
         except WeightsError as exc:
             self._mistakes.add(exc, prefix=expert.key, instead_of=spec.where)
 
-    def _check_gate(self) -> None:
+    def _policy(self) -> Policy | None:
+        try:
+            return build_policy(self._layer.policy, num_experts=self._layer.num_experts)
+        except ConfigError as exc:
+            self._mistakes.add(exc, prefix=f"{self._key}.")
+            return None
+
+    def _check_gate(self, policy: Policy) -> None:
         if self._gate_weights is None or self._is_elsewhere(self._gate_weights):
             return
         try:
-            check_gate_weights(
-                self._layer.gate,
-                weights=self._gate_weights,
-                in_features=self._gate_features,
-                num_experts=len(self._experts),
-            )
+            num_gated = 0 if self._layer.shared_gate == "none" else self._num_shared
+            shape = gate_shape(policy, in_features=self._gate_features, num_gated_shared=num_gated)
+            check_gate_weights(self._layer.gate, shape, weights=self._gate_weights)
         except WeightsError as exc:
             self._mistakes.add(exc, prefix=f"{self._key}.gate.weights: ")
 
@@ -252,11 +266,10 @@ class _LayerCheck:
         """Whether a file can be checked only where it is used."""
         return self._nodes_have_paths and source is not None and not is_uri(source) and not Path(source).exists()
 
-    def _check_rules(self, out_shape: tuple[int, ...]) -> None:
+    def _check_rules(self, policy: Policy, out_shape: tuple[int, ...]) -> None:
         layer = self._layer
         item_shape = tuple(layer.item_shape)
         try:
-            policy = build_policy(layer.policy, num_experts=len(self._experts))
             check_rules(
                 policy,
                 capacity=layer.capacity,

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from moe_runtime.config.load import is_uri, load_config
-from moe_runtime.config.models import NAME_PATTERN
+from moe_runtime.config.strict import NAME_PATTERN
 from moe_runtime.errors import ConfigError
 from moe_runtime.experts.weights import MANIFEST_NAME, sha256_of
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, field_validator
 
 from moe_runtime.config.mistakes import describe_mistakes
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.config.yaml_file import read_yaml
 from moe_runtime.errors import ConfigError
 from moe_runtime.launch.forecast import PlannedNode

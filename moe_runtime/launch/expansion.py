@@ -12,8 +12,9 @@ from moe_runtime.launch.recipes import ExpertRecipe
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from moe_runtime.config.experts import ExpertConfig
     from moe_runtime.config.load import LoadedConfig
-    from moe_runtime.config.models import ExpertConfig, LayerConfig
+    from moe_runtime.config.models import LayerConfig
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class ExpandedExpert:
 
 
 def expand_experts(loaded: LoadedConfig, layer_name: str) -> list[ExpandedExpert]:
-    """The experts of a layer in the order of the gate's rows; names may still clash."""
+    """The experts of a layer in the order of the gate's rows, then the shared ones; names may still clash."""
     layer = loaded.config.layers[layer_name]
-    taken = {name for block in layer.experts for name in _given_names(block)}
+    taken = {name for _, block in _blocks(layer) for name in _given_names(block)}
     experts: list[ExpandedExpert] = []
-    for index, block in enumerate(layer.experts):
+    for key, block in _blocks(layer):
         for i, name in enumerate(_names(block, taken)):
             weights = None if block.weights is None else loaded.locate(block.weights.replace("{i}", str(i)))
             spec = ExpertSpec(
@@ -53,22 +54,32 @@ def expand_experts(loaded: LoadedConfig, layer_name: str) -> list[ExpandedExpert
                 exact=layer.exact,
                 wire_dtype=layer.wire_dtype,
             )
-            key = f"layers.{layer_name}.experts.{index}"
-            experts.append(ExpandedExpert(key, i == 0, ExpertRecipe(spec, block.resources, block.replicas)))
+            experts.append(
+                ExpandedExpert(
+                    f"layers.{layer_name}.{key}", i == 0, ExpertRecipe(spec, block.resources, block.replicas)
+                )
+            )
     return experts
 
 
 def name_mistakes(layer_name: str, layer: LayerConfig) -> Iterator[str]:
     """One line per name that an earlier block of the layer has too."""
-    owners: dict[str, int] = {}
-    for index, block in enumerate(layer.experts):
+    owners: dict[str, str] = {}
+    for key, block in _blocks(layer):
         for name in _given_names(block):
-            owner = owners.setdefault(name, index)
-            if owner != index:
+            owner = owners.setdefault(name, key)
+            if owner != key:
                 yield (
-                    f"layers.{layer_name}.experts.{index}.name: expected a name that no other expert of the layer "
-                    f"has, found {name!r}, which experts.{owner} has"
+                    f"layers.{layer_name}.{key}.name: expected a name that no other expert of the layer "
+                    f"has, found {name!r}, which {owner} has"
                 )
+
+
+def _blocks(layer: LayerConfig) -> Iterator[tuple[str, ExpertConfig]]:
+    """Every block of experts with its key within the layer, ``experts.0``."""
+    for key, blocks in (("experts", layer.experts), ("shared_experts", layer.shared_experts)):
+        for index, block in enumerate(blocks):
+            yield f"{key}.{index}", block
 
 
 def _given_names(block: ExpertConfig) -> list[str]:

@@ -18,7 +18,7 @@ from moe_runtime.launch.plans import plan_runtime
 from moe_runtime.ray_backend.addresses import router_addresses, split_address
 from moe_runtime.ray_backend.cluster import Cluster
 from moe_runtime.ray_backend.placer import NodeShape, place_actors
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -203,7 +203,7 @@ def _weights_bytes(spec: ExpertSpec, known: dict[object, int]) -> int:
 
 
 def _assignments_per_token(layer: LayerRecipe) -> int:
-    return build_policy(layer.policy, num_experts=len(layer.experts)).max_k
+    return build_policy(layer.policy, num_experts=layer.num_routed).max_k + layer.num_shared
 
 
 def _devices(hosts: Iterable[ActorForecast], nodes: Sequence[PlannedNode]) -> Iterator[DeviceForecast]:

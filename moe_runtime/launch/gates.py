@@ -11,11 +11,24 @@ from moe_runtime.config.load import is_uri
 from moe_runtime.experts.remote_files import check_uri
 from moe_runtime.experts.weights import check_fit, load_into, load_weights
 from moe_runtime.experts.weights_store import WeightsStore
-from moe_runtime.routing.gates import build_gate
+from moe_runtime.routing.gates import GateShape, build_gate
 
 if TYPE_CHECKING:
-    from moe_runtime.config.models import GateConfig
+    from moe_runtime.config.gates import GateConfig
     from moe_runtime.routing.gates import Gate
+    from moe_runtime.routing.policy import Policy
+
+
+def gate_shape(policy: Policy, *, in_features: int, num_gated_shared: int) -> GateShape:
+    """How wide the gate of a layer is.
+
+    Args:
+        policy: The layer's.
+        in_features: Width of the gate's input.
+        num_gated_shared: Shared experts whose weight the gate scores.
+    """
+    num_biases = policy.num_experts if policy.uses_bias else 0
+    return GateShape(in_features, policy.num_logits, num_biases=num_biases, num_shared=num_gated_shared)
 
 
 def gate_seed(seed: int, layer: str) -> int:
@@ -26,10 +39,9 @@ def gate_seed(seed: int, layer: str) -> int:
 
 def load_gate(
     config: GateConfig,
+    shape: GateShape,
     *,
     weights: str | None,
-    in_features: int,
-    num_experts: int,
     seed: int,
     store: WeightsStore | None = None,
 ) -> Gate:
@@ -37,23 +49,22 @@ def load_gate(
 
     Args:
         config: The gate's block.
+        shape: How wide it is.
         weights: Absolute path or address of a safetensors file whose keys are the gate's parameters; None takes the
             seed.
-        in_features: Width of the gate's input.
-        num_experts: Experts of the layer.
         seed: Initialises the gate where there are no weights.
         store: Gives the file; without one, paths of this machine and addresses work.
 
     Raises:
         WeightsError: With one line per mistake: the file is missing, corrupt, or does not fit the gate.
     """
-    gate = build_gate(config, in_features=in_features, num_experts=num_experts, seed=seed)
+    gate = build_gate(config, shape, seed=seed)
     if weights is not None:
         load_into(gate, load_weights((store or WeightsStore()).fetch(weights)).tensors)
     return gate.eval()
 
 
-def check_gate_weights(config: GateConfig, *, weights: str, in_features: int, num_experts: int) -> None:
+def check_gate_weights(config: GateConfig, shape: GateShape, *, weights: str) -> None:
     """Check a gate's file as ``load_gate`` would, without allocating the gate; an address only for being there.
 
     Raises:
@@ -63,5 +74,5 @@ def check_gate_weights(config: GateConfig, *, weights: str, in_features: int, nu
         check_uri(weights)
         return
     with torch.device("meta"):
-        gate = build_gate(config, in_features=in_features, num_experts=num_experts, seed=0)
+        gate = build_gate(config, shape, seed=0)
     check_fit(gate, load_weights(weights).tensors)

@@ -14,7 +14,7 @@ from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersPlan, RuntimePlan
 
 if TYPE_CHECKING:
-    from moe_runtime.config.models import ResourcesConfig
+    from moe_runtime.config.experts import ResourcesConfig
     from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.logs import LogSettings

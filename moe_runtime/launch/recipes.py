@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Literal
 from moe_runtime.config.observing import MetricsConfig
 
 if TYPE_CHECKING:
+    from moe_runtime.config.experts import ResourcesConfig
+    from moe_runtime.config.gates import GateConfig
     from moe_runtime.config.models import (
         CapacityConfig,
         DTypeName,
-        GateConfig,
         HedgeConfig,
         OnFailureConfig,
-        PolicyConfig,
         ResidualRule,
-        ResourcesConfig,
+        SharedGate,
         Strategy,
         WeightOn,
     )
+    from moe_runtime.config.policies import PolicyConfig
     from moe_runtime.config.runtime import LimitsConfig, RouterConfig
     from moe_runtime.config.security import SecurityConfig
     from moe_runtime.experts.spec import ExpertSpec
@@ -63,7 +64,10 @@ class LayerRecipe:
         hedge: When a second replica is asked as well; never when None.
         experts_per_actor: Neighbouring experts that share an actor.
         strategy: Whether its actors spread over nodes or fill them one by one.
-        experts: In the order of the gate's rows.
+        allow_batch_coupled: Whether requests share a batch although the policy couples its tokens.
+        experts: In the order of the gate's rows; the shared ones after them.
+        num_shared: How many of the experts are shared.
+        shared_gate: What the weight of a shared expert is.
     """
 
     name: str
@@ -87,7 +91,20 @@ class LayerRecipe:
     hedge: HedgeConfig | None
     experts_per_actor: int
     strategy: Strategy
+    allow_batch_coupled: bool
     experts: tuple[ExpertRecipe, ...]
+    num_shared: int
+    shared_gate: SharedGate
+
+    @property
+    def num_routed(self) -> int:
+        """Experts that the policy routes to."""
+        return len(self.experts) - self.num_shared
+
+    @property
+    def num_gated_shared(self) -> int:
+        """Shared experts whose weight the gate scores."""
+        return 0 if self.shared_gate == "none" else self.num_shared
 
 
 @dataclass(frozen=True)

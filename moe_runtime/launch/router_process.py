@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_runtime.errors import ConfigError, StartError
-from moe_runtime.launch.gates import load_gate
+from moe_runtime.launch.gates import gate_shape, load_gate
 from moe_runtime.launch.router_metrics import RouterMetrics
 from moe_runtime.launch.turn_watch import TurnWatch
 from moe_runtime.ray_backend.plan import RouterReport
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.rpc.server import RpcServer
 from moe_runtime.service.generations import RouterSetup
 from moe_runtime.service.layer import ExpertInfo, RoutedLayer
@@ -44,15 +44,9 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
     Raises:
         ConfigError: If the gate's weights or the policy do not work.
     """
-    num_experts = len(recipe.experts)
-    gate = load_gate(
-        recipe.gate,
-        weights=recipe.gate_weights,
-        in_features=recipe.gate_features,
-        num_experts=num_experts,
-        seed=recipe.gate_seed,
-        store=store,
-    )
+    policy = build_policy(recipe.policy, num_experts=recipe.num_routed)
+    shape = gate_shape(policy, in_features=recipe.gate_features, num_gated_shared=recipe.num_gated_shared)
+    gate = load_gate(recipe.gate, shape, weights=recipe.gate_weights, seed=recipe.gate_seed, store=store)
     return RoutedLayer(
         name=recipe.name,
         item_shape=recipe.item_shape,
@@ -60,7 +54,7 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
         dtype=getattr(torch, recipe.dtype),
         gate=gate,
         gate_features=recipe.gate_features,
-        policy=build_policy(recipe.policy, num_experts=num_experts),
+        policy=policy,
         policy_kind=recipe.policy.kind,
         capacity=recipe.capacity,
         residual=recipe.residual,
@@ -72,6 +66,8 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
         wire_dtype=getattr(torch, recipe.wire_dtype),
         on_failure=recipe.on_failure,
         hedge=recipe.hedge,
+        allow_batch_coupled=recipe.allow_batch_coupled,
+        num_shared=recipe.num_shared,
         experts=tuple(
             ExpertInfo(expert.spec.expert_id, expert.spec.name, expert.spec.kind) for expert in recipe.experts
         ),

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_runtime.config.models import Normalize
+    from moe_runtime.config.policies import Normalize
 
 
 @dataclass(frozen=True)

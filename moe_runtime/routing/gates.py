@@ -10,16 +10,33 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from moe_runtime.config.models import MLPGateConfig, NoisyGateConfig
+from moe_runtime.config.gates import MLPGateConfig, NoisyGateConfig
 from moe_runtime.errors import ShapeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_runtime.config.models import LinearGateConfig
+    from moe_runtime.config.gates import GateConfig
 
 #: Added to the learned noise, so that exploration never stops (Shazeer et al. 2017).
 MIN_NOISE_STD = 1e-2
+
+
+@dataclass(frozen=True)
+class GateShape:
+    """How wide a gate is.
+
+    Attributes:
+        in_features: Width of its input.
+        num_logits: Width of its output; what the layer's policy asks for, the number of experts as a rule.
+        num_biases: Experts that are selected by a bias too; the gate keeps it, ``expert_bias (num_biases,)``.
+        num_shared: Shared experts whose weight it scores, by ``shared_weight (num_shared, in_features)``.
+    """
+
+    in_features: int
+    num_logits: int
+    num_biases: int = 0
+    num_shared: int = 0
 
 
 class Gate(nn.Module, ABC):
@@ -28,44 +45,74 @@ class Gate(nn.Module, ABC):
     float32, and never autocast: ties between bfloat16 scores make the choice depend on the batch.
 
     Args:
-        in_features: Width of the gate's input.
-        num_experts: Width of its output.
+        shape: How wide it is.
         jitter_eps: In train mode the gate's copy of the input is multiplied by U[1-eps, 1+eps]
             (Switch Transformers, https://arxiv.org/abs/2101.03961); 0 is none.
+        init: Initialises its parameters.
     """
 
-    def __init__(self, in_features: int, num_experts: int, *, jitter_eps: float = 0.0) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.num_experts = num_experts
-        self.jitter_eps = jitter_eps
+    expert_bias: Tensor | None
+    shared_weight: nn.Parameter | None
 
-    def forward(self, gate_input: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def __init__(self, shape: GateShape, *, init: torch.Generator, jitter_eps: float = 0.0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.jitter_eps = jitter_eps
+        # A buffer: it moves by the experts' loads, never by a gradient.
+        self.register_buffer("expert_bias", torch.zeros(shape.num_biases) if shape.num_biases else None)
+        shared = _uniform_parameter((shape.num_shared, shape.in_features), shape.in_features, init)
+        self.register_parameter("shared_weight", shared if shape.num_shared else None)
+
+    def forward(
+        self, gate_input: Tensor, generator: torch.Generator | None = None, *, tasks: Tensor | None = None
+    ) -> Tensor:
         """Router logits of a batch; deterministic in eval mode.
 
         Args:
             gate_input: ``(num_tokens, in_features)`` of any float dtype; never changed.
             generator: Source of jitter and noise in train mode, on the input's device; torch's default
                 when None.
+            tasks: int64 ``(num_tokens,)``: the task of each token, for a gate that has one part per task.
 
         Returns:
-            ``(num_tokens, num_experts)``, float32.
+            ``(num_tokens, num_logits)``, float32.
 
         Raises:
             ShapeError: If the input is not ``(num_tokens, in_features)``.
         """
-        if gate_input.dim() != 2 or gate_input.shape[1] != self.in_features:
-            raise ShapeError(
-                f"gate: expected an input of shape (num_tokens, {self.in_features}), found {tuple(gate_input.shape)}"
-            )
+        self._check(gate_input)
         if not torch.is_autocast_enabled(gate_input.device.type):
-            return self.score(self._jittered(gate_input.float(), generator), generator)
+            return self.score(self._jittered(gate_input.float(), generator), generator=generator, tasks=tasks)
         with torch.autocast(gate_input.device.type, enabled=False):
-            return self.score(self._jittered(gate_input.float(), generator), generator)
+            return self.score(self._jittered(gate_input.float(), generator), generator=generator, tasks=tasks)
 
     @abstractmethod
-    def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Router logits ``(num_tokens, num_experts)`` of float32 features ``(num_tokens, in_features)``."""
+    def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
+        """Router logits ``(num_tokens, num_logits)`` of float32 features ``(num_tokens, in_features)``."""
+
+    def shared_weights(self, gate_input: Tensor) -> Tensor:
+        """Weights of the shared experts, ``sigmoid(x @ shared_weight.T)``, float32 ``(num_tokens, num_shared)``.
+
+        Qwen2-MoE, https://arxiv.org/abs/2407.10671.
+
+        Args:
+            gate_input: ``(num_tokens, in_features)`` of any float dtype.
+
+        Raises:
+            ShapeError: If the input is not ``(num_tokens, in_features)``.
+        """
+        self._check(gate_input)
+        if self.shared_weight is None:
+            return gate_input.new_ones((gate_input.shape[0], 0), dtype=torch.float32)
+        with torch.autocast(gate_input.device.type, enabled=False):
+            return torch.sigmoid(F.linear(gate_input.float(), self.shared_weight))
+
+    def _check(self, gate_input: Tensor) -> None:
+        if gate_input.dim() != 2 or gate_input.shape[1] != self.shape.in_features:
+            raise ShapeError(
+                f"gate: expected an input of shape (num_tokens, {self.shape.in_features}), "
+                f"found {tuple(gate_input.shape)}"
+            )
 
     def _jittered(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
         if not self.training or self.jitter_eps == 0.0:
@@ -75,21 +122,16 @@ class Gate(nn.Module, ABC):
 
 
 class LinearGate(Gate):
-    """``x @ weight.T (+ bias)``; parameters ``weight (num_experts, in_features)``, ``bias (num_experts,)``."""
+    """``x @ weight.T (+ bias)``; parameters ``weight (num_logits, in_features)``, ``bias (num_logits,)``."""
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self, in_features: int, num_experts: int, *, bias: bool, jitter_eps: float, init: torch.Generator
-    ) -> None:
-        super().__init__(in_features, num_experts, jitter_eps=jitter_eps)
-        self.weight = _uniform_parameter((num_experts, in_features), in_features, init)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(num_experts))
-        else:
-            self.register_parameter("bias", None)
+    def __init__(self, shape: GateShape, *, init: torch.Generator, bias: bool, jitter_eps: float = 0.0) -> None:
+        super().__init__(shape, init=init, jitter_eps=jitter_eps)
+        self.weight = _uniform_parameter((shape.num_logits, shape.in_features), shape.in_features, init)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(shape.num_logits)) if bias else None)
 
-    def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+    def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
         """Router logits, without noise."""
         return F.linear(features, self.weight, self.bias)
 
@@ -98,25 +140,21 @@ class MLPGate(Gate):
     """Linear, ReLU, linear (Eigen, Ranzato, Sutskever 2013, https://arxiv.org/abs/1312.4314).
 
     Parameters: ``hidden_weight (hidden_features, in_features)``, ``hidden_bias (hidden_features,)``,
-    ``weight (num_experts, hidden_features)`` and, with ``bias``, ``bias (num_experts,)``.
+    ``weight (num_logits, hidden_features)`` and, with ``bias``, ``bias (num_logits,)``.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, num_experts: int, *, hidden_features: int, bias: bool, jitter_eps: float,
-        init: torch.Generator,
-    ) -> None:  # fmt: skip
-        super().__init__(in_features, num_experts, jitter_eps=jitter_eps)
-        self.hidden_weight = _uniform_parameter((hidden_features, in_features), in_features, init)
+        self, shape: GateShape, *, init: torch.Generator, bias: bool, hidden_features: int, jitter_eps: float = 0.0
+    ) -> None:
+        super().__init__(shape, init=init, jitter_eps=jitter_eps)
+        self.hidden_weight = _uniform_parameter((hidden_features, shape.in_features), shape.in_features, init)
         self.hidden_bias = nn.Parameter(torch.zeros(hidden_features))
-        self.weight = _uniform_parameter((num_experts, hidden_features), hidden_features, init)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(num_experts))
-        else:
-            self.register_parameter("bias", None)
+        self.weight = _uniform_parameter((shape.num_logits, hidden_features), hidden_features, init)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(shape.num_logits)) if bias else None)
 
-    def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+    def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
         """Router logits, without noise."""
         hidden = F.relu(F.linear(features, self.hidden_weight, self.hidden_bias))
         return F.linear(hidden, self.weight, self.bias)
@@ -127,7 +165,7 @@ class NoisyLogits:
     """What a noisy gate scored, and how uncertain it was; ``load_loss`` needs all three.
 
     Attributes:
-        clean: Logits without noise, float32 ``(num_tokens, num_experts)``.
+        clean: Logits without noise, float32 ``(num_tokens, num_logits)``.
         noisy: Logits with noise, the ones to route by, same shape.
         noise_std: Standard deviation of the noise, same shape, above 0.
     """
@@ -140,20 +178,18 @@ class NoisyLogits:
 class NoisyGate(LinearGate):
     """A linear gate; train mode adds ``N(0,1) * (softplus(x @ noise_weight.T) + 1e-2)`` to the logits.
 
-    Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1. ``noise_weight (num_experts,
+    Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1. ``noise_weight (num_logits,
     in_features)`` starts at 0. Eval mode adds nothing.
     """
 
-    def __init__(
-        self, in_features: int, num_experts: int, *, bias: bool, jitter_eps: float, init: torch.Generator
-    ) -> None:
-        super().__init__(in_features, num_experts, bias=bias, jitter_eps=jitter_eps, init=init)
-        self.noise_weight = nn.Parameter(torch.zeros(num_experts, in_features))
+    def __init__(self, shape: GateShape, *, init: torch.Generator, bias: bool, jitter_eps: float = 0.0) -> None:
+        super().__init__(shape, init=init, bias=bias, jitter_eps=jitter_eps)
+        self.noise_weight = nn.Parameter(torch.zeros(shape.num_logits, shape.in_features))
 
-    def score(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+    def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
         """Router logits, with noise in train mode."""
         if not self.training:
-            return super().score(features, generator)
+            return super().score(features, generator=generator, tasks=tasks)
         return self.noisy_logits(features, generator).noisy
 
     def noisy_logits(self, features: Tensor, generator: torch.Generator | None = None) -> NoisyLogits:
@@ -164,7 +200,7 @@ class NoisyGate(LinearGate):
             generator: Source of the noise, on the input's device; torch's default when None.
 
         Returns:
-            Three float32 tensors of shape ``(num_tokens, num_experts)``.
+            Three float32 tensors of shape ``(num_tokens, num_logits)``.
         """
         features = features.float()
         clean = F.linear(features, self.weight, self.bias)
@@ -173,23 +209,21 @@ class NoisyGate(LinearGate):
         return NoisyLogits(clean=clean, noisy=clean + noise * noise_std, noise_std=noise_std)
 
 
-def build_gate(config: LinearGateConfig, *, in_features: int, num_experts: int, seed: int) -> Gate:
+def build_gate(config: GateConfig, shape: GateShape, *, seed: int) -> Gate:
     """A float32 gate, initialised from the seed alone; in train mode, as torch makes modules.
 
     Args:
         config: The gate's block; ``weights`` is not read here.
-        in_features: Width of the gate's input.
-        num_experts: Experts of the layer, one logit each, in their order.
+        shape: How wide it is.
         seed: The same seed gives the same parameters; torch's global generator is not touched.
     """
     init = torch.Generator().manual_seed(seed)
     if isinstance(config, MLPGateConfig):
         return MLPGate(
-            in_features, num_experts, hidden_features=config.hidden_features, bias=config.bias,
-            jitter_eps=config.jitter_eps, init=init,
-        )  # fmt: skip
+            shape, init=init, bias=config.bias, hidden_features=config.hidden_features, jitter_eps=config.jitter_eps
+        )
     gate_class = NoisyGate if isinstance(config, NoisyGateConfig) else LinearGate
-    return gate_class(in_features, num_experts, bias=config.bias, jitter_eps=config.jitter_eps, init=init)
+    return gate_class(shape, init=init, bias=config.bias, jitter_eps=config.jitter_eps)
 
 
 def _uniform_parameter(shape: tuple[int, int], fan_in: int, init: torch.Generator) -> nn.Parameter:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_runtime.config.models import CapacityConfig, ResidualRule, WeightOn
-    from moe_runtime.routing.policies import Policy
+    from moe_runtime.routing.policy import Policy
 
 
 def resolve_residual(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from moe_runtime.routing.policy import NO_INFO, TokenInfo
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
@@ -26,9 +28,8 @@ class Batch:
         layer: Name of the layer.
         tokens: ``(num_tokens, *item_shape)`` in the layer's dtype.
         gate_input: What the gate sees instead of the flattened tokens, ``(num_tokens, gate_features)``.
-        k: Experts per token, at most the layer's: one number, or int64 ``(num_tokens,)``.
-        mask: Bool ``(num_tokens,)``; rows that are False are padding and are not routed.
-        row_seeds: Int64 ``(num_tokens,)``; keys of whatever the routing draws at random.
+        info: What else the policy may know of the tokens; ``row_seeds`` also decide who is dropped at random.
+        tasks: The task of each token, for a gate with one part per task, int64 ``(num_tokens,)``.
         row_starts: First row of each request that the batch was joined from, ascending from 0.
         request_ids: The ids of these requests; none where nobody gave them any.
     """
@@ -36,9 +37,8 @@ class Batch:
     layer: str
     tokens: Tensor
     gate_input: Tensor | None = None
-    k: Tensor | int | None = None
-    mask: Tensor | None = None
-    row_seeds: Tensor | None = None
+    info: TokenInfo = NO_INFO
+    tasks: Tensor | None = None
     row_starts: tuple[int, ...] = (0,)
     request_ids: tuple[str, ...] = ()
 

@@ -123,9 +123,9 @@ class RouterEngine:
         started_at, lineup = self._clock.now(), lineup or self.lineup
         layer = lineup.layers[batch.layer]
         gate_input = batch.tokens.flatten(1) if batch.gate_input is None else batch.gate_input
-        router_logits = layer.gate(gate_input)
-        assignments = layer.policy.assign(router_logits, k=batch.k, mask=batch.mask)
-        admission = admit(assignments, layer.capacity, row_seeds=batch.row_seeds)
+        router_logits = layer.gate(gate_input, tasks=batch.tasks)
+        assignments = layer.policy.assign(router_logits, batch.info)
+        admission = admit(assignments, layer.capacity, row_seeds=batch.info.row_seeds)
         plan = plan_dispatch(admission)
         flight = self._take_off(batch, lineup, plan, started_at)
         self._dispatch(flight)

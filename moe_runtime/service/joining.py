@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.service.batch import Batch
 
 if TYPE_CHECKING:
@@ -43,24 +44,31 @@ def build_batch(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLa
     """One batch from rows of several requests; options that no request gives stay None."""
     requests = [request for request, _ in taken]
     tokens = _cat([request.tokens[part.start : part.stop] for request, part in taken])
-    options = [request.options for request in requests]
     return Batch(
         layer=layer.name,
         tokens=tokens,
         gate_input=_cat([_gate_rows(request, part) for request, part in taken])
-        if any(option.gate_input is not None for option in options)
+        if any(request.options.gate_input is not None for request in requests)
         else None,
+        info=_token_info(taken, layer),
+        row_starts=tuple([part.offset for _, part in taken]),
+        request_ids=tuple([request.request_id for request in requests]),
+    )
+
+
+def _token_info(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLayer) -> TokenInfo:
+    """What the layer's policy reads of the tokens, and what their requests ask for."""
+    options, reads = [request.options for request, _ in taken], layer.policy.reads
+    has_seeds = "row_seeds" in reads or layer.capacity.drop == "random"
+    return TokenInfo(
         k=_cat([_k_rows(request, part, layer) for request, part in taken])
         if any(option.k is not None for option in options)
         else None,
         mask=_cat([_mask_rows(request, part) for request, part in taken])
         if any(option.mask is not None for option in options)
         else None,
-        row_seeds=_cat([_seed_rows(request, part) for request, part in taken])
-        if layer.capacity.drop == "random"
-        else None,
-        row_starts=tuple([part.offset for _, part in taken]),
-        request_ids=tuple([request.request_id for request in requests]),
+        row_seeds=_cat([_seed_rows(request, part) for request, part in taken]) if has_seeds else None,
+        row_ids=_cat([torch.arange(part.start, part.stop) for _, part in taken]) if "row_ids" in reads else None,
     )
 
 

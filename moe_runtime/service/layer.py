@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.config.models import CapacityConfig, HedgeConfig, ResidualRule, WeightOn
     from moe_runtime.routing.gates import Gate
-    from moe_runtime.routing.policies import Policy
+    from moe_runtime.routing.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class RoutedLayer:
         timeout_s: Bounds a batch, from its dispatch.
         allow_non_finite: Whether the input may hold NaN and infinities.
         max_batches_in_flight: Batches of this layer under way at once.
-        experts: In the order of the gate's rows.
+        experts: In the order of the gate's rows; the shared ones after them.
         exact: Whether outputs are bit-identical to one process.
         wire_dtype: Of rows on their way to experts and back; the layer's dtype when None.
         on_failure: What becomes of an assignment whose expert fails.
         hedge: When a second replica is asked as well; never when None.
+        allow_batch_coupled: Whether requests share a batch although the policy couples its tokens.
+        num_shared: How many of the experts serve every token.
     """
 
     name: str
@@ -71,6 +73,8 @@ class RoutedLayer:
     wire_dtype: torch.dtype | None = None
     on_failure: OnFailureConfig = field(default_factory=OnFailureConfig)
     hedge: HedgeConfig | None = None
+    allow_batch_coupled: bool = False
+    num_shared: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -97,7 +101,7 @@ class RoutedLayer:
     @property
     def isolates_requests(self) -> bool:
         """Whether a request must be a batch of its own."""
-        return self.exact or self.policy.batch_coupled
+        return self.exact or (self.policy.batch_coupled and not self.allow_batch_coupled)
 
     @property
     def item_size(self) -> int:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.experts import ExpertContract, ExpertKind
 
 #: First column of a row that asks for each: whole numbers far from what tests send otherwise.

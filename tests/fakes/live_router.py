@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from moe_runtime.config.models import CapacityConfig, LinearGateConfig, TopKPolicyConfig
+from moe_runtime.config.gates import LinearGateConfig
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.policies import TopKPolicyConfig
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.config.security import SecurityConfig
 from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.spec import ExpertSpec
-from moe_runtime.routing.gates import build_gate
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.gates import GateShape, build_gate
+from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.rpc.server import RpcServer
 from moe_runtime.service.host_loop import HostLoop
 from moe_runtime.service.layer import ExpertInfo, RoutedLayer
@@ -110,7 +112,7 @@ def _layer(name: str, **changes: Any) -> RoutedLayer:
         "item_shape": (WIDTH,),
         "out_shape": (WIDTH,),
         "dtype": torch.float32,
-        "gate": build_gate(LinearGateConfig(), in_features=WIDTH, num_experts=NUM_EXPERTS, seed=0).eval(),
+        "gate": build_gate(LinearGateConfig(), GateShape(WIDTH, NUM_EXPERTS), seed=0).eval(),
         "gate_features": WIDTH,
         "policy": build_policy(TopKPolicyConfig(k=2), num_experts=NUM_EXPERTS),
         "policy_kind": "top_k",

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moe_runtime.config.models import CapacityConfig, TopKPolicyConfig
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.policies import TopKPolicyConfig
 from moe_runtime.errors import TransportError
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.service.layer import ExpertInfo, RoutedLayer
 from moe_runtime.service.ports import Endpoint, HostLost, HostReply, HostRequest, SegmentResult
 from moe_runtime.service.routing_table import Replica, ReplicaState, RoutingTable
@@ -30,6 +31,15 @@ class FakeClock:
 
     def advance(self, seconds: float) -> None:
         self.time += seconds
+
+
+class GivenLogits(torch.nn.Module):
+    """A gate whose router logits are its input."""
+
+    expert_bias = None
+
+    def forward(self, gate_input: torch.Tensor, *, tasks: torch.Tensor | None = None) -> torch.Tensor:
+        return gate_input
 
 
 @dataclass
@@ -92,7 +102,7 @@ def make_layer(num_experts: int = 2, *, k: int = 1, **changes: object) -> Routed
         "item_shape": (WIDTH,),
         "out_shape": (WIDTH,),
         "dtype": torch.float32,
-        "gate": torch.nn.Identity(),
+        "gate": GivenLogits(),
         "gate_features": num_experts,
         "policy": build_policy(TopKPolicyConfig(kind="top_k", k=k), num_experts=num_experts),
         "policy_kind": "top_k",

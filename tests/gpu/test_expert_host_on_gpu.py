@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime.config.models import ViewConfig
+from moe_runtime.config.experts import ViewConfig
 from moe_runtime.experts.build import LoadedExpert, build_expert, initial_module
 from moe_runtime.experts.cuda_stage import CudaStage
 from moe_runtime.experts.golden_probe import golden_probe

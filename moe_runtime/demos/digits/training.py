@@ -14,10 +14,10 @@ from moe_runtime.experts.build import initial_module
 from moe_runtime.experts.view import resolve_view
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine
-from moe_runtime.routing.gates import build_gate
+from moe_runtime.routing.gates import GateShape, build_gate
 from moe_runtime.routing.losses import load_balancing_loss
 from moe_runtime.routing.plan import plan_dispatch
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,9 +41,7 @@ class DigitsLayer(nn.Module):
         self.names = [spec.name for spec in specs]
         self.views = [resolve_view(spec.item_shape, spec.view) for spec in specs]
         self.experts = nn.ModuleList(initial_module(spec) for spec in specs)
-        self.gate = build_gate(
-            self.config.gate, in_features=self.config.item_shape[0], num_experts=len(specs), seed=recipe.seed
-        )
+        self.gate = build_gate(self.config.gate, GateShape(self.config.item_shape[0], len(specs)), seed=recipe.seed)
         self.policy = build_policy(self.config.policy, num_experts=len(specs))
 
     def expert_logits(self, pixels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, model_validator
 from torch import nn
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.errors import ConfigError
 from moe_runtime.experts.kinds.shapes import require_dims
 from moe_runtime.experts.protocol import ExpertContract, ExpertKind

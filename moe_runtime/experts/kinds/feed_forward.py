@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn.functional import gelu, relu, silu
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.experts.protocol import ExpertContract, ExpertKind
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 from torch import nn
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.experts.kinds.shapes import require_dims
 from moe_runtime.experts.protocol import ExpertContract, ExpertKind
 

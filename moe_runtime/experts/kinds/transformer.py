@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.experts.kinds.shapes import require_dims
 from moe_runtime.experts.protocol import ExpertContract, ExpertKind
 

@@ -2,8 +2,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from moe_runtime.config.models import StrictModel
 from moe_runtime.config.reference import configuration_page
+from moe_runtime.config.strict import StrictModel
 
 
 class PaddedOptions(StrictModel):

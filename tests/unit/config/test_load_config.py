@@ -5,16 +5,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from moe_runtime.config.experts import ExpertConfig, ResourcesConfig
+from moe_runtime.config.gates import LinearGateConfig, MLPGateConfig
 from moe_runtime.config.load import load_config
-from moe_runtime.config.models import (
-    CapacityConfig,
-    ExpertConfig,
-    LayerConfig,
-    LinearGateConfig,
-    MLPGateConfig,
-    ResourcesConfig,
-    TopKPolicyConfig,
-)
+from moe_runtime.config.models import CapacityConfig, LayerConfig
+from moe_runtime.config.policies import TopKPolicyConfig
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig, RuntimeConfig
 from moe_runtime.errors import ConfigError
 
@@ -158,10 +153,14 @@ def test_a_mistake_is_one_line_with_path_expectation_and_finding(change: dict[An
         ({"item_shape": [0]}, "item_shape: expected sizes of at least 1, found [0]"),
         ({"dtype": "int8"}, "dtype: expected float32, float64, float16 or bfloat16, found 'int8'"),
         ({"allow_non_finite": "perhaps"}, "allow_non_finite: expected true or false, found 'perhaps'"),
-        ({"gate": {"bias": True}}, "gate.kind: missing; expected one of linear, mlp, noisy"),
+        ({"gate": {"bias": True}}, "gate.kind: missing; expected one of linear, mlp, noisy, cosine, multi"),
         ({"gate": {"kind": "mlp"}}, "gate.hidden_features: missing; expected width of the hidden layer"),
         ({"gate": {"kind": "linear", "jitter_eps": 1}}, "gate.jitter_eps: expected less than 1.0, found 1"),
-        ({"policy": {"kind": "topk"}}, "policy.kind: expected one of dense, top_k, switch, found 'topk'"),
+        (
+            {"policy": {"kind": "topk"}},
+            "policy.kind: expected one of dense, top_k, switch, gshard_top2, sparsemixer, hierarchical, expert_choice, "
+            "global_assignment, sinkhorn, hash, random, round_robin, reinforce, found 'topk'",
+        ),
         ({"policy": 3}, "policy: expected a mapping, found 3"),
         ({"policy": {"kind": "top_k", "k": 3}}, "policy.k: expected at most 2, the layer's experts, found 3"),
         (

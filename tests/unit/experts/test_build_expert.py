@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from moe_runtime.config.models import ViewConfig
+from moe_runtime.config.experts import ViewConfig
 from moe_runtime.errors import ConfigError, PlugInError, WeightsError
 from moe_runtime.experts.build import build_expert, check_weights
 from moe_runtime.experts.spec import ExpertSpec

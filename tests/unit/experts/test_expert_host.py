@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moe_runtime.config.models import ViewConfig
+from moe_runtime.config.experts import ViewConfig
 from moe_runtime.experts.build import LoadedExpert, build_expert
 from moe_runtime.experts.host import MAX_MERGED_ROWS, ExpertCall, ExpertHost
 from moe_runtime.experts.protocol import ExpertContract

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from moe_runtime.config.models import ViewConfig
+from moe_runtime.config.experts import ViewConfig
 from moe_runtime.errors import ConfigError, PlugInError
 from moe_runtime.experts.protocol import ExpertContract
 from moe_runtime.experts.spec import ExpertSpec, expert_contract

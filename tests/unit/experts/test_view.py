@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.models import ViewConfig
+from moe_runtime.config.experts import ViewConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.experts.view import resolve_view
 

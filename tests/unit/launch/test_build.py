@@ -12,6 +12,7 @@ from moe_runtime.experts.weights import save_weights, write_manifest
 from moe_runtime.launch.build import build_layers, validate
 from moe_runtime.launch.gates import load_gate
 from moe_runtime.launch.router_process import build_routed_layer
+from moe_runtime.routing.gates import GateShape
 
 FEED_FORWARD = {"kind": "feed_forward", "options": {"hidden_features": 8, "out_features": 4}}
 
@@ -188,10 +189,7 @@ def test_a_gate_takes_its_weights_from_a_file_whose_keys_are_its_parameters(tmp_
 def test_layers_of_equal_shape_start_with_different_gates():
     layer = config([{**FEED_FORWARD, "count": 2}])["layers"]["l"]
     one, two = build({"layers": {"one": layer, "two": layer}})
-    gates = [
-        load_gate(recipe.gate, weights=None, in_features=6, num_experts=2, seed=recipe.gate_seed)
-        for recipe in (one, two)
-    ]
+    gates = [load_gate(recipe.gate, GateShape(6, 2), weights=None, seed=recipe.gate_seed) for recipe in (one, two)]
     assert not torch.equal(gates[0](torch.ones(1, 6)), gates[1](torch.ones(1, 6)))
 
 

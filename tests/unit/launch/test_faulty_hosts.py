@@ -14,7 +14,7 @@ import torch
 
 from fakes.faulty_experts import FAULTS, SLEEP_S, install
 from fakes.host_process import ChildProcess, serve_experts
-from moe_runtime.config.models import ResourcesConfig
+from moe_runtime.config.experts import ResourcesConfig
 from moe_runtime.errors import MoERuntimeError, TransportError
 from moe_runtime.experts.spec import ExpertSpec
 from moe_runtime.launch.expert_process import ExpertProcess

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.models import ResourcesConfig
+from moe_runtime.config.experts import ResourcesConfig
 from moe_runtime.errors import PlugInError, StartError
 from moe_runtime.experts.spec import ExpertSpec
 from moe_runtime.launch.host_memory import (

@@ -11,8 +11,9 @@ import torch
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import Combined, combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
-from moe_runtime.routing.policies import build_policy
-from moe_runtime.routing.reference import forward_reference, route_reference
+from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.routing.policy import TokenInfo
+from moe_runtime.routing.reference.route import forward_reference, route_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.routing.assignments import DispatchPlan
-    from moe_runtime.routing.reference import RoutedPair, RoutingInputs, RoutingRules
+    from moe_runtime.routing.policy import TokenInfo
+from moe_runtime.routing.reference.choices import RoutedPair, RoutingInputs
+from moe_runtime.routing.reference.route import RoutingRules
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def run_layer(
     k = inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k)
     mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
     seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
-    assignments = policy.assign(inputs.router_logits, k=k, mask=mask)
+    assignments = policy.assign(inputs.router_logits, TokenInfo(k=k, mask=mask))
     plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
     rows = gather_rows(tokens, plan, weight_on=rules.weight_on)
     served = torch.tensor(

@@ -3,15 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.models import CapacityConfig, TopKPolicyConfig
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.policies import TopKPolicyConfig
 from moe_runtime.routing.capacity import admit, expert_capacity
 from moe_runtime.routing.drop_order import hash_choices
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.routing.policy import TokenInfo
 
 
 def assign(probabilities, *, k=1, mask=None, **options):
     policy = build_policy(TopKPolicyConfig(k=k, **options), num_experts=len(probabilities[0]))
-    return policy.assign(torch.tensor(probabilities).log(), mask=mask)
+    return policy.assign(torch.tensor(probabilities).log(), TokenInfo(mask=mask))
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.models import CapacityConfig, TopKPolicyConfig
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.policies import TopKPolicyConfig
 from moe_runtime.errors import ShapeError
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
 
 # Token 0 asks for expert 0 (0.5) then 1 (0.3); token 1 for expert 2 (0.6) then 0 (0.3).
 LOGITS = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.1, 0.6]]).log()

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.models import LinearGateConfig, MLPGateConfig, NoisyGateConfig
+from moe_runtime.config.gates import LinearGateConfig, MLPGateConfig, NoisyGateConfig
 from moe_runtime.errors import ShapeError
-from moe_runtime.routing.gates import build_gate
+from moe_runtime.routing.gates import GateShape, build_gate
 
 CONFIGS = [
     LinearGateConfig(),
@@ -27,13 +27,13 @@ def filled(gate, **values):
 
 
 def test_linear_gate_scores_are_the_product_with_its_rows_plus_the_bias():
-    gate = build_gate(LinearGateConfig(bias=True), in_features=2, num_experts=3, seed=0)
+    gate = build_gate(LinearGateConfig(bias=True), GateShape(2, 3), seed=0)
     filled(gate, weight=[[1.0, 0.0], [0.0, 1.0], [2.0, -1.0]], bias=[0.0, 0.5, 1.0])
     assert gate(torch.tensor([[3.0, 4.0]])).tolist() == [[3.0, 4.5, 3.0]]
 
 
 def test_mlp_gate_is_linear_relu_linear():
-    gate = build_gate(MLPGateConfig(kind="mlp", hidden_features=2), in_features=2, num_experts=2, seed=0)
+    gate = build_gate(MLPGateConfig(kind="mlp", hidden_features=2), GateShape(2, 2), seed=0)
     filled(gate, hidden_weight=[[1.0, 0.0], [0.0, 1.0]], hidden_bias=[0.0, 1.0], weight=[[1.0, 1.0], [2.0, -1.0]])
     # Hidden: relu([-3, 4 + 1]) = [0, 5].
     assert gate(torch.tensor([[-3.0, 4.0]])).tolist() == [[5.0, -5.0]]
@@ -42,7 +42,7 @@ def test_mlp_gate_is_linear_relu_linear():
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-bias={config.bias}")
 def test_the_seed_alone_decides_the_initial_parameters(config):
     state = torch.random.get_rng_state()
-    first, second, other = (build_gate(config, in_features=4, num_experts=3, seed=seed) for seed in (1, 1, 2))
+    first, second, other = (build_gate(config, GateShape(4, 3), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, dict(second.named_parameters())[name])
@@ -52,13 +52,13 @@ def test_the_seed_alone_decides_the_initial_parameters(config):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-bias={config.bias}")
 def test_logits_are_float32_whatever_the_tokens_are(config, dtype):
-    gate = build_gate(config, in_features=4, num_experts=3, seed=0)
+    gate = build_gate(config, GateShape(4, 3), seed=0)
     logits = gate(torch.ones(5, 4, dtype=dtype))
     assert (logits.dtype, logits.shape) == (torch.float32, (5, 3))
 
 
 def test_logits_are_float32_under_autocast_too():
-    gate = build_gate(LinearGateConfig(), in_features=4, num_experts=3, seed=0).eval()
+    gate = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0).eval()
     tokens = torch.randn(5, 4, generator=generator())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = gate(tokens)
@@ -66,19 +66,19 @@ def test_logits_are_float32_under_autocast_too():
 
 
 def test_empty_batch_gives_no_logits():
-    gate = build_gate(LinearGateConfig(), in_features=4, num_experts=3, seed=0)
+    gate = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0)
     assert gate(torch.ones(0, 4)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("shape", [(4,), (5, 3), (2, 5, 4)])
 def test_input_of_another_shape_is_refused(shape):
-    gate = build_gate(LinearGateConfig(), in_features=4, num_experts=3, seed=0)
+    gate = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0)
     with pytest.raises(ShapeError, match=r"expected an input of shape \(num_tokens, 4\)"):
         gate(torch.ones(shape))
 
 
 def test_jitter_scales_the_gates_copy_in_train_mode_only():
-    gate = build_gate(LinearGateConfig(jitter_eps=0.5), in_features=1, num_experts=1, seed=0)
+    gate = build_gate(LinearGateConfig(jitter_eps=0.5), GateShape(1, 1), seed=0)
     filled(gate, weight=[[1.0]])
     tokens = torch.full((1000, 1), 2.0)
     jittered = gate(tokens, generator())
@@ -90,7 +90,7 @@ def test_jitter_scales_the_gates_copy_in_train_mode_only():
 
 
 def test_noise_has_the_learned_deviation_in_train_mode_and_is_absent_in_eval_mode():
-    gate = build_gate(NoisyGateConfig(kind="noisy"), in_features=1, num_experts=2, seed=0)
+    gate = build_gate(NoisyGateConfig(kind="noisy"), GateShape(1, 2), seed=0)
     filled(gate, weight=[[0.0], [5.0]], noise_weight=[[0.0], [3.0]])
     tokens = torch.ones(20000, 1)
     noisy = gate(tokens, generator())
@@ -101,7 +101,7 @@ def test_noise_has_the_learned_deviation_in_train_mode_and_is_absent_in_eval_mod
 
 
 def test_noisy_logits_come_with_their_parts_for_the_load_loss():
-    gate = build_gate(NoisyGateConfig(kind="noisy"), in_features=3, num_experts=4, seed=0)
+    gate = build_gate(NoisyGateConfig(kind="noisy"), GateShape(3, 4), seed=0)
     tokens = torch.randn(6, 3, generator=generator())
     logits = gate.noisy_logits(tokens, generator(5))
     assert torch.equal(logits.clean, gate.eval()(tokens))

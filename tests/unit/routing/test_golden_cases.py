@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.models import CapacityConfig, SwitchPolicyConfig, TopKPolicyConfig
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.policies import SwitchPolicyConfig, TopKPolicyConfig
 from moe_runtime.routing.expert_bias import bias_update, update_bias
 from moe_runtime.routing.losses import load_balancing_loss
-from moe_runtime.routing.policies import build_policy
-from moe_runtime.routing.reference import RoutingInputs, RoutingRules
+from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.routing.reference.choices import RoutingInputs
+from moe_runtime.routing.reference.route import RoutingRules
 
 # sigmoid(1), sigmoid(2), sigmoid(3): softmax over two experts.
 P1, P2, P3 = 0.73105858, 0.88079708, 0.95257413

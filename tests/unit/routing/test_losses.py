@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.models import NoisyGateConfig, SwitchPolicyConfig, TopKPolicyConfig
+from moe_runtime.config.gates import NoisyGateConfig
+from moe_runtime.config.policies import SwitchPolicyConfig, TopKPolicyConfig
 from moe_runtime.errors import InvalidRequestError
-from moe_runtime.routing.gates import NoisyLogits, build_gate
+from moe_runtime.routing.gates import GateShape, NoisyLogits, build_gate
 from moe_runtime.routing.losses import importance_loss, load_balancing_loss, load_loss, z_loss
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.routing.policy import TokenInfo
 
 # Probabilities [0.75, 0.25] twice and [0.25, 0.75] once; the last row is padding.
 LOGITS = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0], [1.0, 9.0]]).log()
@@ -15,7 +17,7 @@ MASK = torch.tensor([True, True, True, False])
 
 
 def assign(config, logits=LOGITS, mask=MASK):
-    return build_policy(config, num_experts=logits.shape[1]).assign(logits, mask=mask)
+    return build_policy(config, num_experts=logits.shape[1]).assign(logits, TokenInfo(mask=mask))
 
 
 def test_load_balancing_loss_by_hand():
@@ -74,7 +76,7 @@ def test_load_is_the_same_for_all_when_every_expert_serves_every_token():
 
 
 def test_load_loss_trains_the_noise_of_a_gate():
-    gate = build_gate(NoisyGateConfig(kind="noisy"), in_features=3, num_experts=4, seed=0)
+    gate = build_gate(NoisyGateConfig(kind="noisy"), GateShape(3, 4), seed=0)
     generator = torch.Generator().manual_seed(0)
     load_loss(gate.noisy_logits(torch.randn(6, 3, generator=generator), generator), k=2).backward()
     assert gate.noise_weight.grad.abs().sum() > 0

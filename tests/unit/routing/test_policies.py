@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_runtime.config.models import DensePolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
+from moe_runtime.config.policies import DensePolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
 from moe_runtime.errors import ConfigError, InvalidRequestError, ShapeError
 from moe_runtime.routing.assignments import WeightRule
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.routing.weights import requested_weights, weigh_grid
 
 # Softmax over [log 5, log 3, log 2] is [0.5, 0.3, 0.2].
@@ -16,7 +17,7 @@ LOGITS = torch.tensor([[5.0, 3.0, 2.0], [2.0, 3.0, 5.0]]).log()
 
 
 def assign(config, logits=LOGITS, **options):
-    return build_policy(config, num_experts=logits.shape[1]).assign(logits, **options)
+    return build_policy(config, num_experts=logits.shape[1]).assign(logits, TokenInfo(**options))
 
 
 def columns(assignments):
@@ -93,7 +94,7 @@ def test_softmax_after_topk_goes_over_what_the_row_asked_for():
 def test_padding_asks_for_nothing_and_gives_no_nan_to_the_gradient(score):
     logits = LOGITS.clone().requires_grad_()
     policy = build_policy(TopKPolicyConfig(k=2, score=score), num_experts=3)
-    assignments = policy.assign(logits, mask=torch.tensor([False, True]))
+    assignments = policy.assign(logits, TokenInfo(mask=torch.tensor([False, True])))
     assert columns(assignments) == [[1, 1], [2, 1], [0, 1]]
     requested_weights(assignments)[0].backward()
     assert logits.grad[0].tolist() == [0.0, 0.0, 0.0]

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_runtime.config.models import CapacityConfig, DensePolicyConfig, TopKPolicyConfig
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.policies import DensePolicyConfig, TopKPolicyConfig
 from moe_runtime.errors import ConfigError
 from moe_runtime.routing.capacity import admit
-from moe_runtime.routing.policies import build_policy
-from moe_runtime.routing.reference import RoutingInputs, RoutingRules
+from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.routing.reference.choices import RoutingInputs
+from moe_runtime.routing.reference.route import RoutingRules
 
 IDENTITIES = [lambda x: x] * 5
 

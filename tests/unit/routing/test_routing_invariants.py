@@ -9,18 +9,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moe_runtime.config.models import (
-    CapacityConfig,
-    DensePolicyConfig,
-    SwitchPolicyConfig,
-    TopKPolicyConfig,
-)
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.policies import DensePolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine, gather_rows
 from moe_runtime.routing.moved import move_rows
 from moe_runtime.routing.plan import plan_dispatch
-from moe_runtime.routing.policies import build_policy
-from moe_runtime.routing.reference import RoutingInputs, RoutingRules, forward_reference, route_reference
+from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.routing.policy import TokenInfo
+from moe_runtime.routing.reference.choices import RoutingInputs
+from moe_runtime.routing.reference.route import RoutingRules, forward_reference, route_reference
 
 NORMALIZE = st.sampled_from(["before_drop", "after_drop", "none"])
 EXAMPLES = settings(max_examples=40, deadline=None)
@@ -166,7 +164,7 @@ def test_rows_that_are_moved_after_the_dispatch_weigh_what_the_oracle_says(batch
     k = inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k)
     mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
     seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
-    assignments = policy.assign(inputs.router_logits, k=k, mask=mask)
+    assignments = policy.assign(inputs.router_logits, TokenInfo(k=k, mask=mask))
     plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
     pairs = route_reference(inputs, rules)
     assume(pairs)

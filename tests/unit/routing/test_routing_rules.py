@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from moe_runtime.config.models import CapacityConfig, DensePolicyConfig, TopKPolicyConfig
+from moe_runtime.config.models import CapacityConfig
+from moe_runtime.config.policies import DensePolicyConfig, TopKPolicyConfig
 from moe_runtime.errors import ConfigError
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.rules import check_rules, resolve_residual
 
 REROUTE = CapacityConfig(factor=1.0, overflow="reroute")

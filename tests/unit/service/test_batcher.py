@@ -243,21 +243,21 @@ def test_options_are_joined_row_by_row_with_defaults_for_those_who_gave_none() -
     queue.add(2, k=torch.tensor([2, 1], dtype=torch.int32))
     queue.clock.advance(1.0)
     batch = queue.next().batch
-    assert isinstance(batch.k, torch.Tensor)
-    assert batch.k.tolist() == [2, 2, 1, 2, 1]
-    assert batch.mask is not None
-    assert batch.mask.tolist() == [True, True, False, True, True]
+    assert isinstance(batch.info.k, torch.Tensor)
+    assert batch.info.k.tolist() == [2, 2, 1, 2, 1]
+    assert batch.info.mask is not None
+    assert batch.info.mask.tolist() == [True, True, False, True, True]
     assert batch.gate_input is not None
     assert batch.gate_input[2].tolist() == [7.0, 8.0, 9.0]
     assert torch.equal(batch.gate_input[:2], batch.tokens[:2])
-    assert batch.row_seeds is None
+    assert batch.info.row_seeds is None
 
 
 def test_a_batch_without_options_carries_none() -> None:
     queue = Queue()
     queue.add(2)
     batch = queue.next().batch
-    assert (batch.gate_input, batch.k, batch.mask, batch.row_seeds) == (None, None, None, None)
+    assert (batch.gate_input, batch.info.k, batch.info.mask, batch.info.row_seeds) == (None, None, None, None)
 
 
 def test_row_seeds_depend_on_the_request_alone() -> None:
@@ -267,7 +267,7 @@ def test_row_seeds_depend_on_the_request_alone() -> None:
     queue.add(3)
     queue.add(12, seed=5)
     queue.clock.advance(1.0)
-    first, second, third = (queue.next().batch.row_seeds for _ in range(3))
+    first, second, third = (queue.next().batch.info.row_seeds for _ in range(3))
     assert first is not None
     assert second is not None
     assert third is not None

@@ -16,6 +16,7 @@ from fakes.service import (
     tokens_of,
 )
 from moe_runtime.config.models import CapacityConfig, OnFailureConfig
+from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.service.batch import Batch, BatchResult
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.layer import RoutedLayer
@@ -283,7 +284,7 @@ def test_capacity_drops_are_counted_at_the_expert_that_was_full() -> None:
 def test_masked_rows_are_not_routed() -> None:
     bench = Bench(make_layer(residual="passthrough"), table_of(1, 10, 11))
     tokens = tokens_of(3)
-    bench.submit(tokens, logits_for(0, 0, 0), mask=torch.tensor([True, False, True]))
+    bench.submit(tokens, logits_for(0, 0, 0), info=TokenInfo(mask=torch.tensor([True, False, True])))
     assert torch.equal(bench.transport.sent[0][1].rows, tokens[[0, 2]])
     bench.answer_all()
     (result,) = bench.engine.poll(0.0)

@@ -7,16 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes.service import FakeTransport, endpoint, make_layer, table_of
-from moe_runtime.config.models import (
-    CapacityConfig,
-    DensePolicyConfig,
-    OnFailureConfig,
-    PolicyConfig,
-    SwitchPolicyConfig,
-    TopKPolicyConfig,
-)
-from moe_runtime.routing.policies import build_policy
-from moe_runtime.routing.reference import RoutingInputs, RoutingRules, forward_reference, route_reference
+from moe_runtime.config.models import CapacityConfig, OnFailureConfig
+from moe_runtime.config.policies import DensePolicyConfig, PolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
+from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.routing.policy import TokenInfo
+from moe_runtime.routing.reference.choices import RoutingInputs
+from moe_runtime.routing.reference.route import RoutingRules, forward_reference, route_reference
 from moe_runtime.service.batch import Batch
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.ports import HostReply, HostRequest, SegmentResult
@@ -90,7 +86,9 @@ def test_outputs_and_outcomes_equal_the_reference(
     transport = FakeTransport(refusing={endpoint(10 + expert_id) for expert_id in dead})
     engine = RouterEngine({"layer": layer}, transport)
     engine.set_table(table_of(1, *range(10, 10 + NUM_EXPERTS)))
-    engine.submit(Batch("layer", tokens, gate_input=logits, mask=mask, row_seeds=torch.arange(num_tokens)))
+    engine.submit(
+        Batch("layer", tokens, gate_input=logits, info=TokenInfo(mask=mask, row_seeds=torch.arange(num_tokens)))
+    )
     for _, request in transport.sent:
         answer_truthfully(transport, request)
     (result,) = engine.poll(0.0)

@@ -17,9 +17,10 @@ from fakes.service import (
     table_of,
     tokens_of,
 )
-from moe_runtime.config.models import CapacityConfig, DensePolicyConfig, OnFailureConfig, TopKPolicyConfig
+from moe_runtime.config.models import CapacityConfig, OnFailureConfig
+from moe_runtime.config.policies import DensePolicyConfig, TopKPolicyConfig
 from moe_runtime.errors import ExpertError
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.service.batch import Batch, BatchResult
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.layer import RoutedLayer

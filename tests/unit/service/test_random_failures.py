@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes.service import FakeClock, FakeTransport, endpoint, make_layer, replica
-from moe_runtime.config.models import CapacityConfig, HedgeConfig, OnFailureConfig, TopKPolicyConfig
-from moe_runtime.routing.policies import build_policy
+from moe_runtime.config.models import CapacityConfig, HedgeConfig, OnFailureConfig
+from moe_runtime.config.policies import TopKPolicyConfig
+from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.service.batch import Batch, BatchResult
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.layer import RoutedLayer

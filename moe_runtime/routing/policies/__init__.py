@@ -1,0 +1,1 @@
+"""Policies, one family per module: router logits become assignments."""

@@ -1,0 +1,63 @@
+"""Token choice: each token asks for its experts of the highest score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from moe_runtime.routing.assignments import Assignments, Grid
+from moe_runtime.routing.policies.choices import only_requested, requested_choices
+from moe_runtime.routing.policy import Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moe_runtime.routing.policy import TokenInfo
+
+Score = Literal["softmax", "sigmoid", "softmax_after_topk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKPolicy(Policy):
+    """Each token asks for its ``max_k`` experts of the highest score.
+
+    Shazeer et al. 2017 (https://arxiv.org/abs/1701.06538). ``dense`` is the case of all experts, ``switch``
+    that of one expert with its un-normalised probability. Selection is ``torch.topk``, ties included.
+
+    Attributes:
+        score: How logits become scores.
+    """
+
+    score: Score = "softmax"
+    can_reroute: bool = True
+
+    def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
+        """The assignments that the tokens of a batch ask for; see ``Policy.assign``."""
+        all_scores = self._all_scores(logits)
+        width = info.k if isinstance(info.k, int) else self.max_k
+        scores, expert_ids = torch.topk(all_scores, width, dim=-1)
+        requested = requested_choices(width, info)
+        if self.score == "softmax_after_topk":
+            scores = _softmax_over(scores, requested)
+        grid = Grid(expert_ids, scores)
+        return Assignments(
+            choices=grid if requested is None else only_requested(grid, requested),
+            all_scores=all_scores if self.can_reroute else None,
+            num_tokens=logits.shape[0],
+            num_experts=self.num_experts,
+            weight_rule=self.weight_rule,
+        )
+
+    def _all_scores(self, logits: Tensor) -> Tensor:
+        if self.score == "softmax":
+            return torch.softmax(logits, dim=-1)
+        return torch.sigmoid(logits) if self.score == "sigmoid" else logits
+
+
+def _softmax_over(logits: Tensor, requested: Tensor | None) -> Tensor:
+    if requested is not None:
+        # The lowest number, not -inf: a row that asks for nothing would be NaN, and poison its gradient.
+        logits = logits.masked_fill(~requested, torch.finfo(logits.dtype).min)
+    return torch.softmax(logits, dim=-1)

@@ -1,0 +1,23 @@
+"""The oracle of each policy, by the type of its configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.config.policies import DensePolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
+from moe_runtime.routing.reference.token_choice import TopKOracle
+
+if TYPE_CHECKING:
+    from moe_runtime.config.policies import PolicyConfig
+    from moe_runtime.routing.reference.choices import ChoiceOracle, RoutingInputs
+
+_ORACLES: dict[type, type[ChoiceOracle[Any]]] = {
+    DensePolicyConfig: TopKOracle,
+    SwitchPolicyConfig: TopKOracle,
+    TopKPolicyConfig: TopKOracle,
+}
+
+
+def oracle_of(config: PolicyConfig, inputs: RoutingInputs) -> ChoiceOracle[Any]:
+    """What a policy asks for in one batch."""
+    return _ORACLES[type(config)](config, inputs)
