@@ -93,11 +93,13 @@ class Assignments:
 
     Attributes:
         choices: The pairs; a grid, of which the rest is quicker to work out, where all tokens ask for as many.
-        all_scores: Scores of every pair for rerouting, float32 ``(num_tokens, num_experts)``; None where the
+        all_scores: Scores of every pair for rerouting, float32 ``(num_tokens, num_routed)``; None where the
             policy has none for unselected experts.
         num_tokens: Rows of the batch, padding included.
         num_experts: Experts of the layer.
         weight_rule: How scores become weights.
+        num_shared: The last so many experts are shared: ``add_shared_experts`` put them behind the policy's choices,
+            and a score there is a weight already.
     """
 
     choices: Pairs | Grid
@@ -105,6 +107,12 @@ class Assignments:
     num_tokens: int
     num_experts: int
     weight_rule: WeightRule
+    num_shared: int = 0
+
+    @property
+    def num_routed(self) -> int:
+        """Experts that the policy routes to: those of ``all_scores``."""
+        return self.num_experts - self.num_shared
 
     @property
     def grid(self) -> Grid | None:

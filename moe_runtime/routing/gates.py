@@ -51,6 +51,11 @@ class Gate(nn.Module, ABC):
         init: Initialises its parameters.
     """
 
+    #: Names of the tasks that it has a part for, in their order; none where it has one for all.
+    tasks: tuple[str, ...] = ()
+    #: The task of requests that name none; None refuses them.
+    default_task: str | None = None
+
     expert_bias: Tensor | None
     shared_weight: nn.Parameter | None
 

@@ -42,16 +42,41 @@ def apply_weight_rule(scores: Tensor, token_ids: Tensor, rule: WeightRule, *, nu
     return scores if rule.scaling_factor == 1.0 else scores * rule.scaling_factor
 
 
-def weigh_grid(scores: Tensor, rule: WeightRule) -> Tensor:
+def weigh_assignments(assignments: Assignments, ids: Tensor | None = None) -> Tensor:
+    """Weights of assignments, normalised over exactly those that are given; a shared expert's score is its weight.
+
+    Args:
+        assignments: What was asked for.
+        ids: Which of them, int64 ``(num_pairs,)``; all when None.
+
+    Returns:
+        ``(num_pairs,)`` in the dtype of the scores.
+    """
+    scores, token_ids = assignments.scores, assignments.token_ids
+    if ids is not None:
+        scores, token_ids = scores[ids], token_ids[ids]
+    rule, num_tokens = assignments.weight_rule, assignments.num_tokens
+    if not assignments.num_shared:
+        return apply_weight_rule(scores, token_ids, rule, num_tokens=num_tokens)
+    expert_ids = assignments.expert_ids if ids is None else assignments.expert_ids[ids]
+    is_shared = expert_ids >= assignments.num_routed
+    routed = apply_weight_rule(scores.masked_fill(is_shared, 0.0), token_ids, rule, num_tokens=num_tokens)
+    return torch.where(is_shared, scores, routed)
+
+
+def weigh_grid(scores: Tensor, rule: WeightRule, *, num_shared: int = 0) -> Tensor:
     """Weights of a grid of choices, each row normalised over itself; see ``apply_weight_rule``.
 
     Args:
-        scores: Non-negative scores, ``(num_tokens, k)``.
+        scores: Non-negative scores, ``(num_tokens, k + num_shared)``.
         rule: The norm and the scaling factor.
+        num_shared: The last so many columns are weights already, and outside of the norm.
 
     Returns:
-        ``(num_tokens, k)`` in the dtype of ``scores``.
+        As wide as ``scores``, in their dtype.
     """
+    if num_shared:
+        return torch.cat([weigh_grid(scores[:, :-num_shared], rule), scores[:, -num_shared:]], dim=1)
     if rule.normalize != "none" and rule.norm_p == 1.0:
         scores = scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     elif rule.normalize != "none":
@@ -63,9 +88,7 @@ def weigh_grid(scores: Tensor, rule: WeightRule) -> Tensor:
 
 def requested_weights(assignments: Assignments) -> Tensor:
     """Weights of all assignments as if every one of them were served, ``(num_assignments,)``."""
-    return apply_weight_rule(
-        assignments.scores, assignments.token_ids, assignments.weight_rule, num_tokens=assignments.num_tokens
-    )
+    return weigh_assignments(assignments)
 
 
 def _norms(scores: Tensor, token_ids: Tensor, norm_p: float, *, num_tokens: int) -> Tensor:
