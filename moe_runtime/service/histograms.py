@@ -74,13 +74,12 @@ class LayerHistograms:
     experts_s: Histogram = field(default_factory=Histogram)
     combine_s: Histogram = field(default_factory=Histogram)
 
-    def count_batch(self, times: StageTimes, *, num_tokens: int, rows_per_expert: Sequence[int]) -> None:
-        """Add a finished batch, of which the experts that are not shared had so many rows each."""
+    def count_batch(self, times: StageTimes, *, num_tokens: int, num_rows: int, rows_per_expert: Sequence[int]) -> None:
+        """Add a finished batch, of whose ``num_rows`` routed rows the experts that are not shared had so many each."""
         self.batch_tokens.add(num_tokens)
         self.gate_s.add(times.gate_s)
         self.experts_s.add(times.experts_s)
         self.combine_s.add(times.combine_s)
-        num_rows = sum(rows_per_expert)
         if num_rows:
             self.load_ratio.add(max(rows_per_expert) * len(rows_per_expert) / num_rows)
 

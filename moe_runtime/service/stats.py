@@ -100,6 +100,7 @@ class LayerStats:
         self.histograms.count_batch(
             result.times,
             num_tokens=assignments.num_tokens,
+            num_rows=sum(routed_rows),
             rows_per_expert=routed_rows,
         )
         if result.failures is None:

@@ -45,17 +45,17 @@ def validate_request(request: LayerRequest, layer: RoutedLayer, *, limits: Limit
 
 def unused_options(request: LayerRequest, layer: RoutedLayer) -> tuple[str, ...]:
     """Warnings, in words, for options of a valid request that change nothing in this layer."""
-    options, policy = request.options, f"its policy, {layer.policy_kind},"
-    unused = {
-        "token_ids": (options.token_ids, "token_ids" in layer.policy.reads, f"{policy} does not look at ids"),
-        "task": (options.task, bool(layer.gate.tasks), "its gate has one part for all tasks"),
-        "seed": (options.seed, layer.draws_at_random, "nothing is drawn at random there"),
-        "gate_input": (options.gate_input, layer.asks_gate, f"{policy} does not ask the gate"),
+    options, name = request.options, layer.name
+    reasons = {
+        "token_ids": None if "token_ids" in layer.policy.reads else f"the policy of layer {name} does not use it",
+        "task": None if layer.gate.tasks else f"the gate of layer {name} has one part for all tasks",
+        "seed": None if layer.draws_at_random else f"nothing in layer {name} is drawn at random",
+        "gate_input": None if layer.asks_gate else f"the policy of layer {name} does not ask the gate",
     }
     return tuple(
-        f"option {name} has no effect in layer {layer.name}: {reason}"
-        for name, (value, is_used, reason) in unused.items()
-        if value is not None and not is_used
+        f"option {option} has no effect: {reason}"
+        for option, reason in reasons.items()
+        if reason is not None and getattr(options, option) is not None
     )
 
 

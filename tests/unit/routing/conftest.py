@@ -14,6 +14,7 @@ from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.routing.reference.route import forward_reference, route_reference
+from moe_runtime.routing.shared import add_shared_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,7 +61,9 @@ def run_layer(
     mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
     seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
     assignments = policy.assign(inputs.router_logits, TokenInfo(k=k, mask=mask))
-    plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
+    admission = admit(assignments, rules.capacity, row_seeds=seeds)
+    shared = None if inputs.shared_weights is None else torch.tensor(inputs.shared_weights)
+    plan = plan_dispatch(add_shared_experts(admission, num_shared=rules.num_shared, weights=shared, mask=mask))
     rows = gather_rows(tokens, plan, weight_on=rules.weight_on)
     served = torch.tensor(
         [(t, e) not in inputs.failed for t, e in zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True)],

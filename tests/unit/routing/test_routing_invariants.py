@@ -19,6 +19,7 @@ from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.routing.reference.choices import RoutingInputs
 from moe_runtime.routing.reference.route import RoutingRules, forward_reference, route_reference
+from moe_runtime.routing.shared import add_shared_experts
 
 NORMALIZE = st.sampled_from(["before_drop", "after_drop", "none"])
 EXAMPLES = settings(max_examples=40, deadline=None)
@@ -61,16 +62,26 @@ def batches(draw):
     )
     after_drop = getattr(policy, "normalize", "none") == "after_drop"
     weight_on = "output" if after_drop else draw(st.sampled_from(["output", "input"]))
-    rules = RoutingRules(policy, capacity, draw(st.sampled_from(["add", "passthrough", "none"])), weight_on)
+    residual = draw(st.sampled_from(["add", "passthrough", "none", "blend"]))
+    num_shared = draw(st.sampled_from([0, 0, 1, 3]))
+    rules = RoutingRules(policy, capacity, residual, weight_on, num_shared=num_shared)
     most = {"dense": num_experts, "switch": 1}.get(policy.kind) or policy.k
     rows = st.lists(st.integers(0, most), min_size=num_tokens, max_size=num_tokens)
     k = draw(st.none() | st.integers(1, most) | rows)
     mask = draw(st.none() | st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
     seeds = draw(st.none() | st.lists(st.integers(-(2**63), 2**63 - 1), min_size=num_tokens, max_size=num_tokens))
-    cells = [(token, expert) for token in range(num_tokens) for expert in range(num_experts)]
+    cells = [(token, expert) for token in range(num_tokens) for expert in range(num_experts + num_shared)]
     failed = frozenset(draw(st.lists(st.sampled_from(cells), max_size=10)))
     hot = torch.linspace(draw(st.sampled_from([0.0, 3.0])), 0.0, num_experts, dtype=torch.float64)
-    inputs = RoutingInputs(normal(num_tokens, num_experts, seed=seed) + hot, k, mask, seeds, failed)
+    gated = normal(num_tokens, num_shared, seed=seed + 2).sigmoid().tolist()
+    inputs = RoutingInputs(
+        normal(num_tokens, num_experts, seed=seed) + hot,
+        k=k,
+        mask=mask,
+        row_seeds=seeds,
+        failed=failed,
+        shared_weights=draw(st.sampled_from([None, gated])),
+    )
     return normal(num_tokens, 2, seed=seed + 1), inputs, rules
 
 
@@ -78,7 +89,8 @@ def batches(draw):
 @settings(max_examples=250, deadline=None)
 def test_fast_path_equals_the_slow_oracle_and_accounts_for_every_assignment(route_examples, batch):
     tokens, inputs, rules = batch
-    experts = [lambda x, scale=scale: scale * x + x**2 for scale in range(1, inputs.router_logits.shape[1] + 1)]
+    num_experts = inputs.router_logits.shape[1]
+    experts = [lambda x, scale=scale: scale * x + x**2 for scale in range(1, num_experts + rules.num_shared + 1)]
     routed = route_examples(tokens, inputs, rules, experts)
     assert routed.outputs.isfinite().all()
 
@@ -86,7 +98,9 @@ def test_fast_path_equals_the_slow_oracle_and_accounts_for_every_assignment(rout
     per_expert = plan.expert_offsets.diff().tolist()
     assert sum(per_expert) == plan.num_planned == int(admission.admitted.sum())
     if admission.capacity is not None:
-        assert max(per_expert) <= admission.capacity
+        assert max(per_expert[:num_experts]) <= admission.capacity
+    num_valid = len(tokens) if inputs.mask is None else sum(inputs.mask)
+    assert per_expert[num_experts:] == [num_valid] * rules.num_shared
     held = list(zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True))
     assert len(set(held)) == len(held)
     assert held == sorted(held, key=lambda pair: (pair[1], pair[0]))
@@ -165,7 +179,10 @@ def test_rows_that_are_moved_after_the_dispatch_weigh_what_the_oracle_says(batch
     mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
     seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
     assignments = policy.assign(inputs.router_logits, TokenInfo(k=k, mask=mask))
-    plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
+    admission = admit(assignments, rules.capacity, row_seeds=seeds)
+    shared = None if inputs.shared_weights is None else torch.tensor(inputs.shared_weights)
+    admission = add_shared_experts(admission, num_shared=rules.num_shared, weights=shared, mask=mask)
+    assignments, plan = admission.assignments, plan_dispatch(admission)
     pairs = route_reference(inputs, rules)
     assume(pairs)
     final = torch.tensor([pair.expert for pair in pairs])[plan.assignment_ids]
