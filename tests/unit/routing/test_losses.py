@@ -6,7 +6,8 @@ import torch
 from moe_runtime.config.gates import NoisyGateConfig
 from moe_runtime.config.policies import SwitchPolicyConfig, TopKPolicyConfig
 from moe_runtime.errors import InvalidRequestError
-from moe_runtime.routing.gates import GateShape, NoisyLogits, build_gate
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import NoisyLogits, build_gate
 from moe_runtime.routing.losses import importance_loss, load_balancing_loss, load_loss, z_loss
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
