@@ -116,10 +116,10 @@ class NoisyGate(LinearGate):
 class CosineGate(Gate):
     """Cosine similarity of the input to a learned prototype per expert, over a temperature, plus a bias if any.
 
-    X-MoE (https://arxiv.org/abs/2204.09179), eq. 3, in the space of the input. Parameters: the prototypes, ``weight
-    (num_logits, in_features)``, and with ``bias``, ``bias (num_logits,)``. Neither the length of the input nor that of
-    a prototype counts; a row of zeros is similar to none, 0 for all. An expert joins a running layer by a row more:
-    the logits of the others stay as they are, to the bit.
+    X-MoE (https://arxiv.org/abs/2204.09179), without its projection to fewer features. Parameters: the prototypes,
+    ``weight (num_logits, in_features)``, and with ``bias``, ``bias (num_logits,)``. Neither the length of the input
+    nor that of a prototype counts; a row of zeros is similar to none, 0 for all. An expert joins a running layer by a
+    row more: the logits of the others stay as they are, to the bit.
     """
 
     bias: nn.Parameter | None
