@@ -9,6 +9,8 @@ from moe_runtime.config.gates import CosineGateConfig
 from moe_runtime.routing.gate import GateShape
 from moe_runtime.routing.gates import build_gate
 
+EXAMPLES = settings(max_examples=50, deadline=None)
+
 
 def cosine_gate(in_features, num_logits, **options):
     return build_gate(CosineGateConfig(kind="cosine", **options), GateShape(in_features, num_logits), seed=0)
@@ -44,6 +46,7 @@ def test_zeros_are_similar_to_no_expert_and_train_without_nan():
     assert gate.weight.grad.isfinite().all()
 
 
+@EXAMPLES
 @given(exponent=st.integers(-37, 37), sign=st.sampled_from([1, -1]))
 def test_length_of_a_token_does_not_count_however_large_or_small(exponent, sign):
     gate = cosine_gate(5, 3).eval()
@@ -51,7 +54,7 @@ def test_length_of_a_token_does_not_count_however_large_or_small(exponent, sign)
     assert torch.allclose(gate(sign * tokens * 10.0**exponent), sign * gate(tokens), rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@EXAMPLES
 @given(
     num_experts=st.sampled_from([1, 2, 7, 15, 16, 31, 32, 33, 63, 64, 100]),
     num_tokens=st.sampled_from([1, 2, 7, 64, 257]),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.config.policies import SwitchPolicyConfig, TopKPolicyConfig
@@ -22,6 +22,8 @@ from moe_runtime.routing.losses import (
 )
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
+
+EXAMPLES = settings(max_examples=50, deadline=None)
 
 # Probabilities [0.75, 0.25] twice and [0.25, 0.75] once; the last row is padding.
 LOGITS = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0], [1.0, 9.0]]).log()
@@ -93,6 +95,7 @@ def batches(draw):
     )
 
 
+@EXAMPLES
 @given(batches())
 def test_sequence_balance_loss_is_the_mean_of_each_sequences_own(batch):
     logits, pairs, sequence_ids, mask, score = batch

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
@@ -10,6 +10,8 @@ from moe_runtime.config.gates import MultiGateConfig
 from moe_runtime.errors import InvalidRequestError, ShapeError
 from moe_runtime.routing.gate import GateShape
 from moe_runtime.routing.gates import build_gate
+
+EXAMPLES = settings(max_examples=50, deadline=None)
 
 TASKS = ["read", "write", "sum"]
 
@@ -28,6 +30,7 @@ def test_each_row_of_a_mixed_batch_gets_its_own_gates_logits():
     assert logits.tolist() == [[2.5, 1.0], [3.0, 4.0], [22.0, -1.0], [8.5, 7.0]]
 
 
+@EXAMPLES
 @given(tasks=st.lists(st.integers(0, 2), max_size=40), bias=st.booleans())
 def test_mixed_batch_is_the_loop_over_its_rows(tasks, bias):
     gate = multi_gate(in_features=5, num_logits=4, bias=bias)

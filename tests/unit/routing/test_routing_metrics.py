@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.errors import InvalidRequestError, ShapeError
@@ -20,6 +20,8 @@ from moe_runtime.routing.metrics import (
     specialisation,
 )
 from moe_runtime.routing.tally import RoutingTally
+
+EXAMPLES = settings(max_examples=50, deadline=None)
 
 LOADS = st.lists(st.integers(0, 10**9), min_size=1, max_size=12)
 FIGURES = [max_over_mean, coefficient_of_variation, load_entropy, gini]
@@ -76,6 +78,7 @@ def test_load_that_is_none_is_refused(figure, load):
         figure(load)
 
 
+@EXAMPLES
 @given(LOADS)
 def test_figures_stay_in_their_ranges(load):
     n = len(load)
@@ -86,6 +89,7 @@ def test_figures_stay_in_their_ranges(load):
     assert gini(load) < 1.0
 
 
+@EXAMPLES
 @given(LOADS, st.randoms(use_true_random=False))
 def test_the_order_of_experts_does_not_matter(load, random):
     shuffled = random.sample(load, len(load))
@@ -93,12 +97,14 @@ def test_the_order_of_experts_does_not_matter(load, random):
         assert figure(shuffled) == pytest.approx(figure(load), abs=1e-12)
 
 
+@EXAMPLES
 @given(LOADS, st.integers(1, 1000))
 def test_figures_do_not_depend_on_the_number_of_assignments(load, times):
     for figure in FIGURES:
         assert figure([times * each for each in load]) == pytest.approx(figure(load), abs=1e-9)
 
 
+@EXAMPLES
 @given(LOADS)
 def test_gini_is_half_the_mean_absolute_difference_over_the_mean(load):
     assume(any(load))
@@ -106,6 +112,7 @@ def test_gini_is_half_the_mean_absolute_difference_over_the_mean(load):
     assert gini(load) == pytest.approx(differences / 2 / (sum(load) / len(load)), abs=1e-9)
 
 
+@EXAMPLES
 @given(load=LOADS, source=st.integers(0, 11), target=st.integers(0, 11), moved=st.integers(1, 10**6))
 def test_moving_load_from_the_busier_to_the_idler_expert_is_seen_by_every_figure(load, source, target, moved):
     source, target = source % len(load), target % len(load)
@@ -174,6 +181,7 @@ def test_one_label_or_no_assignment_tells_nothing():
         assert (known.information, known.bits, known.share) == (0.0, 0.0, 0.0)
 
 
+@EXAMPLES
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.lists(st.integers(0, 50), min_size=1, max_size=6))
 def test_labels_that_use_experts_alike_have_no_information(labels, experts):
     known = specialisation(torch.outer(torch.tensor(labels), torch.tensor(experts)))
@@ -181,6 +189,7 @@ def test_labels_that_use_experts_alike_have_no_information(labels, experts):
     assert known.share == pytest.approx(0.0, abs=1e-9)
 
 
+@EXAMPLES
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 50)), min_size=1, max_size=8))
 def test_expert_that_gives_the_label_away_has_all_its_entropy(experts):
     label_load = torch.zeros(5, len(experts))
@@ -192,6 +201,7 @@ def test_expert_that_gives_the_label_away_has_all_its_entropy(experts):
     assert known.information == pytest.approx(known.label_entropy)
 
 
+@EXAMPLES
 @given(st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_information_is_at_most_either_entropy_and_the_same_both_ways(rows):
     label_load = torch.tensor(rows)

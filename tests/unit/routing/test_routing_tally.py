@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.config.models import CapacityConfig
@@ -13,6 +13,8 @@ from moe_runtime.routing.metrics import gate_confidence, routing_metrics
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.routing.tally import RoutingTally, tally_routing
+
+EXAMPLES = settings(max_examples=50, deadline=None)
 
 # Three tokens want expert 0 of two and one wants expert 1, of which capacity 1.0 grants two each.
 LOGITS = torch.tensor([[9.0, 1.0], [8.0, 2.0], [7.0, 3.0], [1.0, 9.0]]).log()
@@ -51,6 +53,7 @@ def test_expert_per_label_is_full_specialisation():
     assert routing_metrics(tally).specialisation.share == pytest.approx(1.0)
 
 
+@EXAMPLES
 @given(cut=st.integers(0, 12), seed=st.integers(0, 100))
 def test_tallies_of_parts_add_up_to_that_of_the_whole(cut, seed):
     generator = torch.Generator().manual_seed(seed)
