@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.config.models import CapacityConfig, HedgeConfig, ResidualRule, WeightOn
     from moe_runtime.routing.assignments import Admission
-    from moe_runtime.routing.gates import Gate
+    from moe_runtime.routing.gate import Gate
     from moe_runtime.routing.policy import Policy, TokenInfo
     from moe_runtime.service.batch import Batch
     from moe_runtime.service.requests import LayerRequest
