@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.routing.assignments import DispatchPlan, count_per_expert
-from moe_runtime.routing.weights import weigh_assignments, weigh_grid
+from moe_runtime.routing.weights import requested_weights, weigh_assignments, weigh_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,5 +70,5 @@ def weigh_planned(assignments: Assignments, ids: Tensor) -> Tensor:
         ``(num_planned,)``, in the order of ``ids``.
     """
     if assignments.weight_rule.normalize == "before_drop":
-        return weigh_assignments(assignments)[ids]
+        return requested_weights(assignments)[ids]
     return weigh_assignments(assignments, ids)

@@ -61,7 +61,7 @@ def without_shared(admission: Admission) -> Admission:
     stop = _num_routed_assignments(assignments)
     routed = replace(
         assignments,
-        choices=_part(assignments.pairs, slice(0, stop)),
+        choices=assignments.pairs.at(slice(0, stop)),
         num_experts=assignments.num_routed,
         num_shared=0,
     )
@@ -82,7 +82,7 @@ def with_shared_of(admission: Admission, routed: Admission) -> Admission:
     if not assignments.num_shared:
         return routed
     start = _num_routed_assignments(assignments)
-    return _append(routed, _part(assignments.pairs, slice(start, None)), assignments.num_shared)
+    return _append(routed, assignments.pairs.at(slice(start, None)), assignments.num_shared)
 
 
 def _append(admission: Admission, shared: Pairs, num_shared: int) -> Admission:
@@ -111,18 +111,7 @@ def _with(assignments: Assignments, choices: Pairs | Grid, num_shared: int) -> A
 
 
 def _valid(grid: Grid, mask: Tensor | None) -> Pairs:
-    if mask is None:
-        return grid.pairs
-    return _part(grid.pairs, mask.bool().repeat(grid.k).nonzero().squeeze(1))
-
-
-def _part(pairs: Pairs, which: Tensor | slice) -> Pairs:
-    return Pairs(
-        token_ids=pairs.token_ids[which],
-        expert_ids=pairs.expert_ids[which],
-        scores=pairs.scores[which],
-        ranks=pairs.ranks[which],
-    )
+    return grid.pairs if mask is None else grid.pairs.at(mask.bool().repeat(grid.k))
 
 
 def _num_ranks(assignments: Assignments) -> int:

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_runtime.routing.assignments import Assignments, WeightRule
+    from moe_runtime.routing.assignments import Assignments, Pairs, WeightRule
 
 
 def sum_per_token(values: Tensor, token_ids: Tensor, *, num_tokens: int) -> Tensor:
@@ -42,12 +42,13 @@ def apply_weight_rule(scores: Tensor, token_ids: Tensor, rule: WeightRule, *, nu
     return scores if rule.scaling_factor == 1.0 else scores * rule.scaling_factor
 
 
-def weigh_assignments(assignments: Assignments, ids: Tensor | None = None) -> Tensor:
+def weigh_assignments(assignments: Assignments, ids: Tensor | None = None, *, beside: Pairs | None = None) -> Tensor:
     """Weights of assignments, normalised over exactly those that are given; a shared expert's score is its weight.
 
     Args:
         assignments: What was asked for.
         ids: Which of them, int64 ``(num_pairs,)``; all when None.
+        beside: What else the norm counts.
 
     Returns:
         ``(num_pairs,)`` in the dtype of the scores.
@@ -55,13 +56,13 @@ def weigh_assignments(assignments: Assignments, ids: Tensor | None = None) -> Te
     scores, token_ids = assignments.scores, assignments.token_ids
     if ids is not None:
         scores, token_ids = scores[ids], token_ids[ids]
-    rule, num_tokens = assignments.weight_rule, assignments.num_tokens
-    if not assignments.num_shared:
-        return apply_weight_rule(scores, token_ids, rule, num_tokens=num_tokens)
-    expert_ids = assignments.expert_ids if ids is None else assignments.expert_ids[ids]
-    is_shared = expert_ids >= assignments.num_routed
-    routed = apply_weight_rule(scores.masked_fill(is_shared, 0.0), token_ids, rule, num_tokens=num_tokens)
-    return torch.where(is_shared, scores, routed)
+    is_shared = _is_shared(assignments, ids)
+    counted = scores if is_shared is None else scores.masked_fill(is_shared, 0.0)
+    if beside is not None:
+        counted, token_ids = torch.cat([counted, beside.scores]), torch.cat([token_ids, beside.token_ids])
+    weights = apply_weight_rule(counted, token_ids, assignments.weight_rule, num_tokens=assignments.num_tokens)
+    weights = weights[: scores.shape[0]]
+    return weights if is_shared is None else torch.where(is_shared, scores, weights)
 
 
 def weigh_grid(scores: Tensor, rule: WeightRule, *, num_shared: int = 0) -> Tensor:
@@ -88,7 +89,49 @@ def weigh_grid(scores: Tensor, rule: WeightRule, *, num_shared: int = 0) -> Tens
 
 def requested_weights(assignments: Assignments) -> Tensor:
     """Weights of all assignments as if every one of them were served, ``(num_assignments,)``."""
-    return weigh_assignments(assignments)
+    others = None
+    if assignments.left_out is not None and assignments.weight_rule.normalize == "before_drop":
+        others = _not_held(assignments, assignments.left_out)
+    return weigh_assignments(assignments, beside=others)
+
+
+def near_softmax(logits: Tensor, expert_ids: Tensor, *, limit: float) -> Tensor:
+    """Probability of one expert per row, among those that are no better than it and near it.
+
+    Near is ``(own - logit) / max(abs(logit), own) <= limit``. It is what sparsemixer weighs an expert by when its
+    better ones are masked (Phi-3.5-MoE, https://arxiv.org/abs/2409.12136); of equal ones the first is the better.
+
+    Args:
+        logits: Finite, ``(num_rows, num_experts)``.
+        expert_ids: int64 ``(num_rows,)``.
+        limit: What counts as near, relative to the size of the logits.
+
+    Returns:
+        ``(num_rows,)`` in the dtype of ``logits``.
+    """
+    column = expert_ids[:, None]
+    with torch.no_grad():
+        own = logits.gather(1, column)
+        earlier = torch.arange(logits.shape[1], device=logits.device) < column
+        # 0 / 0, a logit of 0 beside a best of 0, is not above any limit.
+        far = (own - logits) / torch.maximum(logits.abs(), own) > limit
+        others = far | (logits > own) | ((logits == own) & earlier)
+    return torch.softmax(logits.masked_fill(others, -torch.inf), dim=-1).gather(1, column).squeeze(1)
+
+
+def _is_shared(assignments: Assignments, ids: Tensor | None) -> Tensor | None:
+    """Which assignments are of shared experts; None where there are no such experts."""
+    if not assignments.num_shared:
+        return None
+    expert_ids = assignments.expert_ids if ids is None else assignments.expert_ids[ids]
+    return expert_ids >= assignments.num_routed
+
+
+def _not_held(assignments: Assignments, pairs: Pairs) -> Pairs:
+    """The pairs whose expert is none of those that the token has, after rerouting."""
+    width = assignments.num_experts
+    held = assignments.token_ids * width + assignments.expert_ids
+    return pairs.at(~torch.isin(pairs.token_ids * width + pairs.expert_ids, held))
 
 
 def _norms(scores: Tensor, token_ids: Tensor, norm_p: float, *, num_tokens: int) -> Tensor:
