@@ -39,7 +39,6 @@ class Balancing:
             for keeper in self._board.fleet.routers
             if keeper.life.state in (ReplicaState.READY, ReplicaState.SUSPECT) and keeper.handle is not None
         ]
-        bias.retain({keeper.index for keeper in self._board.fleet.routers})
         said = await self._board.bounded((handle.asked(bias.layers) for _, handle in routers), _ANSWER_WITHIN_S)
         for (index, _), counts in zip(routers, said, strict=True):
             if isinstance(counts, AskedCounts):

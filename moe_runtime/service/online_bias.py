@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 #: How often routers are asked at least; what one has counted since the last time is lost with it.
 _LONGEST_POLL_S = 1.0
@@ -175,10 +175,6 @@ class OnlineBias:
             known = before.asked.get(layer, now) if is_same else {}
             new = {expert: number - known.get(expert, 0) for expert, number in now.items()}
             self._asked.setdefault(layer, Counter()).update({e: number for e, number in new.items() if number > 0})
-
-    def retain(self, routers: Collection[int]) -> None:
-        """Forget all routers but these."""
-        self._last = {router: counts for router, counts in self._last.items() if router in routers}
 
     def step(self, now: float) -> bool:
         """Step every layer that is due, by what was counted since its last step; whether any was."""

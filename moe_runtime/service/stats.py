@@ -97,7 +97,8 @@ class LayerStats:
         """Add what a policy asks for, before anything is dropped or goes elsewhere."""
         # Shared experts come after those that the policy routes to.
         for expert, num_asked in zip(self.experts, assignments.load, strict=False):
-            expert.num_asked += num_asked
+            if num_asked:
+                expert.num_asked += num_asked
 
     def count_batch(self, result: BatchResult) -> None:
         """Add a finished batch."""
