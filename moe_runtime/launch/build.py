@@ -182,6 +182,7 @@ class _LayerCheck:
             experts=tuple(expert.recipe for expert in self._experts),
             num_shared=self._num_shared,
             shared_gate=layer.shared_gate,
+            balance=layer.balance,
         )
 
     @property

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from moe_runtime.config.observing import MetricsConfig
 
 if TYPE_CHECKING:
+    from moe_runtime.config.balance import BalanceConfig
     from moe_runtime.config.experts import ResourcesConfig
     from moe_runtime.config.gates import GateConfig
     from moe_runtime.config.models import (
@@ -68,6 +69,7 @@ class LayerRecipe:
         experts: In the order of the gate's rows; the shared ones after them.
         num_shared: How many of the experts are shared.
         shared_gate: What the weight of a shared expert is.
+        balance: How its selection bias moves while serving, if it does.
     """
 
     name: str
@@ -95,6 +97,7 @@ class LayerRecipe:
     experts: tuple[ExpertRecipe, ...]
     num_shared: int
     shared_gate: SharedGate
+    balance: BalanceConfig
 
     @property
     def num_routed(self) -> int:

@@ -31,6 +31,7 @@ def describe_layer(layer: RoutedLayer, table: RoutingTable) -> dict[str, Any]:
         "num_shared": layer.num_shared,
         "tasks": list(layer.gate.tasks),
         "default_task": layer.gate.default_task,
+        "balance": table.biases[layer.name].describe() if layer.name in table.biases else None,
         "experts": [_describe_expert(expert, layer, table) for expert in layer.experts],
     }
 

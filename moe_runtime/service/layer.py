@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from moe_runtime.config.models import CapacityConfig, HedgeConfig, ResidualRule, WeightOn
     from moe_runtime.routing.assignments import Admission
     from moe_runtime.routing.gate import Gate
-    from moe_runtime.routing.policy import Policy, TokenInfo
-    from moe_runtime.service.batch import Batch
+    from moe_runtime.routing.policy import Policy
     from moe_runtime.service.requests import LayerRequest
 
 
@@ -137,12 +136,6 @@ class RoutedLayer:
     def task_of(self, request: LayerRequest) -> str | None:
         """The task that a request is of, for a gate with a part per task."""
         return self.gate.default_task if request.options.task is None else request.options.task
-
-    def info(self, batch: Batch) -> TokenInfo:
-        """What the policy may know of a batch's tokens."""
-        if not self.policy.uses_bias:
-            return batch.info
-        return replace(batch.info, expert_bias=self.gate.expert_bias)
 
     def add_shared(self, admission: Admission, gate_input: Tensor, *, mask: Tensor | None) -> Admission:
         """The admission with all valid tokens at the shared experts too; see ``add_shared_experts``."""

@@ -86,7 +86,7 @@ def routed(taken: list[tuple[LayerRequest, BatchPart]], layer: RoutedLayer) -> d
     """Experts and weights of each row, by request and row, best choice first."""
     batch = build_batch(taken, layer)
     assert batch.gate_input is not None
-    assignments = layer.policy.assign(layer.gate(batch.gate_input, tasks=batch.tasks), layer.info(batch))
+    assignments = layer.policy.assign(layer.gate(batch.gate_input, tasks=batch.tasks), batch.info)
     plan = plan_dispatch(admit(assignments, layer.capacity))
     owners = [(request.request_id, row) for request, part in taken for row in range(part.start, part.stop)]
     found: dict[tuple[str, int], list[tuple[int, int, Any]]] = {owner: [] for owner in owners}
