@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MIN_NOISE_STD = 1e-2
 
 # Prototypes that are multiplied at once.
-_BLOCK = 32
+_BLOCK = 16
 
 
 class LinearGate(Gate):
@@ -134,12 +134,11 @@ class CosineGate(Gate):
 
     def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
         """Router logits, without noise."""
-        directions = _directions(features)
-        num_logits = self.shape.num_logits
+        scaled, num_logits = _scaled(features), self.shape.num_logits
         # Products of one width whatever the number of experts: kernels choose the order of their sums by the width.
-        padded = F.pad(self.weight, (0, 0, 0, -num_logits % _BLOCK))
-        blocks = [F.linear(directions, _directions(prototypes)) for prototypes in torch.split(padded, _BLOCK)]
-        logits = torch.cat(blocks, dim=1)[:, :num_logits] / self.temperature
+        padded = _scaled(F.pad(self.weight, (0, 0, 0, -num_logits % _BLOCK)))
+        blocks = [F.linear(scaled, prototypes / _lengths(prototypes)) for prototypes in torch.split(padded, _BLOCK)]
+        logits = torch.cat(blocks, dim=1)[:, :num_logits] / (_lengths(scaled) * self.temperature)
         return logits if self.bias is None else logits + self.bias
 
 
@@ -163,9 +162,14 @@ def build_gate(config: GateConfig, shape: GateShape, *, seed: int) -> Gate:
     return gate_class(shape, init=init, bias=bias, jitter_eps=jitter_eps)
 
 
-def _directions(rows: Tensor) -> Tensor:
-    """Rows of length 1, and zeros where they are zeros; the gradient is that of the length-1 rows."""
-    # Squares of large numbers overflow and of tiny ones vanish, so the largest is taken out first.
-    smallest = torch.finfo(rows.dtype).tiny
-    largest = rows.detach().abs().amax(dim=-1, keepdim=True).clamp_min(smallest)
-    return F.normalize(rows / largest, dim=-1)
+def _scaled(rows: Tensor) -> Tensor:
+    """Rows in the same directions whose largest number is 1; rows of zeros, or as good as that, as they are."""
+    # The square of a large number overflows, and that of a tiny one vanishes.
+    largest = rows.detach().abs().amax(dim=-1, keepdim=True)
+    return rows / torch.where(largest < torch.finfo(rows.dtype).tiny, 1.0, largest)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Lengths of scaled rows, ``(num_rows, 1)``; 1 for a row of zeros, which stays one when it is divided."""
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.where(lengths == 0, 1.0, lengths)

@@ -52,19 +52,27 @@ class MultiGate(Gate):
     def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
         """Router logits, each row by the gate of its own task."""
         if tasks is None:
-            return self._task_logits(features, self._default_task_id())
+            return self._logits([self._default_task_id()], [features])
         self._check_tasks(tasks, num_tokens=features.shape[0])
         # One product per task that occurs: a weight matrix per row would be (num_tokens, num_logits, in_features).
         present, counts = torch.unique(tasks, return_counts=True)
         if len(present) <= 1:
-            return self._task_logits(features, int(present[0]) if len(present) else 0)
+            return self._logits(present.tolist() or [0], [features])
         order = torch.argsort(tasks, stable=True)
-        groups = torch.split(features[order], counts.tolist())
-        logits = [self._task_logits(rows, task) for task, rows in zip(present.tolist(), groups, strict=True)]
-        return torch.cat(logits)[torch.argsort(order)]
+        grouped = self._logits(present.tolist(), torch.split(features[order], counts.tolist()))
+        return grouped[torch.argsort(order)]
 
-    def _task_logits(self, features: Tensor, task: int) -> Tensor:
-        return F.linear(features, self.weight[task], None if self.bias is None else self.bias[task])
+    def _logits(self, tasks: Sequence[int], groups: Sequence[Tensor]) -> Tensor:
+        """Logits of groups of rows, one group after the other, each by the gate of its task."""
+        # Unbound for a gradient: that of each weight[task] would be as large as the gates of all tasks.
+        learns = torch.is_grad_enabled()
+        weights = self.weight.unbind() if learns else self.weight
+        biases = self.bias.unbind() if learns and self.bias is not None else self.bias
+        parts = [
+            F.linear(rows, weights[task], None if biases is None else biases[task])
+            for task, rows in zip(tasks, groups, strict=True)
+        ]
+        return torch.cat(parts)
 
     def _default_task_id(self) -> int:
         if self.default_task is None:

@@ -16,6 +16,17 @@ def cosine_gate(in_features, num_logits, **options):
     return build_gate(CosineGateConfig(kind="cosine", **options), GateShape(in_features, num_logits), seed=0)
 
 
+class Scored(torch.nn.Module):
+    """The gate's logits in the dtype of its parameters."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, features):
+        return self.gate.score(features, generator=None, tasks=None)
+
+
 def random_tokens(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -37,11 +48,12 @@ def test_temperature_is_that_of_x_moe_unless_given():
 def test_zeros_are_similar_to_no_expert_and_train_without_nan():
     gate = cosine_gate(3, 4)
     gate.weight.data[2] = 0.0
-    tokens = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    tokens = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0], [1e-45, 0.0, 0.0]], requires_grad=True)
     logits = gate(tokens)
-    logits.square().sum().backward()
+    logits.sum().backward()
     assert logits[0].tolist() == [0.0, 0.0, 0.0, 0.0]
     assert logits[1, 2].item() == 0.0
+    assert logits[2].abs().max() < 1e-30
     assert tokens.grad.isfinite().all()
     assert gate.weight.grad.isfinite().all()
 
@@ -68,6 +80,21 @@ def test_expert_joins_without_changing_a_bit_of_the_others_logits(num_experts, n
     after.bias.data[:num_experts] = before.bias.data
     tokens = random_tokens(num_tokens, in_features)
     assert torch.equal(after(tokens)[:, :num_experts], before(tokens))
+
+
+def test_gradient_is_that_of_finite_differences():
+    gate = cosine_gate(3, 4, bias=True, temperature=0.5).double()
+    tokens = random_tokens(5, 3).double().requires_grad_()
+    parameters = (tokens, gate.weight, gate.bias)
+
+    def logits_of(features, weight, bias):
+        # Not by ``forward``, which takes what it is given to float32.
+        given = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(
+            Scored(gate), {f"gate.{name}": value for name, value in given.items()}, features
+        )
+
+    assert torch.autograd.gradcheck(logits_of, parameters)
 
 
 def test_gradient_pulls_the_prototype_towards_its_tokens():

@@ -81,6 +81,13 @@ def test_empty_batch_gives_no_logits():
     assert gate(torch.ones(0, 4)).shape == (0, 3)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-bias={config.bias}")
+def test_gate_that_no_policy_asks_has_no_logits_to_give(config):
+    gate = build_gate(config, GateShape(4, 0, num_shared=1), seed=0)
+    assert gate(torch.ones(5, 4)).shape == (5, 0)
+    assert gate.shared_weights(torch.ones(5, 4)).shape == (5, 1)
+
+
 @pytest.mark.parametrize("shape", [(4,), (5, 3), (2, 5, 4)])
 def test_input_of_another_shape_is_refused(shape):
     gate = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0)

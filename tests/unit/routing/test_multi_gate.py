@@ -54,6 +54,15 @@ def test_only_the_gates_of_tasks_in_the_batch_learn():
     assert gate.weight.grad.tolist() == [[[2.0, 2.0]] * 2, [[0.0, 0.0]] * 2, [[2.0, 2.0]] * 2]
 
 
+def test_logits_are_the_same_with_a_gradient_and_without():
+    gate = multi_gate(in_features=5, num_logits=4, bias=True)
+    tokens = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    tasks = torch.tensor([0, 2, 1, 1, 0, 2])
+    with torch.inference_mode():
+        logits = gate(tokens, tasks=tasks)
+    assert torch.equal(gate(tokens, tasks=tasks), logits)
+
+
 def test_names_of_tasks_are_in_the_order_of_the_parameters():
     gate = multi_gate(default_task="write")
     assert gate.tasks == ("read", "write", "sum")
