@@ -12,7 +12,7 @@ from moe_runtime.errors import ConfigError, PlugInError, WeightsError
 from moe_runtime.experts.build import check_weights
 from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.experts.spec import expert_contract
-from moe_runtime.launch.expansion import expand_experts, expert_blocks, name_mistakes
+from moe_runtime.launch.expansion import blocks_of, expand_experts, name_mistakes
 from moe_runtime.launch.gates import check_gate_weights, gate_seed, gate_shape
 from moe_runtime.launch.packing import pack_experts
 from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary, RouterRecipe
@@ -202,7 +202,7 @@ class _LayerCheck:
     def _check_devices(self) -> None:
         if self._loaded.config.device != "cpu":
             return
-        for name, block in expert_blocks(self._layer):
+        for name, block in blocks_of(self._layer):
             if block.resources.num_gpus:
                 key = f"{self._key}.{name}.resources.num_gpus"
                 self._mistakes.add(

@@ -126,7 +126,7 @@ class RoutedLayer:
     def draws_at_random(self) -> bool:
         """Whether anything is decided by the seeds of requests."""
         drops_at_random = self.capacity.factor is not None and self.capacity.drop == "random"
-        return drops_at_random or "row_seeds" in self.policy.reads
+        return drops_at_random or self.policy.draws_in_evaluation
 
     @property
     def item_size(self) -> int:
