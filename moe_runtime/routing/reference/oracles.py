@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.config.policies import DensePolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
+from moe_runtime.config.policies import (
+    DensePolicyConfig,
+    ExpertChoicePolicyConfig,
+    GlobalAssignmentPolicyConfig,
+    HashPolicyConfig,
+    RandomPolicyConfig,
+    ReinforcePolicyConfig,
+    RoundRobinPolicyConfig,
+    SinkhornPolicyConfig,
+    SwitchPolicyConfig,
+    TopKPolicyConfig,
+)
+from moe_runtime.routing.reference.balanced import ExpertChoiceOracle, GlobalAssignmentOracle, SinkhornOracle
+from moe_runtime.routing.reference.gate_free import GateFreeOracle
+from moe_runtime.routing.reference.sampled import ReinforceOracle
 from moe_runtime.routing.reference.token_choice import TopKOracle
 
 if TYPE_CHECKING:
@@ -15,6 +29,13 @@ _ORACLES: dict[type, type[ChoiceOracle[Any]]] = {
     DensePolicyConfig: TopKOracle,
     SwitchPolicyConfig: TopKOracle,
     TopKPolicyConfig: TopKOracle,
+    ExpertChoicePolicyConfig: ExpertChoiceOracle,
+    GlobalAssignmentPolicyConfig: GlobalAssignmentOracle,
+    SinkhornPolicyConfig: SinkhornOracle,
+    HashPolicyConfig: GateFreeOracle,
+    RandomPolicyConfig: GateFreeOracle,
+    RoundRobinPolicyConfig: GateFreeOracle,
+    ReinforcePolicyConfig: ReinforceOracle,
 }
 
 

@@ -15,6 +15,7 @@ import torch
 
 from moe_runtime.config.models import CapacityConfig, ResidualRule, WeightOn
 from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
+from moe_runtime.routing.reference.draws import splitmix64
 from moe_runtime.routing.reference.oracles import oracle_of
 
 if TYPE_CHECKING:
@@ -119,19 +120,9 @@ def _in_drop_order(pairs: list[RoutedPair], inputs: RoutingInputs, rule: Capacit
 
     def draw(pair: RoutedPair) -> int:
         seed = pair.token if inputs.row_seeds is None else inputs.row_seeds[pair.token]
-        return _splitmix64(seed, pair.rank)
+        return splitmix64(seed, pair.rank)
 
     return sorted(pairs, key=draw)
-
-
-def _splitmix64(seed: int, rank: int) -> int:
-    """The draw of a choice, as a signed 64-bit number (https://prng.di.unimi.it/splitmix64.c)."""
-    modulus = 1 << 64
-    bits = (seed + (rank + 1) * 0x9E3779B97F4A7C15) % modulus
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % modulus
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % modulus
-    bits ^= bits >> 31
-    return bits - modulus if bits >= modulus >> 1 else bits
 
 
 def _reroute(

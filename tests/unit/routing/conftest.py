@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.routing.assignments import DispatchPlan
-    from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.routing.reference.choices import RoutedPair, RoutingInputs
 from moe_runtime.routing.reference.route import RoutingRules
 
@@ -51,16 +50,32 @@ class Routed:
         return list(zip(*(column.tolist() for column in columns), outcomes, weights, strict=True))
 
 
+def token_info(inputs: RoutingInputs) -> TokenInfo:
+    """What the fast path is told of the batch that the oracle is given."""
+
+    def rows(values, dtype=torch.int64):
+        return None if values is None else torch.tensor(values, dtype=dtype)
+
+    return TokenInfo(
+        k=inputs.k if isinstance(inputs.k, int) else rows(inputs.k),
+        mask=rows(inputs.mask, torch.bool),
+        row_seeds=rows(inputs.row_seeds),
+        row_ids=rows(inputs.row_ids),
+        token_ids=rows(inputs.token_ids),
+        expert_bias=rows(inputs.expert_bias, torch.float64),
+        training=inputs.training,
+    )
+
+
 def run_layer(
     tokens: Tensor, inputs: RoutingInputs, rules: RoutingRules, experts: Sequence[Callable[[Tensor], Tensor]]
 ) -> Routed:
     """One batch, from logits to outputs; rows that were not served hold NaN."""
     policy = build_policy(rules.policy, num_experts=inputs.router_logits.shape[1])
-    k = inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k)
-    mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
-    seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
-    assignments = policy.assign(inputs.router_logits, TokenInfo(k=k, mask=mask))
-    plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
+    info = token_info(inputs)
+    # A policy that asks no gate gets no logits; the oracle reads the number of experts off them.
+    assignments = policy.assign(inputs.router_logits[:, : policy.num_logits], info)
+    plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=info.row_seeds))
     rows = gather_rows(tokens, plan, weight_on=rules.weight_on)
     served = torch.tensor(
         [(t, e) not in inputs.failed for t, e in zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True)],

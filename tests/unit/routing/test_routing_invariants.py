@@ -70,7 +70,7 @@ def batches(draw):
     cells = [(token, expert) for token in range(num_tokens) for expert in range(num_experts)]
     failed = frozenset(draw(st.lists(st.sampled_from(cells), max_size=10)))
     hot = torch.linspace(draw(st.sampled_from([0.0, 3.0])), 0.0, num_experts, dtype=torch.float64)
-    inputs = RoutingInputs(normal(num_tokens, num_experts, seed=seed) + hot, k, mask, seeds, failed)
+    inputs = RoutingInputs(normal(num_tokens, num_experts, seed=seed) + hot, k, mask, seeds, failed=failed)
     return normal(num_tokens, 2, seed=seed + 1), inputs, rules
 
 
