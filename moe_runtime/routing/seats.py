@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from moe_runtime.routing.auction import auction
+from moe_runtime.routing.auction import MAX_ROUNDS, auction
 from moe_runtime.routing.places import positions_in_group
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ class Seats:
     num_experts: int
 
 
-def balanced_experts(scores: Tensor, *, solver: Solver) -> Tensor:
+def balanced_experts(scores: Tensor, *, solver: Solver, max_rounds: int = MAX_ROUNDS) -> Tensor:
     """The expert of each token, where each serves as many: ``floor`` or ``ceil`` of ``num_tokens / num_experts``.
 
     Args:
         scores: Finite, ``(num_tokens, num_experts)``.
         solver: ``exact`` has the highest total score, by scipy; ``auction`` one within a percent, as a rule, and is
             quicker in large batches; ``auto`` is by size.
+        max_rounds: Rounds of bids after which the auction seats who is left as well as it can.
 
     Returns:
         int64 ``(num_tokens,)``.
@@ -60,7 +61,7 @@ def balanced_experts(scores: Tensor, *, solver: Solver) -> Tensor:
     seats = _seats(scores.detach().double().clamp(-_LARGEST, _LARGEST))
     if solver == "exact" or (solver == "auto" and num_tokens <= EXACT_UP_TO):
         return _exactly(seats)[:num_tokens] % num_experts
-    return _seat_everyone(seats, auction(seats.values, seats.sizes)[:num_tokens])
+    return _seat_everyone(seats, auction(seats.values, seats.sizes, max_rounds=max_rounds)[:num_tokens])
 
 
 def _seats(scores: Tensor) -> Seats:

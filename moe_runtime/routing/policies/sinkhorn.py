@@ -58,7 +58,8 @@ class SinkhornPolicy(Policy):
         gaps = logits.double() - logits.double().amax(dim=1, keepdim=True)
         gaps = gaps.clamp_min(-LARGEST_GAP)
         valid = gaps if mask is None else gaps[mask.bool()]
-        if valid.shape[0] == 0:
+        # One token has nobody to share with: scaled to equal loads, all of its entries would be the same.
+        if valid.shape[0] <= 1:
             return gaps
         return gaps + scale_columns(valid.exp(), tolerance=self.tolerance, max_iterations=self.max_iterations).log()
 

@@ -103,7 +103,7 @@ class SinkhornOracle(ChoiceOracle[SinkhornPolicyConfig]):
         """Logarithms of the columns' factors, found with logarithms throughout."""
         rows = [_gaps(self.logits[token]) for token in self.valid_tokens()]
         prices = [0.0] * self.num_experts
-        if not rows or not (self.inputs.training or self.config.evaluation == "as_in_training"):
+        if len(rows) < 2 or not (self.inputs.training or self.config.evaluation == "as_in_training"):
             return prices
         mean = math.log(len(rows) / self.num_experts)
         for _ in range(self.config.max_iterations):

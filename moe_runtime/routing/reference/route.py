@@ -115,7 +115,7 @@ def _in_drop_order(pairs: list[RoutedPair], inputs: RoutingInputs, rule: Capacit
     if rule.drop == "score":
         return sorted(pairs, key=lambda pair: -pair.score)
     if rule.drop == "priority":
-        best = {pair.token: pair.score for pair in pairs if pair.rank == 0}
+        best = {token: max(pair.score for pair in pairs if pair.token == token) for token in {p.token for p in pairs}}
         return sorted(pairs, key=lambda pair: (pair.rank, -best[pair.token]))
 
     def draw(pair: RoutedPair) -> int:
