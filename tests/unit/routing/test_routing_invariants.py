@@ -1,4 +1,4 @@
-"""What holds for every batch and every rule, and that the fast path computes what the slow oracle does."""
+"""What holds for every batch, whatever the rules: identities, permutations, and what no capacity can drop."""
 
 from __future__ import annotations
 
