@@ -39,6 +39,11 @@ class ReinforcePolicy(Policy):
     can_reroute: bool = True
     reads: frozenset[RowFact] = frozenset({"row_seeds"})
 
+    @property
+    def draws_in_evaluation(self) -> bool:
+        """Whether it samples outside training too."""
+        return self.samples
+
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """The assignments that the tokens of a batch ask for; see ``Policy.assign``.
 

@@ -12,14 +12,21 @@ from hypothesis import strategies as st
 
 from fakes.service import FakeTransport, GivenLogits, make_layer, table_of, tokens_of
 from moe_runtime.config.models import CapacityConfig
-from moe_runtime.config.policies import GShardPolicyConfig, PolicyConfig, TopKPolicyConfig
+from moe_runtime.config.policies import (
+    GShardPolicyConfig,
+    PolicyConfig,
+    RandomPolicyConfig,
+    ReinforcePolicyConfig,
+    RoundRobinPolicyConfig,
+    TopKPolicyConfig,
+)
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.errors import InvalidRequestError, RequestTooLargeError
 from moe_runtime.routing.assignments import Assignments, Grid, WeightRule
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.hashing import ids_of_rows
 from moe_runtime.routing.plan import plan_dispatch
-from moe_runtime.routing.policies.build import _BUILDERS, build_policy
+from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import Policy, TokenInfo
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.joining import BatchPart, build_batch
@@ -67,7 +74,7 @@ CURIOUS = CuriousPolicy(
 
 def every_uncoupled_policy() -> list[Policy]:
     """One of each kind that there is, and the one above."""
-    kinds = [kind for kind in get_args(get_args(PolicyConfig)[0]) if kind in _BUILDERS]
+    kinds = get_args(get_args(PolicyConfig)[0])
     configs = [kind(kind=kind.model_fields["kind"].annotation.__args__[0]) for kind in kinds]
     policies = [build_policy(config, num_experts=NUM_EXPERTS) for config in configs]
     return [CURIOUS, *(policy for policy in policies if not policy.batch_coupled)]
@@ -283,9 +290,21 @@ def test_a_seed_has_an_effect_where_an_expert_may_be_full_and_drops_at_random() 
     assert batch_of(make_layer(3, capacity=limited), RequestOptions(seed=1)).info.row_seeds is not None
 
 
-@pytest.mark.parametrize(("second", "warned"), [("always", ["seed"]), ("never", ["seed"]), ("threshold", [])])
-def test_a_seed_has_an_effect_where_the_second_expert_is_kept_by_chance(second: str, warned: list[str]) -> None:
-    config = GShardPolicyConfig(kind="gshard_top2", second="proportional", second_in_evaluation=second)
+@pytest.mark.parametrize(
+    ("config", "warned"),
+    [
+        (GShardPolicyConfig(kind="gshard_top2", second_in_evaluation="always"), ["seed"]),
+        (GShardPolicyConfig(kind="gshard_top2", second_in_evaluation="never"), ["seed"]),
+        (GShardPolicyConfig(kind="gshard_top2", second_in_evaluation="threshold"), []),
+        (ReinforcePolicyConfig(kind="reinforce", evaluation="greedy"), ["seed"]),
+        (ReinforcePolicyConfig(kind="reinforce", evaluation="as_in_training"), []),
+        (RandomPolicyConfig(kind="random"), []),
+        (RoundRobinPolicyConfig(kind="round_robin"), ["seed"]),
+    ],
+)
+def test_a_seed_has_an_effect_where_something_is_drawn_outside_training(
+    config: PolicyConfig, warned: list[str]
+) -> None:
     assert unused(layer_of(build_policy(config, num_experts=NUM_EXPERTS)), seed=1) == warned
 
 
