@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Rounds of bids after which an auction ends although rows are without a seat.
-MAX_ROUNDS = 500
-# The least raise of a bid, as a share of the mean range of a row's values. It bounds what is lost against the highest
-# total, per row.
+MAX_ROUNDS = 1000
+# The least raise of a bid, as a share of the mean range of values, over rows that prefer some seat. It bounds what is
+# lost against the highest total, per row.
 _RAISE = 2.0**-7
 # Multiples of these, less their whole parts, fill [0, 1) evenly
 # (https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences).
@@ -62,9 +62,9 @@ def auction(values: Tensor, sizes: Tensor, *, prices: Tensor, max_rounds: int = 
     """
     num_rows, num_classes = values.shape
     values = values - values.max(dim=1, keepdim=True).values
-    mean_range = float(-values.masked_fill(values.isinf(), 0.0).min(dim=1).values.mean())
+    ranges = -values.masked_fill(values.isinf(), 0.0).min(dim=1).values
     # Rows to whom all seats are worth the same still have to outbid each other.
-    raise_by = _RAISE * mean_range or 1.0
+    raise_by = _RAISE * float(ranges.sum() / ranges.count_nonzero().clamp_min(1)) or 1.0
     state = _Auction(
         values=values + 0.5 * raise_by * _tie_breaks(values),
         sizes=sizes,

@@ -117,7 +117,9 @@ def skewed(kind, num_tokens, num_experts):
 
 
 @pytest.mark.parametrize("kind", ["normal", "hot", "clusters", "whole numbers", "all alike", "outlier"])
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(64, 8), (61, 8), (100, 16), (5, 16), (200, 3), (48, 2)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts"), [(64, 8), (61, 8), (100, 16), (5, 16), (40, 64), (200, 3), (48, 2)]
+)
 def test_an_auction_is_balanced_and_within_a_percent_of_the_highest_total(kind, num_tokens, num_experts):
     scores = skewed(kind, num_tokens, num_experts)
     best = total(scores, balanced_experts(scores, solver="exact"))
