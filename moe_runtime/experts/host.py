@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_runtime.errors import InnerLayerError
 from moe_runtime.experts.cuda_stage import CudaStage
 from moe_runtime.experts.culprits import FailedRows, Failure, salvage
 from moe_runtime.experts.device_stage import CpuStage
@@ -204,8 +205,10 @@ class ExpertHost:
         outputs = expert.zeros(product.num_rows)
         failed = [FailedRows(0, product.num_rows, failure)]
         before_ms = expert.compute_ms - failure.compute_ms
-        # A call of an exact expert is never split, and one that is answered wrongly fails as a whole.
-        if not expert.exact and not (failure.is_fault and len(product.parts) == 1):
+        # A call of an exact expert is never split, one that is answered wrongly fails as a whole, and of a layer that
+        # gave no answer, its rows are not to blame.
+        is_whole = failure.is_fault and len(product.parts) == 1
+        if not expert.exact and not is_whole and not isinstance(failure.cause, InnerLayerError):
             failed = salvage(
                 product.rows, failure, forward=partial(self._try, expert), outputs=outputs, is_late=is_late
             )
