@@ -146,8 +146,8 @@ class _LayerCheck:
         policy = self._policy()
         if policy is not None:
             self._check_gate(policy)
-        if policy is not None and out_shape is not None:
-            self._check_rules(policy, out_shape)
+            if out_shape is not None:
+                self._check_rules(policy, out_shape)
         if out_shape is None or len(self._mistakes.lines) > num_before:
             return None
         return self._make(out_shape, level)

@@ -158,12 +158,13 @@ class ExpertProcess:
         return self._reason
 
     def stop(self) -> None:
-        """Stop after the run that is under way, and stop listening. Safe to call twice."""
+        """Stop after the run that is under way, and stop listening; calls of other layers end. Safe to call twice."""
         if self._loop is not None and self._thread is not None:
             self._loop.stop()
+            # Whoever waited for this host has left it: what it asks of others need not be waited for.
+            for expert in self._layer_experts:
+                expert.close()
             self._thread.join()
-        for expert in self._layer_experts:
-            expert.close()
 
     def _build(self, device: torch.device) -> dict[str, LoadedExpert]:
         """The experts by replica id, if there is memory for them."""

@@ -17,7 +17,7 @@ from moe_runtime.transport.zmq_host import ZmqHostTransport
 from moe_runtime.transport.zmq_router import ZmqTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.launch.weights_recipe import WeightsRecipe
@@ -45,7 +45,7 @@ class ExpertProcessFactory:
             owns_process=True,
             store=None if self.weights is None else self.weights.store(),
             node=location.node,
-            find_routers=partial(_find_routers, self.runtime),
+            find_routers=_router_lookup(self.runtime),
         )
 
 
@@ -80,11 +80,11 @@ class RouterProcessFactory:
         return build_setup(self.recipe, store=None if self.weights is None else self.weights.store())
 
 
-def _find_routers(runtime: str) -> Sequence[str]:
+def _router_lookup(runtime: str) -> Callable[[], Sequence[str]]:
     # Only in an actor: the import brings Ray.
-    from moe_runtime.ray_backend.router_lookup import find_routers
+    from moe_runtime.ray_backend.router_lookup import RouterLookup
 
-    return find_routers(runtime)
+    return RouterLookup(runtime)
 
 
 def _open_host_transport(location: Location, spec: HostSpec) -> ZmqHostTransport:

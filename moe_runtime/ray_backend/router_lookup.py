@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
@@ -18,17 +18,27 @@ if TYPE_CHECKING:
 _TIMEOUT_S = 1.0
 
 
-def find_routers(runtime: str) -> Sequence[str]:
-    """``HOST:PORT`` of every router that has started, as the runtime's controller knows them.
+class RouterLookup:
+    """Asks a runtime's controller for its routers. Used by one thread of an actor."""
 
-    Raises:
-        UnavailableError: If the controller does not answer.
-    """
-    controller = find_actor(controller_name(runtime))
-    if controller is None:
-        raise UnavailableError(f"runtime {runtime}: expected its controller on this cluster, found none")
-    try:
-        addresses: list[str] = ray.get(controller.addresses.remote(), timeout=_TIMEOUT_S)
-    except RayError as exc:
-        raise UnavailableError(f"runtime {runtime}: its controller does not answer: {type(exc).__name__}") from exc
-    return addresses
+    def __init__(self, runtime: str) -> None:
+        """Ask nothing yet."""
+        self._runtime = runtime
+        self._controller: Any = None
+
+    def __call__(self) -> Sequence[str]:
+        """``HOST:PORT`` of every router that has started, as the controller knows them.
+
+        Raises:
+            UnavailableError: If the controller does not answer.
+        """
+        try:
+            # Found once: it keeps its handle when it restarts, and to find it has no timeout.
+            self._controller = self._controller or find_actor(controller_name(self._runtime))
+            if self._controller is None:
+                raise UnavailableError(f"runtime {self._runtime}: expected its controller on this cluster, found none")
+            addresses: list[str] = ray.get(self._controller.addresses.remote(), timeout=_TIMEOUT_S)
+        except RayError as exc:
+            reason = type(exc).__name__
+            raise UnavailableError(f"runtime {self._runtime}: its controller does not answer: {reason}") from exc
+        return addresses

@@ -12,17 +12,22 @@ import torch
 
 from fakes.live_router import WIDTH, LiveRouter, StartRouter
 from fakes.secured import ALICE, BOB, tls_config, write_tokens
+from moe_runtime.config.experts import ResourcesConfig
 from moe_runtime.config.security import SecurityConfig
 from moe_runtime.errors import InnerLayerError
 from moe_runtime.experts.build import LoadedExpert, build_expert
 from moe_runtime.experts.deadline import answer_within, time_left_s
 from moe_runtime.experts.host import ExpertCall, ExpertHost
 from moe_runtime.experts.spec import ExpertSpec
+from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.nested.asked_layer import AskedLayer, LayerCalls
 from moe_runtime.launch.nested.kinds import register_nested_kinds
 from moe_runtime.launch.nested.options import AccessOptions
+from moe_runtime.launch.recipes import HostedExpert, HostSpec
 from moe_runtime.rpc.certificates import make_certificates
+from moe_runtime.service.ports import HostReply, HostRequest, Segment
 from moe_runtime.service.routing_table import RoutingTable
+from moe_runtime.transport.in_process import InProcessNetwork
 
 LONG_S = 20.0
 
@@ -197,6 +202,28 @@ def test_routers_that_have_not_started_are_looked_for_again_with_the_next_rows(s
     addresses.append(start_router().address)
     torch.testing.assert_close(calls.forward(rows(2)), rows(2))
     calls.close()
+
+
+def test_a_host_that_stops_does_not_wait_for_the_inner_layer(start_router: StartRouter) -> None:
+    router = start_router()
+    network = InProcessNetwork()
+    options = {"target": router.address, "layer": "stuck"}
+    spec = ExpertSpec("outer", 0, "far", "remote", (WIDTH,), options=options)
+    host_spec = HostSpec("outer/far/0", (HostedExpert("outer/far/0", spec),), "cpu", ResourcesConfig())
+    process = ExpertProcess(host_spec, open_transport=network.host_transport, num_threads=None)
+    endpoint = process.start().endpoint
+    transport = network.router_transport()
+    transport.send(endpoint, HostRequest(1, (Segment("outer/far/0", 2),), rows(2), LONG_S))
+    router.wait_for(lambda status: status["open_requests"] == 1)
+    assert process.health().busy_s > 0.0
+    started = time.monotonic()
+    process.stop()
+    assert time.monotonic() - started < LONG_S / 2
+    # And then that the host is gone.
+    reply = transport.poll(LONG_S)[0]
+    assert isinstance(reply, HostReply)
+    assert "InnerLayerError" in str(reply.results[0].error)
+    transport.close()
 
 
 def test_one_router_of_two_is_enough(start_router: StartRouter) -> None:

@@ -36,8 +36,8 @@ _LOG = logging.getLogger(__name__)
 _USABLE_TIME = 0.9
 #: Where nobody has said how long an answer is awaited.
 _DEFAULT_TIMEOUT_S = 10.0
-#: Few: the outer layer has another replica, another expert or the residual, and no time to lose.
-_RETRIES = RetryPolicy(max_attempts=4)
+#: Once all routers were tried. Few: the outer layer has another replica, another expert or the residual.
+_MORE_ATTEMPTS = 3
 #: What the request's own rows are to blame for: the host finds out which.
 _OF_ROWS = (NonFiniteError, RequestTooLargeError)
 
@@ -102,15 +102,18 @@ class LayerCalls:
         self._client: MoEClient | None = None
         self._addresses: tuple[str, ...] = ()
         self._is_checked = False
+        self._is_closed = False
 
     def counts(self) -> dict[str, int]:
         """See ``InnerTally``."""
         return self._tally.counts()
 
     def close(self) -> None:
-        """Close the connections. Safe to call twice."""
-        if self._client is not None:
-            self._client.close()
+        """End the call that is under way, and make no other. Safe to call twice."""
+        self._is_closed = True
+        client = self._client
+        if client is not None:
+            client.close()
 
     def forward(self, rows: Tensor) -> Tensor:
         """The layer's answer, ``(num_rows, *out_shape)``, on the device of the rows.
@@ -186,8 +189,8 @@ class LayerCalls:
         return True
 
     def _use(self, addresses: tuple[str, ...]) -> MoEClient:
-        if not addresses:
-            raise UnavailableError("no router has started yet")
+        if self._is_closed or not addresses:
+            raise UnavailableError("its host stops" if self._is_closed else "no router has started yet")
         access = self._access
         try:
             client = MoEClient(
@@ -195,7 +198,7 @@ class LayerCalls:
                 token=access.read_token(),
                 tls=access.client_tls(),
                 insecure=access.insecure,
-                retry_policy=_RETRIES,
+                retry_policy=RetryPolicy(max_attempts=len(addresses) + _MORE_ATTEMPTS),
             )
         except InvalidRequestError as exc:
             raise InnerLayerError(f"{self._layer.where}: {exc}") from exc

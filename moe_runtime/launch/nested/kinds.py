@@ -48,7 +48,7 @@ class LayerExpert(nn.Module):
         return self._calls.counts()
 
     def close(self) -> None:
-        """Close its connections. Safe to call twice."""
+        """End the call that is under way, and make no other. Thread-safe; safe to call twice."""
         self._calls.close()
 
     def forward(self, rows: Tensor) -> Tensor:
