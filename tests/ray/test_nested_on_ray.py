@@ -19,15 +19,18 @@ from moe_runtime.experts.build import build_expert
 from moe_runtime.launch.build import build_layers
 from moe_runtime.launch.recipes import LayerRecipe
 from moe_runtime.launch.router_process import build_routed_layer
-from moe_runtime.launch.runtime import serve
+from moe_runtime.launch.runtime import serve, upgrade
 from moe_runtime.launch.served import Runtime
 from moe_runtime.rpc.client import MoEClient
 from moe_runtime.wire.messages import Report
 
+#: The cluster and the runtime start within the first test, and each kill waits for a process to come back.
+pytestmark = pytest.mark.timeout(180)
+
 LONG_S = 20.0
 NUM_CLIENTS = 4
 FEED_FORWARD = {"kind": "feed_forward", "options": {"hidden_features": 16, "out_features": 8}}
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "name": "nested",
     "device": "cpu",
     "layers": {
@@ -196,3 +199,17 @@ def test_a_killed_router_that_serves_both_layers_is_found_again_by_the_runtime_s
         eventually(lambda: nested.describe()["routers"][0]["pid"] != router["pid"])
         serves_again(load, eventually)
     assert accounts_for_everything(load)
+
+
+def test_an_inner_layer_is_upgraded_under_load_and_nothing_is_lost(
+    nested: Runtime, eventually: Callable[..., Any]
+) -> None:
+    layers = CONFIG["layers"]
+    inner = {**layers["inner"], "experts": [{**FEED_FORWARD, "count": 3}]}
+    with load_on(nested.address) as load:
+        serves_again(load, eventually)
+        upgrade({**CONFIG, "layers": {**layers, "inner": inner}})
+        serves_again(load, eventually)
+    assert accounts_for_everything(load)
+    assert all(map(is_whole, load.ends))
+    assert len(nested.describe()["layers"]["inner"]["experts"]) == 3
