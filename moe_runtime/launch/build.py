@@ -46,14 +46,15 @@ def validate(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> ConfigSu
     config = loaded.config
     layers = build_layers(loaded)
     security = config.security.located(loaded.base_dir)
-    # What names files of the routers' nodes can be checked there alone.
-    if all(Path(path).exists() for path in security.files.values()):
+    are_here = all(Path(path).expanduser().exists() for path in security.files.values())
+    if are_here:
         check_security(security)
     return ConfigSummary(
         name=config.name,
         layers=tuple(_summary(layer) for layer in layers),
         num_routers=config.router.replicas,
         address=config.router.address,
+        unchecked_files={} if are_here else security.files,
     )
 
 
@@ -109,8 +110,7 @@ def build_layers(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> tup
     recipes: dict[str, LayerRecipe] = {}
     for name in nesting.innermost_first:
         check = _LayerCheck(loaded, name, mistakes, inner_layers=recipes, nodes_have_paths=nodes_have_paths)
-        recipe = check.recipe(level=nesting.levels[name])
-        if recipe is not None:
+        if (recipe := check.recipe(level=nesting.levels[name])) is not None:
             recipes[name] = recipe
     mistakes.raise_any()
     return tuple(recipes[name] for name in loaded.config.layers)
@@ -231,7 +231,6 @@ class _LayerCheck:
     def _out_shape(self, expert: ExpandedExpert) -> tuple[int, ...] | None:
         spec = expert.recipe.spec
         if lacks_inner_layer(spec, self._inner_layers):
-            # What is wrong with that layer has been told.
             return None
         try:
             shape = tuple(expert_contract(spec).out_shape)

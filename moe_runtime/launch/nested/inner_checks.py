@@ -49,7 +49,7 @@ def settle(expert: ExpandedExpert, loaded: LoadedConfig, inner_layers: Mapping[s
 
 
 def lacks_inner_layer(spec: ExpertSpec, inner_layers: Mapping[str, LayerRecipe]) -> bool:
-    """Whether nothing can be said of an expert, because the layer that it is is unknown or has mistakes itself."""
+    """Whether an expert is a layer that is unknown or has mistakes itself, as was told: no more can be said."""
     return spec.kind == MOE_KIND and isinstance(spec.options.get("layer"), str) and not _inner_of(spec, inner_layers)
 
 

@@ -112,6 +112,12 @@ def test_shared_experts_may_be_layers_too() -> None:
             "found inner, whose gate sees a gate_input, 2 wide",
         ),
         (
+            moe("inner"),
+            layer(FEED_FORWARD, gate={"kind": "multi", "tasks": ["a", "b"]}),
+            ".options.layer: expected a layer whose gate needs nothing but the rows, "
+            "found inner, whose gate needs a task and has no default_task",
+        ),
+        (
             moe("inner", tls=True),
             layer(FEED_FORWARD),
             ".options: expected neither tls nor ca, since the routers serve as security.tls says, found tls or ca",
