@@ -70,6 +70,7 @@ class LayerRecipe:
         experts: In the order of the gate's rows; the shared ones after them.
         num_shared: How many of the experts are shared.
         shared_gate: What the weight of a shared expert is.
+        level: 0 where it is no expert of another layer; see ``RoutedLayer``.
     """
 
     name: str
@@ -97,6 +98,7 @@ class LayerRecipe:
     experts: tuple[ExpertRecipe, ...]
     num_shared: int
     shared_gate: SharedGate
+    level: int = 0
 
     @property
     def num_routed(self) -> int:
