@@ -182,6 +182,7 @@ class _LayerCheck:
             num_shared=self._num_shared,
             shared_gate=layer.shared_gate,
             level=level,
+            balance=layer.balance,
         )
 
     @property

@@ -10,6 +10,7 @@ from moe_runtime.config.observing import MetricsConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from moe_runtime.config.balance import BalanceConfig
     from moe_runtime.config.experts import ResourcesConfig
     from moe_runtime.config.gates import GateConfig
     from moe_runtime.config.models import (
@@ -70,6 +71,7 @@ class LayerRecipe:
         experts: In the order of the gate's rows; the shared ones after them.
         num_shared: How many of the experts are shared.
         shared_gate: What the weight of a shared expert is.
+        balance: How its selection bias moves while serving, if it does.
         level: 0 where it is no expert of another layer; see ``RoutedLayer``.
     """
 
@@ -98,6 +100,7 @@ class LayerRecipe:
     experts: tuple[ExpertRecipe, ...]
     num_shared: int
     shared_gate: SharedGate
+    balance: BalanceConfig
     level: int = 0
 
     @property

@@ -130,6 +130,20 @@ EXPERT_WAIT = Metric(
     "Rows sent to rows answered, without the product itself: the way there and back, and the queue at the host.",
     ("layer", "expert"),
 )
+EXPERT_BIAS = Metric(
+    "moe_expert_bias",
+    "gauge",
+    "What serving has added to the selection bias of an expert, where `balance.online_bias` is on.",
+    ("layer", "expert"),
+)
+BIAS_STEPS = Metric("moe_bias_steps_total", "counter", "Steps of the selection bias.", ("layer",))
+BIAS_LARGEST = Metric("moe_bias_largest", "gauge", "Largest absolute value among those biases.", ("layer",))
+BIAS_LOAD = Metric(
+    "moe_bias_load_ratio",
+    "gauge",
+    "Largest over mean load of the experts, over all routers, that the last step was made of; 1 is perfect balance.",
+    ("layer",),
+)
 REPLICAS = Metric("moe_replicas", "gauge", f"Replicas of experts by state: {_STATES}.", ("layer", "state"))
 EXPERTS_OUT = Metric("moe_experts_out", "gauge", "Experts without a replica that rows can be sent to.", ("layer",))
 REPLICA_RESTARTS = Metric(
@@ -163,6 +177,7 @@ CATALOGUE: tuple[Metric, ...] = (
     OPEN_REQUESTS, QUEUE_REQUESTS, QUEUE_TOKENS, QUEUE_BYTES,
     BATCHES_IN_FLIGHT, BATCHES, TOKENS, BATCH_TOKENS, BATCH_LOAD, STAGE_SECONDS,
     ASSIGNMENTS, ASSIGNMENTS_REROUTED, EXPERT_ASSIGNMENTS, EXPERT_STEPS, EXPERT_COMPUTE, EXPERT_WAIT,
+    EXPERT_BIAS, BIAS_STEPS, BIAS_LARGEST, BIAS_LOAD,
     REPLICAS, EXPERTS_OUT, REPLICA_RESTARTS,
     HOST_BYTES, SEND_ERRORS, LATE_REPLIES, TRANSPORT_EVENTS,
     TABLE_VERSION, DRAINING, UPTIME, BUILD_INFO,

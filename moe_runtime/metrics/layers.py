@@ -52,6 +52,8 @@ class LayerCollector:
         yield from _counters(lineup)
         yield from _histograms(lineup)
         yield from self._experts(lineup)
+        # After the experts: those that have series of their own are known then.
+        yield from self._biases(lineup)
 
     def _experts(self, lineup: Lineup) -> Iterator[Family]:
         assignments, steps = catalogue.EXPERT_ASSIGNMENTS.counter(), catalogue.EXPERT_STEPS.counter()
@@ -74,6 +76,22 @@ class LayerCollector:
                 _add(compute, [layer, label], bounds, values[-2 * width : -width].tolist())
                 _add(wait, [layer, label], bounds, values[-width:].tolist())
         yield from (assignments, steps, compute, wait)
+
+    def _biases(self, lineup: Lineup) -> Iterator[Family]:
+        biases, steps = catalogue.EXPERT_BIAS.gauge(), catalogue.BIAS_STEPS.counter()
+        largest, ratio = catalogue.BIAS_LARGEST.gauge(), catalogue.BIAS_LOAD.gauge()
+        for layer, bias in lineup.table.biases.items():
+            hottest = self._hottest.get(layer)
+            if hottest is None:
+                continue
+            # Shared experts come after those that have a bias.
+            for place in (place for place in hottest.named if place < len(bias.values)):
+                biases.add_metric([layer, hottest.names[place]], bias.values[place])
+            steps.add_metric([layer], bias.num_steps)
+            largest.add_metric([layer], bias.largest)
+            if bias.load_ratio is not None:
+                ratio.add_metric([layer], bias.load_ratio)
+        yield from (biases, steps, largest, ratio)
 
     def _split(
         self, layer: str, names: Sequence[str], totals: NDArray[np.float64]

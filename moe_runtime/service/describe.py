@@ -28,6 +28,7 @@ def describe_layer(layer: RoutedLayer, table: RoutingTable) -> dict[str, Any]:
         "gate_features": layer.gate_features,
         "residual": layer.residual,
         "capacity_factor": layer.capacity.factor,
+        "balance": table.biases[layer.name].describe() if layer.name in table.biases else None,
         "experts": [_describe_expert(expert, layer.name, table) for expert in layer.experts],
     }
 

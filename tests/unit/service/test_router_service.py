@@ -332,6 +332,7 @@ def test_describe_and_status_show_experts_replicas_and_counters(setting: Setting
     counters = status["layers"]["layer"]
     assert (counters["num_batches"], counters["num_tokens"], counters["batches_in_flight"]) == (1, 4, 0)
     assert counters["experts"][2] == {
+        "num_asked": 4,
         "num_served": 4,
         "num_dropped_capacity": 0,
         "num_dropped_failure": 0,
