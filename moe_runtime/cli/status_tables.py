@@ -128,7 +128,8 @@ def _expert_rows(
         [_styled(replica["state"]), _place(replica, nodes), replica["weights_version"][:8]] for replica in replicas
     ] or [[_styled("out"), "", ""]]
     mean_ms = f"{compute_ms / products:.2f}" if products else ""
-    first = [expert["name"], *places[0], str(served), str(full), str(failed), mean_ms]
+    name = f"{expert['name']} (shared)" if expert.get("shared") else expert["name"]
+    first = [name, *places[0], str(served), str(full), str(failed), mean_ms]
     return [first, *(["", *place] for place in places[1:])]
 
 

@@ -169,7 +169,7 @@ class RouterRecipe:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What ``validate`` says of one layer; ``experts`` maps names to kinds."""
+    """What ``validate`` says of one layer; ``experts`` and ``shared_experts`` map names to kinds."""
 
     name: str
     item_shape: tuple[int, ...]
@@ -177,6 +177,7 @@ class LayerSummary:
     dtype: str
     policy: str
     experts: dict[str, str]
+    shared_experts: dict[str, str]
     num_actors: int
 
 

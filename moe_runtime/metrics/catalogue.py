@@ -85,7 +85,7 @@ BATCH_TOKENS = Metric("moe_batch_tokens", "histogram", "Tokens per batch.", ("la
 BATCH_LOAD = Metric(
     "moe_batch_load_ratio",
     "histogram",
-    "Per batch: rows of the busiest expert over the mean of all experts; 1 is perfect balance.",
+    "Per batch: rows of the busiest expert over the mean of all that are not shared; 1 is perfect balance.",
     ("layer",),
 )
 STAGE_SECONDS = Metric(
@@ -106,6 +106,12 @@ ASSIGNMENTS_REROUTED = Metric(
     "counter",
     "Assignments moved to another expert than the gate's choice.",
     ("layer",),
+)
+SHARED_ASSIGNMENTS = Metric(
+    "moe_shared_assignments_total",
+    "counter",
+    "Tokens at shared experts, which are not in `moe_assignments_total`: `served` or `dropped_failure`.",
+    ("layer", "outcome"),
 )
 EXPERT_ASSIGNMENTS = Metric(
     "moe_expert_assignments_total", "counter", "Assignments per expert, by outcome.", ("layer", "expert", "outcome")
@@ -176,7 +182,8 @@ CATALOGUE: tuple[Metric, ...] = (
     REQUESTS_ACCEPTED, REQUESTS, REQUESTS_REFUSED, REQUESTS_UNCOMPUTED, REQUESTS_POISONED, RPC_CALLS, RPC_ERRORS,
     OPEN_REQUESTS, QUEUE_REQUESTS, QUEUE_TOKENS, QUEUE_BYTES,
     BATCHES_IN_FLIGHT, BATCHES, TOKENS, BATCH_TOKENS, BATCH_LOAD, STAGE_SECONDS,
-    ASSIGNMENTS, ASSIGNMENTS_REROUTED, EXPERT_ASSIGNMENTS, EXPERT_STEPS, EXPERT_COMPUTE, EXPERT_WAIT,
+    ASSIGNMENTS, ASSIGNMENTS_REROUTED, SHARED_ASSIGNMENTS,
+    EXPERT_ASSIGNMENTS, EXPERT_STEPS, EXPERT_COMPUTE, EXPERT_WAIT,
     EXPERT_BIAS, BIAS_STEPS, BIAS_LARGEST, BIAS_LOAD,
     REPLICAS, EXPERTS_OUT, REPLICA_RESTARTS,
     HOST_BYTES, SEND_ERRORS, LATE_REPLIES, TRANSPORT_EVENTS,

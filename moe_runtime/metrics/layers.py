@@ -27,6 +27,8 @@ _OUTCOMES: Mapping[str, Callable[[ExpertStats], int]] = {
     "dropped_capacity": lambda expert: expert.num_dropped_capacity,
     "dropped_failure": lambda expert: expert.num_dropped_failure,
 }
+#: Shared experts are never full.
+_SHARED_OUTCOMES = ("served", "dropped_failure")
 _STEPS: Mapping[str, Callable[[ExpertStats], int]] = {
     "retried": lambda expert: expert.num_retried,
     "rerouted": lambda expert: expert.num_rerouted,
@@ -113,13 +115,17 @@ def _row(counters: ExpertStats, *histograms: Histogram) -> list[float]:
 def _counters(lineup: Lineup) -> Iterator[Family]:
     batches, tokens = catalogue.BATCHES.counter(), catalogue.TOKENS.counter()
     assignments, rerouted = catalogue.ASSIGNMENTS.counter(), catalogue.ASSIGNMENTS_REROUTED.counter()
+    shared = catalogue.SHARED_ASSIGNMENTS.counter()
     for layer, stats in lineup.stats.items():
         batches.add_metric([layer], stats.totals.num_batches)
         tokens.add_metric([layer], stats.totals.num_tokens)
         rerouted.add_metric([layer], stats.totals.num_rerouted)
+        num_routed = lineup.layers[layer].num_routed
         for outcome, count in _OUTCOMES.items():
-            assignments.add_metric([layer, outcome], sum(map(count, stats.experts)))
-    yield from (batches, tokens, assignments, rerouted)
+            assignments.add_metric([layer, outcome], sum(map(count, stats.experts[:num_routed])))
+        for outcome in _SHARED_OUTCOMES if num_routed < len(stats.experts) else ():
+            shared.add_metric([layer, outcome], sum(map(_OUTCOMES[outcome], stats.experts[num_routed:])))
+    yield from (batches, tokens, assignments, rerouted, shared)
 
 
 def _histograms(lineup: Lineup) -> Iterator[Family]:

@@ -128,6 +128,7 @@ class RouterEngine:
         assignments = layer.policy.assign(router_logits, info)
         lineup.stats[layer.name].count_asked(assignments)
         admission = admit(assignments, layer.capacity, row_seeds=batch.info.row_seeds)
+        admission = layer.add_shared(admission, gate_input, mask=batch.info.mask)
         plan = plan_dispatch(admission)
         flight = self._take_off(batch, lineup, plan, started_at)
         self._dispatch(flight)

@@ -227,10 +227,10 @@ class RouterService:
         deadline = now + self._limits.default_timeout_s if request.deadline is None else request.deadline
         if deadline <= now:
             raise DeadlineExceededError(f"request {request.request_id}: its deadline passed before it was queued")
-        key = next(self._keys)
-        level = generation.lineup.layer(request.layer).level
-        pending = PendingRequest(key, request, on_done, now, deadline, generation, unused_options(request), level)
-        self._door.take_in(request, lambda: self._queue(pending), time_left_s=deadline - now, level=level)
+        key, layer = next(self._keys), generation.lineup.layer(request.layer)
+        warnings = unused_options(request, layer)
+        pending = PendingRequest(key, request, on_done, now, deadline, generation, warnings, layer.level)
+        self._door.take_in(request, lambda: self._queue(pending), time_left_s=deadline - now, level=layer.level)
         return Ticket(pending.request_key)
 
     def _run(self, num_threads: int) -> None:

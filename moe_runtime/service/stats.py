@@ -104,13 +104,14 @@ class LayerStats:
         """Add a finished batch."""
         plan, admission = result.plan, result.plan.admission
         assignments = admission.assignments
+        routed_rows = plan.rows_per_expert[: assignments.num_routed]
         self.totals.num_batches += 1
         self.totals.num_tokens += assignments.num_tokens
         self.histograms.count_batch(
             result.times,
             num_tokens=assignments.num_tokens,
-            num_rows=plan.num_planned,
-            rows_per_expert=plan.rows_per_expert,
+            num_rows=sum(routed_rows),
+            rows_per_expert=routed_rows,
         )
         if result.failures is None:
             for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):

@@ -45,6 +45,11 @@ class GShardPolicy(Policy):
     threshold: float
     can_reroute: bool = True
 
+    @property
+    def draws_in_evaluation(self) -> bool:
+        """Whether the second is kept by chance outside training too."""
+        return self.second_in_evaluation in ("threshold", "proportional")
+
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """The assignments that the tokens of a batch ask for; see ``Policy.assign``."""
         all_scores = torch.softmax(logits, dim=-1)

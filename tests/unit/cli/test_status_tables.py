@@ -68,6 +68,14 @@ def test_counters_of_an_expert_are_summed_over_the_routers() -> None:
     assert "tokens 80, batches 6, queued tokens 10, batches in flight 2" in text
 
 
+def test_a_shared_expert_is_marked_as_one() -> None:
+    view = router("h:1", served=10, compute_ms=6.0, products=4)
+    view.description["layers"]["digits"]["experts"][1]["shared"] = True
+    text = printed(view)
+    assert cells(text, "lost-0")[0] == "lost-0 (shared)"
+    assert cells(text, "conv-0")[0] == "conv-0"
+
+
 def test_each_replica_of_an_expert_has_its_own_line() -> None:
     lines = printed(router("h:1", served=10, compute_ms=6.0, products=4)).splitlines()
     [index] = [index for index, line in enumerate(lines) if "conv-0" in line]

@@ -128,6 +128,17 @@ def test_each_counter_of_an_expert_has_its_series() -> None:
     assert 'moe_expert_wait_seconds_count{expert="expert-0",layer="layer"} 0.0' in text
 
 
+def test_shared_experts_are_counted_apart_from_what_the_policy_asked_for() -> None:
+    router = Router(make_layer(3, num_shared=1), make_layer(2, name="plain"))
+    for served, expert in enumerate(router.lineup.stats["layer"].experts, start=1):
+        expert.num_served, expert.num_dropped_failure = served, 10 * served
+    text = scrape(collector_of(router))
+    for outcome, routed, shared in (("served", 3, 3), ("dropped_failure", 30, 30)):
+        assert f'moe_assignments_total{{layer="layer",outcome="{outcome}"}} {routed}.0' in text
+        assert f'moe_shared_assignments_total{{layer="layer",outcome="{outcome}"}} {shared}.0' in text
+    assert 'moe_shared_assignments_total{layer="plain"' not in text
+
+
 def test_a_bias_that_moves_is_told_and_one_that_does_not_is_not() -> None:
     router = Router(make_layer(), make_layer(name="still"))
     bias = LayerBias(("expert-0", "expert-1"), (0.25, -0.25), num_steps=3, load_ratio=1.5)

@@ -15,6 +15,7 @@ from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.routing.reference.oracles import oracle_of
 from moe_runtime.routing.reference.route import forward_reference, route_reference
+from moe_runtime.routing.shared import add_shared_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +75,9 @@ def plan_of(inputs: RoutingInputs, rules: RoutingRules) -> DispatchPlan:
     info = token_info(inputs)
     # A policy that asks no gate gets no logits; the oracle reads the number of experts off them.
     assignments = policy.assign(inputs.router_logits[:, : policy.num_logits], info)
-    return plan_dispatch(admit(assignments, rules.capacity, row_seeds=info.row_seeds))
+    admission = admit(assignments, rules.capacity, row_seeds=info.row_seeds)
+    shared = None if inputs.shared_weights is None else torch.tensor(inputs.shared_weights)
+    return plan_dispatch(add_shared_experts(admission, num_shared=rules.num_shared, weights=shared, mask=info.mask))
 
 
 def run_layer(

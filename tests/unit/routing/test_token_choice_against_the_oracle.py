@@ -122,12 +122,15 @@ def batches(draw, kind):
     )
     after_drop = getattr(policy, "normalize", "none") == "after_drop"
     weight_on = "output" if after_drop else draw(st.sampled_from(["output", "input"]))
-    rules = RoutingRules(policy, capacity, draw(st.sampled_from(["add", "passthrough", "none"])), weight_on)
+    residual = draw(st.sampled_from(["add", "passthrough", "none", "blend"]))
+    num_shared = draw(st.sampled_from([0, 0, 1, 3]))
+    rules = RoutingRules(policy, capacity, residual, weight_on, num_shared=num_shared)
 
     def rows(values, number=num_tokens):
         return st.lists(values, min_size=number, max_size=number)
 
-    cells = [(token, expert) for token in range(num_tokens) for expert in range(num_experts)]
+    cells = [(token, expert) for token in range(num_tokens) for expert in range(num_experts + num_shared)]
+    gated = normal(num_tokens, num_shared, seed=seed + 2).sigmoid().tolist()
     hot = torch.linspace(draw(st.sampled_from([0.0, 3.0])), 0.0, built.num_logits, dtype=torch.float64)
     inputs = RoutingInputs(
         normal(num_tokens, built.num_logits, seed=seed) + hot,
@@ -137,6 +140,7 @@ def batches(draw, kind):
         expert_bias=draw(st.none() | rows(st.floats(-1, 1, width=32), num_experts)),
         training=draw(st.booleans()),
         failed=frozenset(draw(st.lists(st.sampled_from(cells), max_size=10))),
+        shared_weights=draw(st.sampled_from([None, gated])),
     )
     return normal(num_tokens, 2, seed=seed + 1), inputs, rules
 
@@ -147,7 +151,7 @@ def batches(draw, kind):
 def test_fast_path_equals_the_slow_oracle_and_accounts_for_every_assignment(route_examples, kind, data):
     tokens, inputs, rules = data.draw(batches(kind))
     num_experts = oracle_of(rules.policy, inputs).num_experts
-    experts = [lambda x, scale=scale: scale * x + x**2 for scale in range(1, num_experts + 1)]
+    experts = [lambda x, scale=scale: scale * x + x**2 for scale in range(1, num_experts + rules.num_shared + 1)]
     routed = route_examples(tokens, inputs, rules, experts)
     assert routed.outputs.isfinite().all()
 
@@ -155,7 +159,9 @@ def test_fast_path_equals_the_slow_oracle_and_accounts_for_every_assignment(rout
     per_expert = plan.expert_offsets.diff().tolist()
     assert sum(per_expert) == plan.num_planned == int(admission.admitted.sum())
     if admission.capacity is not None:
-        assert max(per_expert) <= admission.capacity
+        assert max(per_expert[:num_experts]) <= admission.capacity
+    num_valid = len(tokens) if inputs.mask is None else sum(inputs.mask)
+    assert per_expert[num_experts:] == [num_valid] * rules.num_shared
     held = list(zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True))
     assert len(set(held)) == len(held)
     assert held == sorted(held, key=lambda pair: (pair[1], pair[0]))
