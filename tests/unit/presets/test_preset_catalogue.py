@@ -14,11 +14,35 @@ from moe_runtime.config.yaml_file import as_yaml
 from moe_runtime.errors import ConfigError
 
 #: Every system that a reader of a survey may look for.
-SYSTEMS = """
-    jacobs_1991 eigen_2013 shazeer_2017 multimodel gshard switch glam base_layers hash_layers expert_choice vmoe
-    diffusion_moe st_moe nllb mixtral dbrx megablocks openmoe olmoe deepseek_moe deepseek_v3 qwen2_moe qwen3_moe
-    phi_moe gpt_oss llama4 mmoe
-""".split()
+SYSTEMS = [
+    "jacobs_1991",
+    "eigen_2013",
+    "shazeer_2017",
+    "multimodel",
+    "gshard",
+    "switch",
+    "glam",
+    "base_layers",
+    "hash_layers",
+    "expert_choice",
+    "vmoe",
+    "diffusion_moe",
+    "st_moe",
+    "nllb",
+    "mixtral",
+    "dbrx",
+    "megablocks",
+    "openmoe",
+    "olmoe",
+    "deepseek_moe",
+    "deepseek_v3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "phi_moe",
+    "gpt_oss",
+    "llama4",
+    "mmoe",
+]
 
 
 def small_layer(name: str) -> dict[str, object]:
