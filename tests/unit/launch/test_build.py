@@ -12,7 +12,7 @@ from moe_runtime.experts.weights import save_weights, write_manifest
 from moe_runtime.launch.build import build_layers, validate
 from moe_runtime.launch.gates import load_gate
 from moe_runtime.launch.router_process import build_routed_layer
-from moe_runtime.routing.gates import GateShape
+from moe_runtime.routing.gate import GateShape
 
 FEED_FORWARD = {"kind": "feed_forward", "options": {"hidden_features": 8, "out_features": 4}}
 

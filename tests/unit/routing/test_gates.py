@@ -3,9 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.gates import LinearGateConfig, MLPGateConfig, NoisyGateConfig
+from moe_runtime.config.gates import (
+    CosineGateConfig,
+    LinearGateConfig,
+    MLPGateConfig,
+    MultiGateConfig,
+    NoisyGateConfig,
+)
 from moe_runtime.errors import ShapeError
-from moe_runtime.routing.gates import GateShape, build_gate
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import build_gate
 
 CONFIGS = [
     LinearGateConfig(),
@@ -13,6 +20,10 @@ CONFIGS = [
     MLPGateConfig(kind="mlp", hidden_features=7),
     MLPGateConfig(kind="mlp", hidden_features=7, bias=True),
     NoisyGateConfig(kind="noisy"),
+    CosineGateConfig(kind="cosine"),
+    CosineGateConfig(kind="cosine", bias=True),
+    MultiGateConfig(kind="multi", tasks=["read", "write"], default_task="read"),
+    MultiGateConfig(kind="multi", tasks=["read", "write"], default_task="read", bias=True),
 ]
 
 
@@ -89,6 +100,18 @@ def test_jitter_scales_the_gates_copy_in_train_mode_only():
     assert torch.equal(gate.eval()(tokens), tokens)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-bias={config.bias}")
+def test_jitter_applies_to_every_kind_and_leaves_the_callers_tensor(config):
+    gate = build_gate(config.model_copy(update={"jitter_eps": 0.1}), GateShape(4, 3), seed=0)
+    tokens = torch.randn(5, 4, generator=generator())
+    kept = tokens.clone()
+    jittered = gate(tokens, generator(1))
+    assert torch.equal(jittered, gate(tokens, generator(1)))
+    assert not torch.equal(jittered, gate(tokens, generator(2)))
+    assert torch.equal(gate.eval()(tokens, generator(1)), gate(tokens))
+    assert torch.equal(tokens, kept)
+
+
 def test_noise_has_the_learned_deviation_in_train_mode_and_is_absent_in_eval_mode():
     gate = build_gate(NoisyGateConfig(kind="noisy"), GateShape(1, 2), seed=0)
     filled(gate, weight=[[0.0], [5.0]], noise_weight=[[0.0], [3.0]])
@@ -107,3 +130,42 @@ def test_noisy_logits_come_with_their_parts_for_the_load_loss():
     assert torch.equal(logits.clean, gate.eval()(tokens))
     assert torch.equal(logits.noisy, gate.train()(tokens, generator(5)))
     assert logits.noise_std.flatten().tolist() == pytest.approx([0.7031472] * 24)
+
+
+def test_gate_keeps_a_bias_of_zeros_for_policies_that_select_by_one():
+    gate = build_gate(LinearGateConfig(), GateShape(4, 6, num_biases=3), seed=0)
+    assert gate.expert_bias.tolist() == [0.0, 0.0, 0.0]
+    assert "expert_bias" in gate.state_dict()
+    assert "expert_bias" not in dict(gate.named_parameters())
+    without = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0)
+    assert without.expert_bias is None
+    assert set(without.state_dict()) == {"weight"}
+
+
+def test_selection_bias_is_no_part_of_the_logits():
+    gate = build_gate(LinearGateConfig(), GateShape(4, 3, num_biases=3), seed=0)
+    tokens = torch.randn(5, 4, generator=generator())
+    logits = gate(tokens)
+    gate.expert_bias.copy_(torch.tensor([1.0, -1.0, 0.0]))
+    assert torch.equal(gate(tokens), logits)
+
+
+def test_shared_experts_are_weighted_by_a_sigmoid_of_their_own_score():
+    gate = build_gate(LinearGateConfig(), GateShape(2, 3, num_shared=2), seed=0)
+    filled(gate, shared_weight=[[1.0, 0.0], [0.0, -2.0]])
+    # sigmoid(log 3) = 3/4, sigmoid(-2 * log 3) = 1/10.
+    weights = gate.shared_weights(torch.tensor([[3.0, 3.0], [1.0, 1.0]]).log().double())
+    assert weights.flatten().tolist() == pytest.approx([0.75, 0.1, 0.5, 0.5])
+    assert weights.dtype == torch.float32
+
+
+def test_gate_without_shared_experts_gives_no_weights():
+    gate = build_gate(LinearGateConfig(), GateShape(2, 3), seed=0)
+    assert gate.shared_weights(torch.ones(5, 2)).shape == (5, 0)
+    with pytest.raises(ShapeError, match="expected an input of shape"):
+        gate.shared_weights(torch.ones(5, 3))
+
+
+def test_gates_for_one_task_have_no_tasks():
+    gate = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0)
+    assert (gate.tasks, gate.default_task) == ((), None)
