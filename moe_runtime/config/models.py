@@ -152,13 +152,17 @@ class LayerConfig(StrictModel):
         """Experts that tokens are routed to, after ``count`` is expanded; shared ones are not among them."""
         return sum(expert.count for expert in self.experts)
 
-    def origin_of(self, block: str, key: str) -> str:
-        """`` (from preset olmoe)`` where a value within a block is its preset's, else nothing: ends a message."""
+    def origin_of(self, key: str) -> str:
+        """The end of a message about a key such as ``policy.k``: `` (from preset olmoe)`` where the value is its."""
         if self.preset is None:
             return ""
-        given = find_preset(self.preset).layer.get(block, {})
-        is_same = key in given and given[key] == getattr(getattr(self, block), key, None)
-        return f" (from preset {self.preset})" if is_same else ""
+        given: Any = find_preset(self.preset).layer
+        own: Any = self
+        for part in key.split("."):
+            if not isinstance(given, Mapping) or part not in given:
+                return ""
+            given, own = given[part], getattr(own, part, None)
+        return f" (from preset {self.preset})" if given == own else ""
 
     @model_validator(mode="after")
     def _wire_dtype_narrows(self) -> LayerConfig:
@@ -189,7 +193,7 @@ class LayerConfig(StrictModel):
         if k > self.num_experts:
             raise ValueError(
                 f"policy.k: expected at most {self.num_experts}, the layer's experts, found {k}"
-                f"{self.origin_of('policy', 'k')}"
+                f"{self.origin_of('policy.k')}"
             )
         return self
 

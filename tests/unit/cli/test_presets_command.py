@@ -100,3 +100,25 @@ def test_validate_expand_refuses_what_validate_refuses(config: Path) -> None:
     assert result.exit_code == 1
     assert "layers.known.policy.k: expected at most 1, the layer's experts, found 2" in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            "experts: [{kind: swiglu, count: 20}]",
+            "policy.groups.count: expected a divisor of the layer's 20 experts, found 8 (from preset deepseek_v3)",
+        ),
+        (
+            "experts: [{kind: swiglu, count: 8}]",
+            "policy.k: expected at most the 4 experts of the groups kept, found 8 (from preset deepseek_v3)",
+        ),
+        ("policy: {groups: {count: 7}}", "policy.groups.count: expected a divisor of the layer's 256 experts, found 7"),
+    ],
+)
+def test_validate_names_the_preset_whose_groups_do_not_fit(tmp_path: Path, changes: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"layers: {{a: {{preset: deepseek_v3, item_shape: [8], {changes}}}}}", encoding="utf-8")
+    result = CliRunner().invoke(app, ["validate", str(path)], env={"COLUMNS": "400"})
+    assert result.exit_code == 1
+    assert result.stderr.strip() == f"error: config.yaml: layers.a.{message}"
