@@ -157,7 +157,7 @@ def test_merging_changes_neither_the_layer_nor_the_preset() -> None:
             {"preset": "olmoe", "policy": {"k": 65}},
             "layers.a.policy.k: expected at most 64, the layer's experts, found 65",
         ),
-        ({"preset": "olmoe", "polcy": {"k": 65}}, "layers.a.polcy: unknown key; did you mean policy?"),
+        ({"preset": "olmoe", "gates": {}}, "layers.a.gates: unknown key; did you mean gate?"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_that_names_the_preset_where_the_value_is_its(
