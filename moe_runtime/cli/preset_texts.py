@@ -22,7 +22,7 @@ def policy_text(preset: Preset) -> str:
         parts.append(f"k = {policy['k']}")
     score = policy.get("score", "softmax")
     if score != "softmax":
-        parts.append(score)
+        parts.append(score.replace("_", " "))
     if policy["kind"] == "top_k" and policy.get("normalize") == "none" and score in ("softmax", "sigmoid"):
         parts.append("not renormalised")
     if "groups" in policy:

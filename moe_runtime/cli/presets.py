@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from moe_runtime.cli.preset_texts import capacity_text, experts_text, losses_text, policy_text
+from moe_runtime.cli.preset_texts import capacity_text, losses_text, policy_text
 from moe_runtime.config.yaml_file import as_yaml
 
 if TYPE_CHECKING:
@@ -22,16 +22,15 @@ if TYPE_CHECKING:
 
 def print_table(presets: Iterable[Preset], *, console: Console) -> None:
     """Print one row for each preset."""
-    table = Table(
-        Column("preset", no_wrap=True), "year", "system", "policy", "experts", "capacity", "losses", box=SIMPLE_HEAD
-    )
+    names = (Column(name, no_wrap=True) for name in ("preset", "year"))
+    texts = (Column(name, overflow="fold") for name in ("system", "policy", "capacity", "losses"))
+    table = Table(*names, *texts, box=SIMPLE_HEAD)
     for each in presets:
         table.add_row(
             each.name,
             str(each.year),
             each.title,
             policy_text(each),
-            experts_text(each),
             capacity_text(each),
             losses_text(each),
         )
