@@ -13,6 +13,7 @@ from moe_runtime.routing.combine import Combined, combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
+from moe_runtime.routing.reference.oracles import oracle_of
 from moe_runtime.routing.reference.route import forward_reference, route_reference
 
 if TYPE_CHECKING:
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.routing.assignments import DispatchPlan
-    from moe_runtime.routing.policy import TokenInfo
-from moe_runtime.routing.reference.choices import RoutedPair, RoutingInputs
-from moe_runtime.routing.reference.route import RoutingRules
+    from moe_runtime.routing.reference.choices import RoutedPair, RoutingInputs
+    from moe_runtime.routing.reference.route import RoutingRules
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,37 @@ class Routed:
         return list(zip(*(column.tolist() for column in columns), outcomes, weights, strict=True))
 
 
+def token_info(inputs: RoutingInputs) -> TokenInfo:
+    """What the fast path is told of the batch that the oracle is given."""
+
+    def rows(values, dtype=torch.int64):
+        return None if values is None else torch.tensor(values, dtype=dtype)
+
+    return TokenInfo(
+        k=inputs.k if isinstance(inputs.k, int) else rows(inputs.k),
+        mask=rows(inputs.mask, torch.bool),
+        row_seeds=rows(inputs.row_seeds),
+        row_ids=rows(inputs.row_ids),
+        token_ids=rows(inputs.token_ids),
+        expert_bias=rows(inputs.expert_bias, torch.float64),
+        training=inputs.training,
+    )
+
+
+def plan_of(inputs: RoutingInputs, rules: RoutingRules) -> DispatchPlan:
+    """What the fast path plans for a batch."""
+    policy = build_policy(rules.policy, num_experts=oracle_of(rules.policy, inputs).num_experts)
+    info = token_info(inputs)
+    # A policy that asks no gate gets no logits; the oracle reads the number of experts off them.
+    assignments = policy.assign(inputs.router_logits[:, : policy.num_logits], info)
+    return plan_dispatch(admit(assignments, rules.capacity, row_seeds=info.row_seeds))
+
+
 def run_layer(
     tokens: Tensor, inputs: RoutingInputs, rules: RoutingRules, experts: Sequence[Callable[[Tensor], Tensor]]
 ) -> Routed:
     """One batch, from logits to outputs; rows that were not served hold NaN."""
-    policy = build_policy(rules.policy, num_experts=inputs.router_logits.shape[1])
-    k = inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k)
-    mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
-    seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
-    assignments = policy.assign(inputs.router_logits, TokenInfo(k=k, mask=mask))
-    plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
+    plan = plan_of(inputs, rules)
     rows = gather_rows(tokens, plan, weight_on=rules.weight_on)
     served = torch.tensor(
         [(t, e) not in inputs.failed for t, e in zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True)],
@@ -99,3 +120,9 @@ def route() -> Callable[..., Routed]:
 def route_examples() -> Callable[..., Routed]:
     """The same for hypothesis, which wants no function-scoped fixtures."""
     return run_and_compare
+
+
+@pytest.fixture(scope="session")
+def plan_examples() -> Callable[..., DispatchPlan]:
+    """What the fast path plans for a batch, from what the oracle is given."""
+    return plan_of
