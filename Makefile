@@ -50,9 +50,10 @@ format: $(STAMP)  ## Format the code and repair what ruff can.
 
 venv: $(STAMP)  ## Set up .venv and nothing else.
 
-docs: $(STAMP)  ## Write docs/configuration.md and the metrics of docs/observability.md from the code.
+docs: $(STAMP)  ## Write docs/configuration.md, the metrics of docs/observability.md and the systems of docs/routers.md.
 	$(BIN)/python -m moe_runtime.cli.configuration_page docs/configuration.md
 	$(BIN)/python -m moe_runtime.metrics.page docs/observability.md
+	$(BIN)/python -m moe_runtime.cli.presets_page docs/routers.md
 
 coverage: $(STAMP)  ## Coverage of the core by the tests that need no Ray, line by line.
 	$(PYTEST) tests/unit $(wildcard tests/rpc) -m "not soak" -q --cov --cov-report=term-missing

@@ -254,7 +254,8 @@ class _LayerCheck:
         try:
             return build_policy(self._layer.policy, num_experts=self._layer.num_experts)
         except ConfigError as exc:
-            self._mistakes.add(exc, prefix=f"{self._key}.")
+            origin = self._layer.origin_of(str(exc).partition(":")[0])
+            self._mistakes.add(ConfigError(f"{exc}{origin}"), prefix=f"{self._key}.")
             return None
 
     def _check_gate(self, policy: Policy) -> None:
