@@ -44,10 +44,10 @@ class _Auction:
 def auction(values: Tensor, sizes: Tensor, *, prices: Tensor, max_rounds: int = MAX_ROUNDS) -> Tensor:
     """The class of each row's seat, at nearly the highest total value.
 
-    Bertsekas' auction (https://doi.org/10.1007/BF02186476) with seats of one class as similar objects (Bertsekas and
-    Castanon 1989, https://doi.org/10.1007/BF02216930): rows without a seat bid for their best class what it is worth
-    to them above their second-best one and a least raise; a class keeps its highest bids. Where it ends by itself,
-    the total is below the highest by at most one and a half such raises per row.
+    Bertsekas' auction with seats of one class as similar objects (Bertsekas and Castanon, The auction algorithm for the
+    transportation problem, Annals of Operations Research 20, 1989, pp. 67-96): rows without a seat bid for their best
+    class what it is worth to them above their second-best one and a least raise; a class keeps its highest bids. Where
+    it ends by itself, the total is below the highest by at most one and a half such raises per row.
 
     Args:
         values: Value of a seat of each class to each row, float64 ``(num_rows, num_classes)``; -inf where the row may
