@@ -33,12 +33,14 @@ class WeightRule:
         scaling_factor: Multiplies the weights, last.
         softmax_over_set: Scores are a softmax over the logits of the token's own assignments. ``all_scores`` are
             logits then, and rerouting takes the softmax anew, as if the full expert had been masked.
+        softmax_within: Scores are those of ``near_softmax`` with this limit; ``all_scores`` are logits then, too.
     """
 
     normalize: Normalize = "before_drop"
     norm_p: float = 1.0
     scaling_factor: float = 1.0
     softmax_over_set: bool = False
+    softmax_within: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Pairs:
     expert_ids: Tensor
     scores: Tensor
     ranks: Tensor
+
+    def at(self, ids: Tensor) -> Pairs:
+        """Some of the pairs: by their places, int64, or by a mask, bool ``(num_assignments,)``."""
+        return Pairs(self.token_ids[ids], self.expert_ids[ids], self.scores[ids], self.ranks[ids])
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,10 @@ class Assignments:
         num_tokens: Rows of the batch, padding included.
         num_experts: Experts of the layer.
         weight_rule: How scores become weights.
+        preferences: What rerouting prefers experts by, of the shape of ``all_scores``, -inf where a token may not go;
+            ``all_scores`` themselves when None.
+        left_out: Pairs that chance kept from being asked for, at most one per token; a norm ``before_drop`` counts
+            them, nothing else does. None where the choices are a grid.
     """
 
     choices: Pairs | Grid
@@ -107,6 +117,8 @@ class Assignments:
     num_tokens: int
     num_experts: int
     weight_rule: WeightRule
+    preferences: Tensor | None = None
+    left_out: Pairs | None = None
 
     @property
     def grid(self) -> Grid | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from moe_runtime.routing.draws import hash_choices
 from moe_runtime.routing.weights import largest_per_token
 
 if TYPE_CHECKING:
@@ -15,18 +16,13 @@ if TYPE_CHECKING:
 
 DropRule = Literal["position", "priority", "score", "random"]
 
-# splitmix64 (https://prng.di.unimi.it/splitmix64.c), as signed numbers.
-_INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
-_FIRST_FACTOR = 0xBF58476D1CE4E5B9 - (1 << 64)
-_SECOND_FACTOR = 0x94D049BB133111EB - (1 << 64)
-
 
 def drop_order(assignments: Assignments, rule: DropRule, *, row_seeds: Tensor | None) -> Tensor | None:
     """The assignments in the order in which they take places; ties go by position.
 
-    ``position`` is the order of the assignments, k-major. ``priority`` sorts tokens by their best score, and
-    stays k-major (batch priority routing of V-MoE, https://arxiv.org/abs/2106.05974). ``score`` sorts
-    assignments by their own score; ``random`` by a hash of the row's seed and the choice.
+    ``position`` is the order of the assignments, k-major. ``priority`` sorts tokens by their best score, the largest
+    of their choices, and stays k-major (batch priority routing of V-MoE, https://arxiv.org/abs/2106.05974). ``score``
+    sorts assignments by their own score; ``random`` by a hash of the row's seed and the choice.
 
     Args:
         assignments: In k-major order.
@@ -48,24 +44,3 @@ def drop_order(assignments: Assignments, rule: DropRule, *, row_seeds: Tensor | 
         return by_score[torch.argsort(assignments.ranks[by_score], stable=True)]
     seeds = assignments.token_ids if row_seeds is None else row_seeds[assignments.token_ids]
     return torch.argsort(hash_choices(seeds, assignments.ranks), stable=True)
-
-
-def hash_choices(seeds: Tensor, ranks: Tensor) -> Tensor:
-    """A well-mixed number for each (seed, choice), the same on every device: splitmix64.
-
-    Args:
-        seeds: int64, any shape.
-        ranks: Choices, 0 for the first, int64 of the same shape.
-
-    Returns:
-        int64 of that shape, over the whole signed range.
-    """
-    bits = seeds + (ranks + 1) * _INCREMENT
-    bits = (bits ^ _shift_right(bits, 30)) * _FIRST_FACTOR
-    bits = (bits ^ _shift_right(bits, 27)) * _SECOND_FACTOR
-    return bits ^ _shift_right(bits, 31)
-
-
-def _shift_right(bits: Tensor, count: int) -> Tensor:
-    # torch shifts signed numbers arithmetically; the mask clears the copies of the sign bit.
-    return (bits >> count) & ((1 << (64 - count)) - 1)

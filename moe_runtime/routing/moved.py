@@ -10,7 +10,7 @@ import torch
 from moe_runtime.errors import ConfigError
 from moe_runtime.routing.assignments import Selection, count_per_expert
 from moe_runtime.routing.plan import weigh_planned
-from moe_runtime.routing.weights import largest_per_token, sum_per_token
+from moe_runtime.routing.weights import largest_per_token, near_softmax, sum_per_token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,13 +34,14 @@ def move_assignments(admission: Admission, assignment_ids: Tensor, expert_ids: T
     assignments = admission.assignments
     rerouted = admission.rerouted.index_fill(0, assignment_ids, True)
     all_experts = assignments.expert_ids.index_copy(0, assignment_ids, expert_ids)
-    own_scores = scores_of_all(assignments)[assignments.token_ids, all_experts]
     if assignments.weight_rule.softmax_over_set:
-        own_scores = _softmax_per_token(own_scores, assignments.token_ids, num_tokens=assignments.num_tokens)
+        logits = scores_of_all(assignments)[assignments.token_ids, all_experts]
+        own_scores = _softmax_per_token(logits, assignments.token_ids, num_tokens=assignments.num_tokens)
         changed = _tokens_of(assignments, assignment_ids)[assignments.token_ids]
         scores = torch.where(changed, own_scores, assignments.scores)
     else:
-        scores = torch.where(rerouted, own_scores, assignments.scores)
+        own_scores = _scores_at(assignments, assignments.token_ids[assignment_ids], expert_ids)
+        scores = assignments.scores.index_copy(0, assignment_ids, own_scores)
     return replace(
         admission,
         assignments=replace(assignments, choices=replace(assignments.pairs, expert_ids=all_experts, scores=scores)),
@@ -82,7 +83,7 @@ def next_best_experts(assignments: Assignments, token_ids: Tensor, *, allowed: T
     """The experts that each of some tokens likes best among those that it may still go to.
 
     Args:
-        assignments: Carry the tokens' scores of all experts.
+        assignments: Carry the tokens' preferences among all experts.
         token_ids: Which tokens, int64 ``(num_rows,)``.
         allowed: Bool ``(num_rows, num_experts)``: where each may go.
         limit: At most so many experts per token.
@@ -93,10 +94,20 @@ def next_best_experts(assignments: Assignments, token_ids: Tensor, *, allowed: T
     Raises:
         ConfigError: If the policy has no scores for unselected experts.
     """
-    scores = scores_of_all(assignments).detach()[token_ids].masked_fill(~allowed, -torch.inf)
-    best, experts = torch.topk(scores, min(limit, assignments.num_experts), dim=-1)
+    preferences = preferences_of(assignments)[token_ids].masked_fill(~allowed, -torch.inf)
+    best, experts = torch.topk(preferences, min(limit, assignments.num_experts), dim=-1)
     counts = (best > -torch.inf).sum(-1).tolist()
     return [ids[:count] for ids, count in zip(experts.tolist(), counts, strict=True)]
+
+
+def preferences_of(assignments: Assignments) -> Tensor:
+    """What tokens prefer experts by, ``(num_tokens, num_experts)``, detached; -inf where a token may not go.
+
+    Raises:
+        ConfigError: If the policy has no scores for unselected experts.
+    """
+    preferences = assignments.preferences
+    return (scores_of_all(assignments) if preferences is None else preferences).detach()
 
 
 def scores_of_all(assignments: Assignments) -> Tensor:
@@ -117,6 +128,14 @@ def _tokens_of(assignments: Assignments, assignment_ids: Tensor) -> Tensor:
     token_ids = assignments.token_ids
     tokens = torch.zeros(assignments.num_tokens, dtype=torch.bool, device=token_ids.device)
     return tokens.index_fill(0, token_ids[assignment_ids], True)
+
+
+def _scores_at(assignments: Assignments, token_ids: Tensor, expert_ids: Tensor) -> Tensor:
+    """Scores of some pairs, ``(num_pairs,)``, where a score does not depend on what else the token holds."""
+    all_scores, limit = scores_of_all(assignments), assignments.weight_rule.softmax_within
+    if limit is None:
+        return all_scores[token_ids, expert_ids]
+    return near_softmax(all_scores[token_ids], expert_ids, limit=limit)
 
 
 def _softmax_per_token(logits: Tensor, token_ids: Tensor, *, num_tokens: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.routing.assignments import DispatchPlan, count_per_expert
 from moe_runtime.routing.places import order_by_group
-from moe_runtime.routing.weights import apply_weight_rule, weigh_grid
+from moe_runtime.routing.weights import apply_weight_rule, requested_weights, weigh_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,5 +68,5 @@ def weigh_planned(assignments: Assignments, ids: Tensor) -> Tensor:
     """
     rule, num_tokens = assignments.weight_rule, assignments.num_tokens
     if rule.normalize == "before_drop":
-        return apply_weight_rule(assignments.scores, assignments.token_ids, rule, num_tokens=num_tokens)[ids]
+        return requested_weights(assignments)[ids]
     return apply_weight_rule(assignments.scores[ids], assignments.token_ids[ids], rule, num_tokens=num_tokens)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.moved import move_assignments, scores_of_all
+from moe_runtime.routing.moved import move_assignments, preferences_of
 from moe_runtime.routing.places import positions_in_group
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def reroute(admission: Admission, *, order: Tensor | None, capacity: int, max_re
     """The admission, with overflowed assignments placed at other experts where those have room.
 
     Overflowed assignments go one after another, in the order of the first admissions. Each tries the experts
-    that its token did not ask for and does not hold yet, best score first, ``max_reroutes`` of them, and takes
+    that its token did not ask for and does not hold yet, the preferred first, ``max_reroutes`` of them, and takes
     the first with a free place. Its score is the token's own score there.
 
     The result is that of this loop, but it is found in rounds of tensor operations: all assignments choose as
@@ -77,10 +77,10 @@ def _claims(assignments: Assignments, overflowed: Tensor, *, max_reroutes: int) 
     turns = positions_in_group(rows, order=None, sizes=per_token)
     selected = torch.zeros((assignments.num_tokens, assignments.num_experts), dtype=torch.bool, device=tokens.device)
     selected[assignments.token_ids, assignments.expert_ids] = True
-    all_scores = scores_of_all(assignments).detach()[tokens]
+    preferences = preferences_of(assignments)[tokens]
     # A token whose earlier claims were met skips what it got there, so a later claim may look further.
     width = min(max_reroutes + int(per_token.max()) - 1, assignments.num_experts)
-    scores, experts = torch.topk(all_scores.masked_fill(selected[tokens], -torch.inf), width, dim=-1)
+    scores, experts = torch.topk(preferences.masked_fill(selected[tokens], -torch.inf), width, dim=-1)
     return _Claims(rows=rows, turns=turns, experts=experts, allowed=scores > -torch.inf)
 
 

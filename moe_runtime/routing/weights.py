@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_runtime.routing.assignments import Assignments, WeightRule
+    from moe_runtime.routing.assignments import Assignments, Pairs, WeightRule
 
 
 def sum_per_token(values: Tensor, token_ids: Tensor, *, num_tokens: int) -> Tensor:
@@ -63,9 +63,43 @@ def weigh_grid(scores: Tensor, rule: WeightRule) -> Tensor:
 
 def requested_weights(assignments: Assignments) -> Tensor:
     """Weights of all assignments as if every one of them were served, ``(num_assignments,)``."""
-    return apply_weight_rule(
-        assignments.scores, assignments.token_ids, assignments.weight_rule, num_tokens=assignments.num_tokens
-    )
+    scores, token_ids, rule = assignments.scores, assignments.token_ids, assignments.weight_rule
+    if assignments.left_out is not None and rule.normalize == "before_drop":
+        others = _not_held(assignments, assignments.left_out)
+        scores, token_ids = torch.cat([scores, others.scores]), torch.cat([token_ids, others.token_ids])
+    weights = apply_weight_rule(scores, token_ids, rule, num_tokens=assignments.num_tokens)
+    return weights[: assignments.num_assignments]
+
+
+def near_softmax(logits: Tensor, expert_ids: Tensor, *, limit: float) -> Tensor:
+    """Probability of one expert per row, among those that are no better than it and near it.
+
+    Near is ``(own - logit) / max(abs(logit), own) <= limit``. It is what sparsemixer weighs an expert by when its
+    better ones are masked (Phi-3.5-MoE, https://arxiv.org/abs/2409.12136); of equal ones the first is the better.
+
+    Args:
+        logits: Finite, ``(num_rows, num_experts)``.
+        expert_ids: int64 ``(num_rows,)``.
+        limit: What counts as near, relative to the size of the logits.
+
+    Returns:
+        ``(num_rows,)`` in the dtype of ``logits``.
+    """
+    column = expert_ids[:, None]
+    with torch.no_grad():
+        own = logits.gather(1, column)
+        earlier = torch.arange(logits.shape[1], device=logits.device) < column
+        # 0 / 0, a logit of 0 beside a best of 0, is not above any limit.
+        far = (own - logits) / torch.maximum(logits.abs(), own) > limit
+        others = far | (logits > own) | ((logits == own) & earlier)
+    return torch.softmax(logits.masked_fill(others, -torch.inf), dim=-1).gather(1, column).squeeze(1)
+
+
+def _not_held(assignments: Assignments, pairs: Pairs) -> Pairs:
+    """The pairs whose expert is none of those that the token has, after rerouting."""
+    width = assignments.num_experts
+    held = assignments.token_ids * width + assignments.expert_ids
+    return pairs.at(~torch.isin(pairs.token_ids * width + pairs.expert_ids, held))
 
 
 def _norms(scores: Tensor, token_ids: Tensor, norm_p: float, *, num_tokens: int) -> Tensor:

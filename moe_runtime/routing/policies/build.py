@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moe_runtime.config.policies import DensePolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
+from moe_runtime.config.policies import (
+    DensePolicyConfig,
+    GShardPolicyConfig,
+    HierarchicalPolicyConfig,
+    SparseMixerPolicyConfig,
+    SwitchPolicyConfig,
+    TopKPolicyConfig,
+)
 from moe_runtime.errors import ConfigError
 from moe_runtime.routing.assignments import WeightRule
+from moe_runtime.routing.policies.groups import GroupLimit
+from moe_runtime.routing.policies.gshard import GShardPolicy
+from moe_runtime.routing.policies.hierarchical import SharedFirstPolicy, TreePolicy
+from moe_runtime.routing.policies.sparsemixer import SparseMixerPolicy, sparsemixer_rule
 from moe_runtime.routing.policies.top_k import TopKPolicy
 
 if TYPE_CHECKING:
@@ -14,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from moe_runtime.config.policies import PolicyConfig
-    from moe_runtime.routing.policy import Policy
+    from moe_runtime.routing.policy import Policy, RowFact
 
 
 def build_policy(config: PolicyConfig, *, num_experts: int) -> Policy:
@@ -41,15 +52,92 @@ def _top_k(config: TopKPolicyConfig, num_experts: int) -> Policy:
         scaling_factor=config.scaling_factor,
         softmax_over_set=config.score == "softmax_after_topk",
     )
-    return TopKPolicy(num_experts=num_experts, max_k=config.k, score=config.score, weight_rule=rule)
+    return TopKPolicy(
+        num_experts=num_experts,
+        max_k=config.k,
+        score=config.score,
+        weight_rule=rule,
+        groups=_group_limit(config, num_experts),
+        uses_bias=config.expert_bias,
+    )
+
+
+def _group_limit(config: TopKPolicyConfig, num_experts: int) -> GroupLimit | None:
+    groups = config.groups
+    if groups is None:
+        return None
+    _check_divides("policy.groups.count", groups.count, num_experts)
+    num_left = num_experts // groups.count * groups.keep
+    if config.k > num_left:
+        raise ConfigError(f"policy.k: expected at most the {num_left} experts of the groups kept, found {config.k}")
+    score = groups.score or ("top2_sum" if config.expert_bias else "max")
+    return GroupLimit(num_groups=groups.count, num_kept=groups.keep, score=score)
 
 
 def _switch(config: SwitchPolicyConfig, num_experts: int) -> Policy:
     return TopKPolicy(num_experts=num_experts, max_k=1, weight_rule=WeightRule(normalize="none"))
 
 
+def _gshard_top2(config: GShardPolicyConfig, num_experts: int) -> Policy:
+    _check_pair(config.kind, num_experts)
+    draws = {"threshold", "proportional"} & {config.second, config.second_in_evaluation}
+    reads: frozenset[RowFact] = frozenset({"row_seeds"}) if draws else frozenset()
+    return GShardPolicy(
+        num_experts=num_experts,
+        max_k=2,
+        weight_rule=WeightRule(normalize=config.normalize),
+        reads=reads,
+        second=config.second,
+        second_in_evaluation=config.second_in_evaluation,
+        threshold=config.threshold,
+    )
+
+
+def _sparsemixer(config: SparseMixerPolicyConfig, num_experts: int) -> Policy:
+    _check_pair(config.kind, num_experts)
+    limit = 2 * config.jitter_eps
+    return SparseMixerPolicy(num_experts=num_experts, max_k=2, weight_rule=sparsemixer_rule(limit), limit=limit)
+
+
+def _hierarchical(config: HierarchicalPolicyConfig, num_experts: int) -> Policy:
+    rule = WeightRule(normalize=config.normalize)
+    if config.mode == "shared_first":
+        if config.k >= num_experts:
+            raise ConfigError(
+                f"policy.k: expected at most the {num_experts - 1} experts that are not shared, found {config.k}"
+            )
+        return SharedFirstPolicy(num_experts=num_experts, max_k=config.k, weight_rule=rule)
+    _check_divides("policy.num_groups", config.num_groups, num_experts)
+    group_size = num_experts // config.num_groups
+    if config.k_groups > config.num_groups:
+        raise ConfigError(f"policy.k_groups: expected at most the {config.num_groups} groups, found {config.k_groups}")
+    if config.k > group_size:
+        raise ConfigError(f"policy.k: expected at most the {group_size} experts of a group, found {config.k}")
+    return TreePolicy(
+        num_experts=num_experts,
+        max_k=config.k_groups * config.k,
+        weight_rule=rule,
+        num_groups=config.num_groups,
+        k_groups=config.k_groups,
+        k=config.k,
+    )
+
+
+def _check_divides(key: str, count: int, num_experts: int) -> None:
+    if num_experts % count:
+        raise ConfigError(f"{key}: expected a divisor of the layer's {num_experts} experts, found {count}")
+
+
+def _check_pair(kind: str, num_experts: int) -> None:
+    if num_experts < 2:
+        raise ConfigError(f"policy.kind: {kind} expected a layer of at least 2 experts, found {num_experts}")
+
+
 _BUILDERS: dict[type, Callable[[Any, int], Policy]] = {
     DensePolicyConfig: _dense,
     TopKPolicyConfig: _top_k,
     SwitchPolicyConfig: _switch,
+    GShardPolicyConfig: _gshard_top2,
+    SparseMixerPolicyConfig: _sparsemixer,
+    HierarchicalPolicyConfig: _hierarchical,
 }

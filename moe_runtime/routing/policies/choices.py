@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Pairs
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_runtime.routing.assignments import Grid
+    from moe_runtime.routing.assignments import Grid, Pairs
     from moe_runtime.routing.policy import TokenInfo
 
 
@@ -32,11 +30,4 @@ def only_requested(grid: Grid, requested: Tensor) -> Pairs:
         grid: All choices.
         requested: Bool ``(num_tokens, k)``.
     """
-    kept = requested.t().reshape(-1).nonzero().squeeze(1)
-    every = grid.pairs
-    return Pairs(
-        token_ids=every.token_ids[kept],
-        expert_ids=every.expert_ids[kept],
-        scores=every.scores[kept],
-        ranks=every.ranks[kept],
-    )
+    return grid.pairs.at(requested.t().reshape(-1).nonzero().squeeze(1))

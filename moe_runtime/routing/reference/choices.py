@@ -26,7 +26,7 @@ class RoutingInputs:
         router_logits: ``(num_tokens, num_logits)``.
         k: Experts per token: one number, one per row, or None for the policy's own.
         mask: One truth value per row; False is padding.
-        row_seeds: One per row, for ``drop: random``; the row's index when None.
+        row_seeds: One per row, for whatever is drawn at random; the row's index when None.
         row_ids: Row within its request, one per row; its index when None.
         token_ids: Id of each token, for policies that route by it.
         expert_bias: Added to scores for the selection, one per expert; none when None.
@@ -109,6 +109,10 @@ class ChoiceOracle(ABC, Generic[ConfigT]):
     def score(self, token: int, expert: int, held: Sequence[int]) -> float:
         """Score that an expert's weight is made of, where these are the token's experts after rerouting."""
         raise NotImplementedError(f"{type(self.config).__name__} has no scores for unselected experts")
+
+    def left_out(self, token: int) -> list[int]:
+        """Experts that chance kept a token from asking for, which a norm ``before_drop`` counts all the same."""
+        return []
 
     def valid_tokens(self) -> list[int]:
         """Tokens that are not padding."""

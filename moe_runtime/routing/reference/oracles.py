@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.config.policies import DensePolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
+from moe_runtime.config.policies import (
+    DensePolicyConfig,
+    GShardPolicyConfig,
+    HierarchicalPolicyConfig,
+    SparseMixerPolicyConfig,
+    SwitchPolicyConfig,
+    TopKPolicyConfig,
+)
+from moe_runtime.routing.reference.gshard import GShardOracle
+from moe_runtime.routing.reference.hierarchical import HierarchicalOracle
+from moe_runtime.routing.reference.sparsemixer import SparseMixerOracle
 from moe_runtime.routing.reference.token_choice import TopKOracle
 
 if TYPE_CHECKING:
@@ -15,6 +25,9 @@ _ORACLES: dict[type, type[ChoiceOracle[Any]]] = {
     DensePolicyConfig: TopKOracle,
     SwitchPolicyConfig: TopKOracle,
     TopKPolicyConfig: TopKOracle,
+    GShardPolicyConfig: GShardOracle,
+    SparseMixerPolicyConfig: SparseMixerOracle,
+    HierarchicalPolicyConfig: HierarchicalOracle,
 }
 
 

@@ -15,6 +15,7 @@ import torch
 
 from moe_runtime.config.models import CapacityConfig, ResidualRule, WeightOn
 from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
+from moe_runtime.routing.reference.draws import row_seed, signed_draw
 from moe_runtime.routing.reference.oracles import oracle_of
 
 if TYPE_CHECKING:
@@ -114,24 +115,13 @@ def _in_drop_order(pairs: list[RoutedPair], inputs: RoutingInputs, rule: Capacit
     if rule.drop == "score":
         return sorted(pairs, key=lambda pair: -pair.score)
     if rule.drop == "priority":
-        best = {pair.token: pair.score for pair in pairs if pair.rank == 0}
+        # The largest: a first choice by its biased score need not have the largest of its token.
+        best = {pair.token: -math.inf for pair in pairs}
+        for pair in pairs:
+            best[pair.token] = max(best[pair.token], pair.score)
         return sorted(pairs, key=lambda pair: (pair.rank, -best[pair.token]))
 
-    def draw(pair: RoutedPair) -> int:
-        seed = pair.token if inputs.row_seeds is None else inputs.row_seeds[pair.token]
-        return _splitmix64(seed, pair.rank)
-
-    return sorted(pairs, key=draw)
-
-
-def _splitmix64(seed: int, rank: int) -> int:
-    """The draw of a choice, as a signed 64-bit number (https://prng.di.unimi.it/splitmix64.c)."""
-    modulus = 1 << 64
-    bits = (seed + (rank + 1) * 0x9E3779B97F4A7C15) % modulus
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % modulus
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % modulus
-    bits ^= bits >> 31
-    return bits - modulus if bits >= modulus >> 1 else bits
+    return sorted(pairs, key=lambda pair: signed_draw(row_seed(inputs, pair.token), pair.rank))
 
 
 def _reroute(
@@ -193,10 +183,10 @@ def _weigh(pairs: list[RoutedPair], oracle: ChoiceOracle[Any]) -> None:
             continue
         norm = 1.0
         if rule.normalize != "none":
-            counted = [
-                other.score
-                for other in pairs
-                if other.token == pair.token and (rule.normalize == "before_drop" or other.outcome == "served")
-            ]
+            mates = [other for other in pairs if other.token == pair.token]
+            counted = [other.score for other in mates if rule.normalize == "before_drop" or other.outcome == "served"]
+            if rule.normalize == "before_drop":
+                left_out = set(oracle.left_out(pair.token)) - {other.expert for other in mates}
+                counted += [oracle.score(pair.token, expert, sorted(left_out)) for expert in left_out]
             norm = sum(score**rule.norm_p for score in counted) ** (1.0 / rule.norm_p)
         pair.weight = rule.scaling_factor * pair.score / norm

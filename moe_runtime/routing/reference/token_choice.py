@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from moe_runtime.config.policies import DensePolicyConfig, SwitchPolicyConfig, TopKPolicyConfig
@@ -10,6 +11,8 @@ from moe_runtime.routing.reference.choices import ChoiceOracle, RoutedPair, sigm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from moe_runtime.config.policies import GroupsConfig
 
 
 class TopKOracle(ChoiceOracle[DensePolicyConfig | SwitchPolicyConfig | TopKPolicyConfig]):
@@ -38,17 +41,37 @@ class TopKOracle(ChoiceOracle[DensePolicyConfig | SwitchPolicyConfig | TopKPolic
         return pairs
 
     def preferences(self, token: int) -> list[float]:
-        """Scores that a token's experts are selected by."""
-        row = self.logits[token]
-        if self._score == "softmax_after_topk":
-            return row
-        return [sigmoid(logit) for logit in row] if self._score == "sigmoid" else softmax(row)
+        """Scores that a token's experts are selected by: with the bias, -inf in groups that are left out."""
+        config, scores = self.config, self._scores(token)
+        if not isinstance(config, TopKPolicyConfig):
+            return scores
+        if config.expert_bias and self.inputs.expert_bias is not None:
+            scores = [score + bias for score, bias in zip(scores, self.inputs.expert_bias, strict=True)]
+        if config.groups is None:
+            return scores
+        return self._only_best_groups(scores, config.groups, default="top2_sum" if config.expert_bias else "max")
 
     def score(self, token: int, expert: int, held: Sequence[int]) -> float:
         """Score that an expert's weight is made of."""
         if self._score == "softmax_after_topk":
             return softmax([self.logits[token][each] for each in held])[list(held).index(expert)]
-        return self.preferences(token)[expert]
+        return self._scores(token)[expert]
+
+    def _scores(self, token: int) -> list[float]:
+        row = self.logits[token]
+        if self._score == "softmax_after_topk":
+            return row
+        return [sigmoid(logit) for logit in row] if self._score == "sigmoid" else softmax(row)
+
+    def _only_best_groups(self, scores: list[float], groups: GroupsConfig, *, default: str) -> list[float]:
+        size = self.num_experts // groups.count
+        members = [range(group * size, (group + 1) * size) for group in range(groups.count)]
+        best_first = [sorted((scores[expert] for expert in group), reverse=True) for group in members]
+        rule = groups.score or default
+        worth = [sum(best[:2]) if rule == "top2_sum" else best[0] for best in best_first]
+        by_worth = sorted(range(groups.count), key=lambda group: -worth[group])
+        kept = {expert for group in by_worth[: groups.keep] for expert in members[group]}
+        return [score if expert in kept else -math.inf for expert, score in enumerate(scores)]
 
     @property
     def _most(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from moe_runtime.config.models import CapacityConfig
 from moe_runtime.config.policies import TopKPolicyConfig
 from moe_runtime.routing.capacity import admit, expert_capacity
-from moe_runtime.routing.drop_order import hash_choices
+from moe_runtime.routing.draws import hash_choices
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
 
