@@ -44,9 +44,7 @@ def batches(shape: Shape, *, num_experts: int) -> Iterator[RouterBatch]:
             yield make_batch(shape, request, num_tokens=size, num_experts=num_experts)
 
 
-def make_batch(
-    shape: Shape, request: int, *, num_tokens: int = NUM_TOKENS, num_experts: int
-) -> RouterBatch:
+def make_batch(shape: Shape, request: int, *, num_tokens: int = NUM_TOKENS, num_experts: int) -> RouterBatch:
     """A batch whose first choices follow the shape: logits are log shares plus Gumbel noise.
 
     The softmax of such logits is sharp, as a trained gate's is; second choices follow the shape among the experts
@@ -55,8 +53,6 @@ def make_batch(
     generator = torch.Generator().manual_seed(1_000_003 * request + num_tokens)
     noise = -torch.empty(num_tokens, num_experts).exponential_(generator=generator).log()
     logits = shape.shares(request, num_experts).clamp_min(_SMALLEST_SHARE).log() + noise
-    words = torch.multinomial(
-        shape.shares(request, _VOCABULARY), num_tokens, replacement=True, generator=generator
-    )
+    words = torch.multinomial(shape.shares(request, _VOCABULARY), num_tokens, replacement=True, generator=generator)
     seeds = torch.randint(2**62, (num_tokens,), generator=generator)
     return RouterBatch(logits, TokenInfo(row_seeds=seeds, row_ids=torch.arange(num_tokens), token_ids=words))

@@ -56,7 +56,9 @@ def _measure(shape: Shape, *, num_experts: int, settings: BenchSettings) -> Iter
     for router in routers:
         name = router.case.name
         case = {"policy": name, "experts": num_experts, "shape": shape.name}
-        yield Row("routers", case, BARE, samples[name], samples[BARE], {**_cost(samples[name]), **spread(router, shape)})
+        yield Row(
+            "routers", case, BARE, samples[name], samples[BARE], {**_cost(samples[name]), **spread(router, shape)}
+        )
         if name == _HEADLINE:
             ours, theirs = samples[_HEADLINE_WITHOUT_GATE], samples[BARE_WITHOUT_GATE]
             yield Row("routers", case, BARE_WITHOUT_GATE, ours, theirs, _cost(ours))
