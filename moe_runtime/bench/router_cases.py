@@ -67,8 +67,8 @@ def _tree(logits: Tensor, count: int) -> Tensor:
 
 
 def _shared_first(logits: Tensor, _: int) -> Tensor:
-    """The shared expert, the others together, then each of these: the same probabilities again."""
-    return torch.cat([logits[:, :1], logits[:, 1:].logsumexp(1, keepdim=True), logits[:, 1:]], dim=1)
+    """The shared expert, the best of the others for all of them, then each: it is taken where it is the best."""
+    return torch.cat([logits[:, :1], logits[:, 1:].amax(1, keepdim=True), logits[:, 1:]], dim=1)
 
 
 def _kind(kind: str, **options: Any) -> Callable[[int], Mapping[str, Any]]:
