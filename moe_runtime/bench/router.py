@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.bench.router_batches import batches, make_batch
-from moe_runtime.config.gates import LinearGateConfig
 from moe_runtime.config.models import CapacityConfig
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.expert_bias import update_bias
-from moe_runtime.routing.gates import GateShape, build_gate
+from moe_runtime.routing.gates import GateShape, LinearGate
 from moe_runtime.routing.plan import plan_dispatch
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from moe_runtime.bench.router_cases import RouterCase
     from moe_runtime.bench.shapes import Shape
     from moe_runtime.routing.assignments import Admission, DispatchPlan
-    from moe_runtime.routing.gates import Gate
     from moe_runtime.routing.policy import Policy, TokenInfo
 
 FEATURES = 1024
@@ -45,7 +43,7 @@ class Router:
 
     case: RouterCase
     policy: Policy
-    gate: Gate
+    gate: LinearGate
     bias: Tensor | None
 
     def admit(self, logits: Tensor, info: TokenInfo) -> Admission:
@@ -67,7 +65,8 @@ class Router:
 def build_router(case: RouterCase, shape: Shape, *, num_experts: int) -> Router:
     """The case's router for a number of experts."""
     policy = case.policy(num_experts)
-    gate = build_gate(LinearGateConfig(), GateShape(FEATURES, policy.num_logits), seed=num_experts).eval()
+    init = torch.Generator().manual_seed(num_experts)
+    gate = LinearGate(GateShape(FEATURES, policy.num_logits), init=init, bias=False).eval()
     return Router(case, policy, gate, _tuned_bias(policy, shape) if policy.uses_bias else None)
 
 

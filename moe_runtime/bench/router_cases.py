@@ -63,7 +63,7 @@ def _adapter() -> TypeAdapter[PolicyConfig]:
 
 def _tree(logits: Tensor, count: int) -> Tensor:
     """Groups, then experts: the two softmaxes multiply to the one over all experts."""
-    return torch.cat([logits.unflatten(1, (count, -1)).logsumexp(-1), logits], dim=1)
+    return torch.cat([logits.reshape(len(logits), count, -1).logsumexp(-1), logits], dim=1)
 
 
 def _shared_first(logits: Tensor, _: int) -> Tensor:

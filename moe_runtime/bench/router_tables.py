@@ -75,7 +75,8 @@ def _is(row: JsonRow, *, peer: str, policy: str, experts: int) -> bool:
 
 
 def _has(row: JsonRow, shape: str) -> bool:
-    return bool(row["case"]["shape"] == shape)
+    found: str = row["case"]["shape"]
+    return found == shape
 
 
 def _distinct(rows: Sequence[JsonRow], key: str) -> list[Any]:

@@ -89,7 +89,7 @@ def prepare(
 def _config(policy: DemoPolicy, gate: PolicyGate, path: Path, *, recipe: Recipe, experts: Path) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(recipe.config_text)
     layer = config["layers"][LAYER]
-    gate_block = {"kind": "linear"}
+    gate_block: dict[str, Any] = {"kind": "linear"}
     if gate.tensors:
         gate_block = {**gate_block, "weights": str(path), "in_features": gate.tensors["weight"].shape[1]}
     layer = {
