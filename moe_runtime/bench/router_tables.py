@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.bench.tables import TextTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from moe_runtime.bench.aims import JsonRow
 
@@ -51,8 +51,8 @@ def _spread(rows: Sequence[JsonRow], size: int) -> TextTable:
     shapes = _distinct(rows, "shape")
 
     def cell(policy: str, shape: str) -> str:
-        found = [row for row in rows if _is(row, peer=BARE, policy=policy, experts=size) and _has(row, shape)]
-        figures = found[0]["figures"]
+        rows_of_policy = [row for row in rows if _is(row, peer=BARE, policy=policy, experts=size)]
+        (figures,) = (row["figures"] for row in rows_of_policy if row["case"]["shape"] == shape)
         return f"{figures['max_over_mean']:.3g}, {figures['dropped']:.0%}".replace("%", " %")
 
     return TextTable(
@@ -71,12 +71,8 @@ def _slowest(rows: Sequence[JsonRow]) -> JsonRow:
 
 
 def _is(row: JsonRow, *, peer: str, policy: str, experts: int) -> bool:
-    return row["peer"] == peer and row["case"]["policy"] == policy and row["case"]["experts"] == experts
-
-
-def _has(row: JsonRow, shape: str) -> bool:
-    found: str = row["case"]["shape"]
-    return found == shape
+    case: Mapping[str, Any] = row["case"]
+    return (row["peer"], case["policy"], case["experts"]) == (peer, policy, experts)
 
 
 def _distinct(rows: Sequence[JsonRow], key: str) -> list[Any]:
