@@ -71,6 +71,11 @@ def _shared_first(logits: Tensor, _: int) -> Tensor:
     return torch.cat([logits[:, :1], logits[:, 1:].amax(1, keepdim=True), logits[:, 1:]], dim=1)
 
 
+def _none(logits: Tensor, _: int) -> Tensor:
+    """Nothing, since no gate is asked."""
+    return logits[:, :0]
+
+
 def _kind(kind: str, **options: Any) -> Callable[[int], Mapping[str, Any]]:
     return lambda _: {"kind": kind, **options}
 
@@ -99,8 +104,8 @@ ROUTERS = (
     RouterCase("global_assignment", _kind("global_assignment")),
     RouterCase("global_assignment, training", _kind("global_assignment"), training=True),
     RouterCase("sinkhorn, training", _kind("sinkhorn"), training=True),
-    RouterCase("hash", _kind("hash")),
-    RouterCase("random", _kind("random")),
-    RouterCase("round_robin", _kind("round_robin")),
+    RouterCase("hash", _kind("hash"), arrange=_none),
+    RouterCase("random", _kind("random"), arrange=_none),
+    RouterCase("round_robin", _kind("round_robin"), arrange=_none),
     RouterCase("reinforce, training", _kind("reinforce"), training=True),
 )
