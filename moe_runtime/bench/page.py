@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.bench.aims import AIMS
 from moe_runtime.bench.errors import BenchError
 from moe_runtime.bench.plots import plot
+from moe_runtime.bench.router_plots import plot_routers
 from moe_runtime.bench.suites import SUITES
 from moe_runtime.bench.tables import aim_table, figure_tables, machine_table, wire_error_table
 
@@ -105,6 +106,8 @@ def write_pages(results: Mapping[str, SuiteResults], docs: Path) -> None:
     for suite, x_key in _PLOTTED.items():
         if suite in results:
             plot(results[suite].rows, docs / "img" / f"bench-{suite}.svg", x_key=x_key)
+    if "routers" in results:
+        plot_routers(docs / "img")
 
 
 def _tables(suite: str, rows: Sequence[JsonRow]) -> str:

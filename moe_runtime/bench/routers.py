@@ -33,6 +33,8 @@ _SIZES = (8, 64, 256)
 _QUICK_SIZES = (64,)
 _QUICK_SHAPES = ("W0", "W2")
 _BARE_K = 2
+#: Of all contenders of a group together: a round has a turn for each.
+_EFFORT = Effort(seconds=3.0, min_rounds=3)
 #: The case that is timed without its gate as well.
 _HEADLINE, _HEADLINE_WITHOUT_GATE = "top_k", "top_k without gate"
 
@@ -44,15 +46,13 @@ def _run(settings: BenchSettings) -> Iterator[Row]:
     groups = [(num_experts, shape) for num_experts in sizes for shape in shapes]
     with _one_thread(), torch.inference_mode():
         for num_done, (num_experts, shape) in enumerate(groups, start=1):
-            yield from _measure(shape, num_experts=num_experts, settings=settings)
+            yield from _measure(shape, num_experts=num_experts)
             measuring.update(num_done, len(groups))
 
 
-def _measure(shape: Shape, *, num_experts: int, settings: BenchSettings) -> Iterator[Row]:
+def _measure(shape: Shape, *, num_experts: int) -> Iterator[Row]:
     routers = [build_router(case, shape, num_experts=num_experts) for case in ROUTERS]
-    samples = interleave(
-        list(_contenders(routers, make_batch(shape, 0, num_experts=num_experts))), effort=_effort(settings)
-    )
+    samples = interleave(list(_contenders(routers, make_batch(shape, 0, num_experts=num_experts))), effort=_EFFORT)
     for router in routers:
         name = router.case.name
         case = {"policy": name, "experts": num_experts, "shape": shape.name}
@@ -94,11 +94,6 @@ def _tokens(router: Router, batch: RouterBatch) -> Tensor:
 
 def _cost(sample: Sample) -> dict[str, float]:
     return {"us_per_token": sample.median_ms * 1e3 / NUM_TOKENS}
-
-
-def _effort(settings: BenchSettings) -> Effort:
-    # Of all contenders together: a round has a turn for each.
-    return Effort(seconds=4.0 if settings.quick else 5.0, min_rounds=3)
 
 
 @contextmanager
