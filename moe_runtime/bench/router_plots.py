@@ -72,13 +72,13 @@ def plot_routers(folder: Path) -> list[Path]:
 
 
 def _draw(axis: Any, spread: SpreadOfTokens, *, title: str) -> None:
-    experts = range(NUM_EXPERTS)
-    axis.bar(experts, spread.admitted, width=1.0, color=_SERVED, label="served")
+    asked = [sum(pair) for pair in zip(spread.admitted, spread.dropped, strict=True)]
+    axis.stairs(spread.admitted, fill=True, color=_SERVED, label="served")
     if any(spread.dropped):
-        axis.bar(experts, spread.dropped, width=1.0, bottom=spread.admitted, color=_DROPPED, label="dropped")
-    mean = (sum(spread.admitted) + sum(spread.dropped)) / NUM_EXPERTS
+        axis.stairs(asked, baseline=spread.admitted, fill=True, color=_DROPPED, label="dropped")
+    mean = sum(asked) / NUM_EXPERTS
     axis.axhline(mean, color=_LINE, linewidth=0.9, label="mean load")
     if spread.capacity is not None and spread.capacity < NUM_TOKENS:
         axis.axhline(spread.capacity, color=_LINE, linewidth=0.9, linestyle="--", label=f"capacity {CAPACITY_FACTOR}")
-    axis.set(title=title, xlabel=f"expert of {NUM_EXPERTS}", xlim=(-0.5, NUM_EXPERTS - 0.5))
+    axis.set(title=title, xlabel=f"expert of {NUM_EXPERTS}", xlim=(0, NUM_EXPERTS))
     axis.legend(fontsize=7)
