@@ -15,6 +15,7 @@ from moe_runtime.bench.router_cases import ROUTERS
 from moe_runtime.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from moe_runtime.bench.router_cases import RouterCase
@@ -51,20 +52,27 @@ def spread_of_tokens(case: RouterCase) -> SpreadOfTokens:
     return SpreadOfTokens(tuple(admitted.tolist()), tuple(dropped.tolist()), admission.capacity)
 
 
-def plot_routers(folder: Path) -> list[Path]:
+def plot_routers(folder: Path, cases: Sequence[RouterCase] = ROUTERS) -> list[Path]:
     """Draw ``routers-<kind>.svg`` for every kind of policy, with a panel per case of that kind.
+
+    Args:
+        folder: Where to.
+        cases: Of which routers.
+
+    Returns:
+        The files, in the order of the cases.
 
     Raises:
         BenchError: If matplotlib is not installed.
     """
     kinds: dict[str, list[RouterCase]] = defaultdict(list)
-    for case in ROUTERS:
+    for case in cases:
         kinds[case.kind].append(case)
     paths = []
-    for kind, cases in kinds.items():
+    for kind, members in kinds.items():
         path = folder / f"routers-{kind}.svg"
-        with save_figure(path, num_panels=len(cases), height=2.6) as axes:
-            for axis, case in zip(axes, cases, strict=True):
+        with save_figure(path, num_panels=len(members), height=2.6) as axes:
+            for axis, case in zip(axes, members, strict=True):
                 _draw(axis, spread_of_tokens(case), title=case.name)
             axes[0].set_ylabel("assignments")
         paths.append(path)
