@@ -38,10 +38,10 @@ class RouterBatch:
 
 
 def batches(shape: Shape, *, num_experts: int) -> Iterator[RouterBatch]:
-    """Some batches of a shape: full ones; and where load is bursty, the small ones between bursts as well."""
+    """Some batches of a shape; where load is bursty, those of a burst and those between bursts."""
     for request in REQUESTS:
-        for size in (NUM_TOKENS, *[NUM_TOKENS // shape.burst] * (shape.burst > 1)):
-            yield make_batch(shape, request, num_tokens=size, num_experts=num_experts)
+        for num_tokens in dict.fromkeys((NUM_TOKENS, NUM_TOKENS // shape.burst)):
+            yield make_batch(shape, request, num_tokens=num_tokens, num_experts=num_experts)
 
 
 def make_batch(shape: Shape, request: int, *, num_tokens: int = NUM_TOKENS, num_experts: int) -> RouterBatch:
