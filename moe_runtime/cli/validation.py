@@ -33,6 +33,10 @@ def print_summary(summary: ConfigSummary, *, config: Path, console: Console) -> 
     console.print(table)
     routers = "1 router" if summary.num_routers == 1 else f"{summary.num_routers} routers"
     console.print(f"{summary.name}: {routers}, from {summary.address}", markup=False)
+    if summary.unchecked_files:
+        files = ", ".join(f"{key} {path}" for key, path in summary.unchecked_files.items())
+        note = f"not checked, as they are not all on this machine: {files}; each router's node needs them"
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
 
 
 def shape_text(shape: Iterable[int]) -> str:

@@ -28,13 +28,16 @@ _MAX_FOUND_BITS = 4096
 _KEY_FIRST = re.compile(r"^([a-z_][a-z0-9_]*(?:\.[a-z0-9_]+)*): ")
 
 
-def describe_mistakes(error: ValidationError, *, model: type[BaseModel], at: str = "") -> tuple[str, ...]:
+def describe_mistakes(
+    error: ValidationError, *, model: type[BaseModel], at: str = "", shows_values: bool = True
+) -> tuple[str, ...]:
     """One line per mistake that pydantic found in the input of ``model``.
 
     Args:
         error: What ``model.model_validate`` raised.
         model: The model that refused its input.
         at: Path of the model's block in the whole configuration; empty for all of it.
+        shows_values: Whether lines say what was found; not where it may be a secret.
 
     Returns:
         Lines such as ``layers.digits.experts.0.optoins: unknown key; did you mean options?``, in the order
@@ -50,7 +53,7 @@ def describe_mistakes(error: ValidationError, *, model: type[BaseModel], at: str
         alternative = expected.removeprefix("expected ") if known else expected
         if alternative not in known:
             known.append(alternative)
-        tails[path] = tail
+        tails[path] = tail if shows_values else ""
     return tuple(
         (f"{path}: " if path else "") + " or ".join(expected) + tails[path] for path, expected in expectations.items()
     )

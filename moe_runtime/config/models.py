@@ -164,6 +164,13 @@ class LayerConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _hedges_have_replicas(self) -> LayerConfig:
+        blocks = (*self.experts, *self.shared_experts)
+        if self.hedge is not None and all(block.replicas == 1 for block in blocks):
+            raise ValueError("hedge: expected an expert with replicas above 1, which it would ask too, found none")
+        return self
+
+    @model_validator(mode="after")
     def _enough_experts(self) -> LayerConfig:
         k = getattr(self.policy, "k", 1)
         if k > self.num_experts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -180,6 +181,30 @@ class RuntimeConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _ports_do_not_collide(self) -> RuntimeConfig:
+        taken = {
+            "router.address": _ports(self.router.address, self.router.replicas),
+            "metrics.address": _ports(self.metrics.address, self.router.replicas),
+        }
+        if self.data_plane.port_range is not None:
+            first, last = self.data_plane.port_range
+            taken["data_plane.port_range"] = range(first, last + 1)
+        for (one, ours), (other, theirs) in itertools.combinations(taken.items(), 2):
+            start, stop = max(ours.start, theirs.start), min(ours.stop, theirs.stop)
+            if start < stop:
+                raise ValueError(
+                    f"{other}: expected other ports than {one}'s {ours.start} to {ours.stop - 1} (replica i takes port "
+                    f"+ i), found {theirs.start} to {theirs.stop - 1}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _metrics_are_for_those_let_in(self) -> RuntimeConfig:
         self.metrics.check(self.security)
         return self
+
+
+def _ports(address: str | None, replicas: int) -> range:
+    """The ports that an address's replicas take on one node; none where any free ones do."""
+    port = 0 if address is None else int(address.rpartition(":")[2])
+    return range(port, port + replicas) if port else range(0)

@@ -43,14 +43,15 @@ def validate(source: str | Path | Mapping[str, Any] | RuntimeConfig) -> ConfigSu
     config = loaded.config
     layers = build_layers(loaded)
     security = config.security.located(loaded.base_dir)
-    # What names files of the routers' nodes can be checked there alone.
-    if all(Path(path).exists() for path in security.files.values()):
+    are_here = all(Path(path).expanduser().exists() for path in security.files.values())
+    if are_here:
         check_security(security)
     return ConfigSummary(
         name=config.name,
         layers=tuple(_summary(layer) for layer in layers),
         num_routers=config.router.replicas,
         address=config.router.address,
+        unchecked_files={} if are_here else security.files,
     )
 
 

@@ -11,11 +11,17 @@ from moe_runtime.config.load import is_uri
 from moe_runtime.experts.remote_files import check_uri
 from moe_runtime.experts.weights import check_fit, load_into, load_weights
 from moe_runtime.experts.weights_store import WeightsStore
-from moe_runtime.routing.gates import GateShape, build_gate
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import build_gate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
     from moe_runtime.config.gates import GateConfig
-    from moe_runtime.routing.gates import Gate
+    from moe_runtime.routing.gate import Gate
     from moe_runtime.routing.policy import Policy
 
 
@@ -50,8 +56,8 @@ def load_gate(
     Args:
         config: The gate's block.
         shape: How wide it is.
-        weights: Absolute path or address of a safetensors file whose keys are the gate's parameters; None takes the
-            seed.
+        weights: Absolute path or address of a safetensors file whose keys are the gate's parameters and, where it has
+            one, ``expert_bias``, which is zeros in a file without; None takes the seed.
         seed: Initialises the gate where there are no weights.
         store: Gives the file; without one, paths of this machine and addresses work.
 
@@ -60,7 +66,7 @@ def load_gate(
     """
     gate = build_gate(config, shape, seed=seed)
     if weights is not None:
-        load_into(gate, load_weights((store or WeightsStore()).fetch(weights)).tensors)
+        load_into(gate, _tensors((store or WeightsStore()).fetch(weights), shape))
     return gate.eval()
 
 
@@ -75,4 +81,12 @@ def check_gate_weights(config: GateConfig, shape: GateShape, *, weights: str) ->
         return
     with torch.device("meta"):
         gate = build_gate(config, shape, seed=0)
-    check_fit(gate, load_weights(weights).tensors)
+    check_fit(gate, _tensors(weights, shape))
+
+
+def _tensors(weights: str | Path, shape: GateShape) -> Mapping[str, Tensor]:
+    tensors = load_weights(weights).tensors
+    if not shape.num_biases or "expert_bias" in tensors:
+        return tensors
+    # Routers that were trained without a bias have none in their files.
+    return {**tensors, "expert_bias": torch.zeros(shape.num_biases)}

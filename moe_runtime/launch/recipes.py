@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from moe_runtime.config.observing import MetricsConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from moe_runtime.config.experts import ResourcesConfig
     from moe_runtime.config.gates import GateConfig
     from moe_runtime.config.models import (
@@ -175,9 +177,14 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class ConfigSummary:
-    """What ``validate`` says of a configuration that can be served."""
+    """What ``validate`` says of a configuration that can be served.
+
+    ``unchecked_files`` are those of ``security``, by their key, that are not all on this machine: what they hold can be
+    checked on the routers' nodes alone.
+    """
 
     name: str
     layers: tuple[LayerSummary, ...]
     num_routers: int
     address: str
+    unchecked_files: Mapping[str, str] = field(default_factory=dict)

@@ -1,8 +1,7 @@
-"""Gates: the networks that score experts. First stage of a batch: gate -> policy -> capacity -> plan."""
+"""The kinds of gate for one task, and how a configuration block becomes a gate."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from moe_runtime.config.gates import MLPGateConfig, NoisyGateConfig
-from moe_runtime.errors import ShapeError
+from moe_runtime.config.gates import CosineGateConfig, MLPGateConfig, MultiGateConfig, NoisyGateConfig
+from moe_runtime.routing.gate import Gate, GateShape, uniform_parameter
+from moe_runtime.routing.multi_gate import MultiGate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,104 +21,8 @@ if TYPE_CHECKING:
 #: Added to the learned noise, so that exploration never stops (Shazeer et al. 2017).
 MIN_NOISE_STD = 1e-2
 
-
-@dataclass(frozen=True)
-class GateShape:
-    """How wide a gate is.
-
-    Attributes:
-        in_features: Width of its input.
-        num_logits: Width of its output; what the layer's policy asks for, the number of experts as a rule.
-        num_biases: Experts that are selected by a bias too; the gate keeps it, ``expert_bias (num_biases,)``.
-        num_shared: Shared experts whose weight it scores, by ``shared_weight (num_shared, in_features)``.
-    """
-
-    in_features: int
-    num_logits: int
-    num_biases: int = 0
-    num_shared: int = 0
-
-
-class Gate(nn.Module, ABC):
-    """Scores every expert for every token, in float32 whatever the dtype of the tokens.
-
-    float32, and never autocast: ties between bfloat16 scores make the choice depend on the batch.
-
-    Args:
-        shape: How wide it is.
-        jitter_eps: In train mode the gate's copy of the input is multiplied by U[1-eps, 1+eps]
-            (Switch Transformers, https://arxiv.org/abs/2101.03961); 0 is none.
-        init: Initialises its parameters.
-    """
-
-    expert_bias: Tensor | None
-    shared_weight: nn.Parameter | None
-
-    def __init__(self, shape: GateShape, *, init: torch.Generator, jitter_eps: float = 0.0) -> None:
-        super().__init__()
-        self.shape = shape
-        self.jitter_eps = jitter_eps
-        # A buffer: it moves by the experts' loads, never by a gradient.
-        self.register_buffer("expert_bias", torch.zeros(shape.num_biases) if shape.num_biases else None)
-        shared = _uniform_parameter((shape.num_shared, shape.in_features), shape.in_features, init)
-        self.register_parameter("shared_weight", shared if shape.num_shared else None)
-
-    def forward(
-        self, gate_input: Tensor, generator: torch.Generator | None = None, *, tasks: Tensor | None = None
-    ) -> Tensor:
-        """Router logits of a batch; deterministic in eval mode.
-
-        Args:
-            gate_input: ``(num_tokens, in_features)`` of any float dtype; never changed.
-            generator: Source of jitter and noise in train mode, on the input's device; torch's default
-                when None.
-            tasks: int64 ``(num_tokens,)``: the task of each token, for a gate that has one part per task.
-
-        Returns:
-            ``(num_tokens, num_logits)``, float32.
-
-        Raises:
-            ShapeError: If the input is not ``(num_tokens, in_features)``.
-        """
-        self._check(gate_input)
-        if not torch.is_autocast_enabled(gate_input.device.type):
-            return self.score(self._jittered(gate_input.float(), generator), generator=generator, tasks=tasks)
-        with torch.autocast(gate_input.device.type, enabled=False):
-            return self.score(self._jittered(gate_input.float(), generator), generator=generator, tasks=tasks)
-
-    @abstractmethod
-    def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
-        """Router logits ``(num_tokens, num_logits)`` of float32 features ``(num_tokens, in_features)``."""
-
-    def shared_weights(self, gate_input: Tensor) -> Tensor:
-        """Weights of the shared experts, ``sigmoid(x @ shared_weight.T)``, float32 ``(num_tokens, num_shared)``.
-
-        Qwen2-MoE, https://arxiv.org/abs/2407.10671.
-
-        Args:
-            gate_input: ``(num_tokens, in_features)`` of any float dtype.
-
-        Raises:
-            ShapeError: If the input is not ``(num_tokens, in_features)``.
-        """
-        self._check(gate_input)
-        if self.shared_weight is None:
-            return gate_input.new_ones((gate_input.shape[0], 0), dtype=torch.float32)
-        with torch.autocast(gate_input.device.type, enabled=False):
-            return torch.sigmoid(F.linear(gate_input.float(), self.shared_weight))
-
-    def _check(self, gate_input: Tensor) -> None:
-        if gate_input.dim() != 2 or gate_input.shape[1] != self.shape.in_features:
-            raise ShapeError(
-                f"gate: expected an input of shape (num_tokens, {self.shape.in_features}), "
-                f"found {tuple(gate_input.shape)}"
-            )
-
-    def _jittered(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
-        if not self.training or self.jitter_eps == 0.0:
-            return features
-        factors = torch.empty_like(features).uniform_(1.0 - self.jitter_eps, 1.0 + self.jitter_eps, generator=generator)
-        return features * factors
+# Prototypes that are multiplied at once.
+_BLOCK = 16
 
 
 class LinearGate(Gate):
@@ -128,7 +32,7 @@ class LinearGate(Gate):
 
     def __init__(self, shape: GateShape, *, init: torch.Generator, bias: bool, jitter_eps: float = 0.0) -> None:
         super().__init__(shape, init=init, jitter_eps=jitter_eps)
-        self.weight = _uniform_parameter((shape.num_logits, shape.in_features), shape.in_features, init)
+        self.weight = uniform_parameter((shape.num_logits, shape.in_features), shape.in_features, init)
         self.register_parameter("bias", nn.Parameter(torch.zeros(shape.num_logits)) if bias else None)
 
     def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
@@ -149,9 +53,9 @@ class MLPGate(Gate):
         self, shape: GateShape, *, init: torch.Generator, bias: bool, hidden_features: int, jitter_eps: float = 0.0
     ) -> None:
         super().__init__(shape, init=init, jitter_eps=jitter_eps)
-        self.hidden_weight = _uniform_parameter((hidden_features, shape.in_features), shape.in_features, init)
+        self.hidden_weight = uniform_parameter((hidden_features, shape.in_features), shape.in_features, init)
         self.hidden_bias = nn.Parameter(torch.zeros(hidden_features))
-        self.weight = _uniform_parameter((shape.num_logits, hidden_features), hidden_features, init)
+        self.weight = uniform_parameter((shape.num_logits, hidden_features), hidden_features, init)
         self.register_parameter("bias", nn.Parameter(torch.zeros(shape.num_logits)) if bias else None)
 
     def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
@@ -209,6 +113,35 @@ class NoisyGate(LinearGate):
         return NoisyLogits(clean=clean, noisy=clean + noise * noise_std, noise_std=noise_std)
 
 
+class CosineGate(Gate):
+    """Cosine similarity of the input to a learned prototype per expert, over a temperature, plus a bias if any.
+
+    X-MoE (https://arxiv.org/abs/2204.09179), without its projection to fewer features. Parameters: the prototypes,
+    ``weight (num_logits, in_features)``, and with ``bias``, ``bias (num_logits,)``. Neither the length of the input
+    nor that of a prototype counts; a row of zeros is similar to none, 0 for all. An expert joins a running layer by a
+    row more: the logits of the others stay as they are, to the bit.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, shape: GateShape, *, init: torch.Generator, bias: bool, temperature: float, jitter_eps: float = 0.0
+    ) -> None:
+        super().__init__(shape, init=init, jitter_eps=jitter_eps)
+        self.temperature = temperature
+        self.weight = uniform_parameter((shape.num_logits, shape.in_features), shape.in_features, init)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(shape.num_logits)) if bias else None)
+
+    def score(self, features: Tensor, *, generator: torch.Generator | None, tasks: Tensor | None) -> Tensor:
+        """Router logits, without noise."""
+        scaled, num_logits = _scaled(features), self.shape.num_logits
+        # Products of one width whatever the number of experts: kernels choose the order of their sums by the width.
+        padded = _scaled(F.pad(self.weight, (0, 0, 0, -num_logits % _BLOCK)))
+        blocks = [F.linear(scaled, prototypes / _lengths(prototypes)) for prototypes in torch.split(padded, _BLOCK)]
+        logits = torch.cat(blocks, dim=1)[:, :num_logits] / (_lengths(scaled) * self.temperature)
+        return logits if self.bias is None else logits + self.bias
+
+
 def build_gate(config: GateConfig, shape: GateShape, *, seed: int) -> Gate:
     """A float32 gate, initialised from the seed alone; in train mode, as torch makes modules.
 
@@ -217,15 +150,26 @@ def build_gate(config: GateConfig, shape: GateShape, *, seed: int) -> Gate:
         shape: How wide it is.
         seed: The same seed gives the same parameters; torch's global generator is not touched.
     """
-    init = torch.Generator().manual_seed(seed)
-    if isinstance(config, MLPGateConfig):
-        return MLPGate(
-            shape, init=init, bias=config.bias, hidden_features=config.hidden_features, jitter_eps=config.jitter_eps
-        )
+    init, bias, jitter_eps = torch.Generator().manual_seed(seed), config.bias, config.jitter_eps
+    match config:
+        case MLPGateConfig(hidden_features=hidden_features):
+            return MLPGate(shape, init=init, bias=bias, hidden_features=hidden_features, jitter_eps=jitter_eps)
+        case CosineGateConfig(temperature=temperature):
+            return CosineGate(shape, init=init, bias=bias, temperature=temperature, jitter_eps=jitter_eps)
+        case MultiGateConfig(tasks=tasks, default_task=default):
+            return MultiGate(shape, tasks=tasks, default_task=default, init=init, bias=bias, jitter_eps=jitter_eps)
     gate_class = NoisyGate if isinstance(config, NoisyGateConfig) else LinearGate
-    return gate_class(shape, init=init, bias=config.bias, jitter_eps=config.jitter_eps)
+    return gate_class(shape, init=init, bias=bias, jitter_eps=jitter_eps)
 
 
-def _uniform_parameter(shape: tuple[int, int], fan_in: int, init: torch.Generator) -> nn.Parameter:
-    bound = fan_in**-0.5
-    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=init))
+def _scaled(rows: Tensor) -> Tensor:
+    """Rows in the same directions whose largest number is 1; rows of zeros, or as good as that, as they are."""
+    # The square of a large number overflows, and that of a tiny one vanishes.
+    largest = rows.detach().abs().amax(dim=-1, keepdim=True)
+    return rows / torch.where(largest < torch.finfo(rows.dtype).tiny, 1.0, largest)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """Lengths of scaled rows, ``(num_rows, 1)``; 1 for a row of zeros, which stays one when it is divided."""
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.where(lengths == 0, 1.0, lengths)

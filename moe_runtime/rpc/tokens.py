@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from moe_runtime.config.mistakes import describe_mistakes
 from moe_runtime.config.security import Scope, TokenConfig
 from moe_runtime.errors import ConfigError, PermissionDeniedError, UnauthenticatedError
 from moe_runtime.rpc.reloading import Reloaded, read_private
@@ -146,9 +147,7 @@ def _token(entry: object, index: int, mistakes: list[str]) -> Token | None:
         config = TokenConfig.model_validate(entry)
     except ValidationError as exc:
         # Never the input: it may be the token.
-        for detail in exc.errors(include_url=False, include_input=False, include_context=False):
-            place = ".".join(str(part) for part in (index, *detail["loc"]))
-            mistakes.append(f"{place}: {detail['msg']}")
+        mistakes += describe_mistakes(exc, model=TokenConfig, at=str(index), shows_values=False)
         return None
     text = config.sha256 or hashlib.sha256((config.token or "").encode()).hexdigest()
     return Token(config.name, bytes.fromhex(text), frozenset(config.scopes), config.expires)

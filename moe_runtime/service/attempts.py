@@ -37,6 +37,7 @@ class Attempt:
         deadline: Clock time when it is given up.
         hedge_at: Clock time when a second replica is asked, too.
         waiting: The request, while it waits for its turn; then None.
+        has_begun: Whether its host has said that the rows are with the experts, which it does where they travel alone.
     """
 
     flight: Flight
@@ -45,6 +46,7 @@ class Attempt:
     deadline: float
     hedge_at: float = math.inf
     waiting: HostRequest | None = None
+    has_begun: bool = False
 
 
 class Attempts:
@@ -94,8 +96,9 @@ class Attempts:
             batch.request_ids if message.alone is None else batch.request_ids[message.alone : message.alone + 1]
         )
         timeout_s = attempt.deadline - attempt.sent_at
-        request = HostRequest(ticket, message.wire_segments(), rows, timeout_s, request_ids)
-        if message.alone is not None and not self._may_go(ticket, attempt):
+        is_suspect = message.alone is not None
+        request = HostRequest(ticket, message.wire_segments(), rows, timeout_s, request_ids, is_suspect)
+        if is_suspect and not self._may_go(ticket, attempt):
             attempt.waiting = request
         else:
             reason = self._hand_over(ticket, message, request)
@@ -105,6 +108,12 @@ class Attempts:
         self._choice.sent(message)
         self._next_due = min(self._next_due, attempt.deadline, attempt.hedge_at)
         return None
+
+    def note_begun(self, ticket: int) -> None:
+        """A host has begun with the rows of a message."""
+        attempt = self._open.get(ticket)
+        if attempt is not None:
+            attempt.has_begun = True
 
     def take_answered(self, ticket: int) -> Attempt | None:
         """The attempt that a host has answered; None if it was given up."""

@@ -28,12 +28,14 @@ class History(NamedTuple):
         num_timeouts: Replicas that did not answer in time.
         alone: Where a host died while it had them: the request, by its place in the batch, whose rows they are, and
             with which alone they travel from then on.
+        num_unbegun: Hosts that died while they had them alone and had not begun with them, as far as is known.
     """
 
     tried: tuple[str, ...] = ()
     num_moves: int = 0
     num_timeouts: int = 0
     alone: int | None = None
+    num_unbegun: int = 0
 
 
 _FRESH = History()

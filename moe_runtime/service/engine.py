@@ -185,6 +185,9 @@ class RouterEngine:
             self._recovery.fail(flight, message.segments, reason)
 
     def _receive(self, reply: HostReply) -> None:
+        if reply.is_begun:
+            self._attempts.note_begun(reply.ticket)
+            return
         attempt = self._attempts.take_answered(reply.ticket)
         if attempt is None:
             return
@@ -227,7 +230,7 @@ class RouterEngine:
     def _lose(self, endpoint: Endpoint, reason: str, *, is_death: bool) -> None:
         for attempt in self._attempts.take_lost(endpoint):
             if is_death and attempt.waiting is None:
-                self._recovery.host_died(attempt.flight, attempt.message.segments, reason)
+                self._recovery.host_died(attempt.flight, attempt.message.segments, reason, had_begun=attempt.has_begun)
             else:
                 self._recovery.fail(attempt.flight, attempt.message.segments, reason)
 

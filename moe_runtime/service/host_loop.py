@@ -50,7 +50,8 @@ class HostLoop:
     """Serves one expert host: everything that has arrived runs together, and each request gets its answer.
 
     Rows of one replica are merged across requests and routers. One run takes whole requests, in the order of
-    arrival, up to ``max_rows_per_run`` rows, so that under load the first answers do not wait for the last.
+    arrival, up to ``max_rows_per_run`` rows, so that under load the first answers do not wait for the last. A suspect
+    is run by itself, and its router told first: if this process dies then, it is known of what.
     A request that has waited here for longer than its ``timeout_s`` is not run: nobody waits for its rows. It is
     answered with an error, which gives back what it took of the router's credit and memory.
 
@@ -149,6 +150,7 @@ class HostLoop:
         batch = self._take_batch(now)
         if batch:
             self._busy_since = now
+            self._tell_of_suspect(batch[0].delivery)
         run = self._host.begin([call for delivery, _ in batch for call in _calls(delivery.request)])
         self._finish_run_under_way()
         if self._host.overlaps:
@@ -179,7 +181,7 @@ class HostLoop:
             waited_s = now - received_at
             if waited_s > request.timeout_s:
                 self._skip_late(delivery)
-            elif batch and num_rows + request.rows.shape[0] > self._max_rows_per_run:
+            elif batch and self._is_for_another_run(request, batch, num_rows=num_rows):
                 break
             else:
                 batch.append(waiting)
@@ -191,6 +193,17 @@ class HostLoop:
         if _LOG.isEnabledFor(logging.DEBUG):
             _log_run(batch)
         return batch
+
+    def _is_for_another_run(self, request: HostRequest, batch: list[_Waiting], *, num_rows: int) -> bool:
+        """Whether a request is not to be run with those that were taken: suspects are run by themselves."""
+        if request.is_suspect or batch[0].delivery.request.is_suspect:
+            return True
+        return num_rows + request.rows.shape[0] > self._max_rows_per_run
+
+    def _tell_of_suspect(self, delivery: Delivery) -> None:
+        request = delivery.request
+        if request.is_suspect:
+            self._transport.reply(delivery, HostReply(request.ticket, (), rows=None, is_begun=True))
 
     def _skip_late(self, delivery: Delivery) -> None:
         self.num_skipped_late += 1

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from moe_runtime.config.models import CapacityConfig, HedgeConfig, ResidualRule, WeightOn
-    from moe_runtime.routing.gates import Gate
+    from moe_runtime.routing.gate import Gate
     from moe_runtime.routing.policy import Policy
 
 

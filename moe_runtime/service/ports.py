@@ -74,6 +74,8 @@ class HostRequest(msgspec.Struct, frozen=True, gc=False):
         rows: ``(sum of num_rows, *item_shape)``, contiguous.
         timeout_s: How long the router waits for the reply; a host may skip what is already too late.
         request_ids: Of the requests that the batch was joined from; for logs.
+        is_suspect: Whether a host died while it had the one request whose rows these are. It is run by itself, and the
+            router is told when that begins: if this host dies too, it is known whether it died of this.
     """
 
     ticket: int
@@ -81,6 +83,7 @@ class HostRequest(msgspec.Struct, frozen=True, gc=False):
     rows: Tensor
     timeout_s: float
     request_ids: tuple[str, ...] = ()
+    is_suspect: bool = False
 
 
 class SegmentResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -114,11 +117,13 @@ class HostReply(msgspec.Struct, frozen=True, gc=False):
         ticket: The request's.
         results: One per segment, in the request's order.
         rows: Output rows of the segments that have some, in order, ``(num_rows, *out_shape)``; None if none.
+        is_begun: It is only a note, without results and rows: the request is with the experts; its answer follows.
     """
 
     ticket: int
     results: tuple[SegmentResult, ...]
     rows: Tensor | None
+    is_begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,9 @@ class HostLost:
 class Transport(Protocol):
     """The router's end. Owned by one thread; only ``wake`` may be called from others.
 
-    Guarantees: a request reaches the incarnation it is addressed to or nobody; ``poll`` returns a reply at
-    most once per ticket sent, in any order, and none that another process was meant to get. There is no
+    Guarantees: a request reaches the incarnation it is addressed to or nobody; ``poll`` returns an answer at
+    most once per ticket sent, in any order, and none that another process was meant to get; a note that a request is
+    begun comes before its answer, or not at all. There is no
     guarantee that a reply comes: callers keep their own time. A host that dies, freezes or cannot be reached
     gives one ``HostLost``; no reply to what was sent before follows it, and until ``poll`` has returned it no
     request to that host is taken. A request sent afterwards is a new attempt to reach the same incarnation.
@@ -236,7 +242,7 @@ class HostTransport(Protocol):
         ...
 
     def reply(self, delivery: Delivery, reply: HostReply) -> None:
-        """Answer a delivery without blocking; an answer to a router that is gone is discarded and counted."""
+        """Answer a delivery without blocking, or note that it is begun; discarded and counted if the router is gone."""
         ...
 
     def wake(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from moe_runtime.errors import ExpertError, PoisonedRequestError
 from moe_runtime.service.attempts import Attempt
-from moe_runtime.service.dispatch import History, PlannedSegment, as_rows, make_message
+from moe_runtime.service.dispatch import PlannedSegment, as_rows, make_message
 from moe_runtime.service.failures import FailedAttempt
 from moe_runtime.service.gathering import gather_anew
 from moe_runtime.service.rerouting import Rerouting
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 #: Replicas that may be held up by the same rows.
 _MAX_TIMEOUTS = 2
+#: Hosts that may die while they have the same request alone and have not said that they have begun with it. The note
+#: of a host on another node may be lost with it, so its absence is no proof of innocence for ever.
+_MAX_UNBEGUN = 2
 
 
 class _Failed(NamedTuple):
@@ -103,15 +106,24 @@ class Recovery:
         good = sorted({*range(len(segment.rows))}.difference(result.failed_rows))
         return segment._replace(rows=as_rows([segment.rows[place] for place in good])), values[torch.tensor(good)]
 
-    def host_died(self, flight: Flight, segments: Iterable[PlannedSegment], reason: str) -> None:
-        """A host has died while it had these rows: from now on their requests travel alone; those that did, fail."""
+    def host_died(
+        self, flight: Flight, segments: Iterable[PlannedSegment], reason: str, *, had_begun: bool = False
+    ) -> None:
+        """A host has died while it had these rows: from now on their requests travel alone; those that did, fail.
+
+        Not, for once or twice, those that the host had not begun with: it died of something else.
+        """
         for segment in segments:
             if not self._is_over(flight, segment, reason):
                 continue
+            history = segment.history
+            if history.alone is not None and not had_begun:
+                history = history._replace(num_unbegun=history.num_unbegun + 1)
+            is_guilty = history.alone is not None and (had_begun or history.num_unbegun > _MAX_UNBEGUN)
             for request, rows in flight.by_request(segment.rows):
-                if segment.history.alone is not None:
+                if is_guilty:
                     self._poison(flight, request)
-                suspect = _tried(segment._replace(rows=rows), alone=request)
+                suspect = _tried(segment._replace(rows=rows, history=history), alone=request)
                 self._failed.append(_Failed(flight, suspect, reason))
 
     def run(self) -> None:
@@ -250,7 +262,9 @@ def _tried(segment: PlannedSegment, *, alone: int | None = None, timed_out: bool
     history = segment.history
     # Where two raced, neither has answered.
     num_timeouts = history.num_timeouts + timed_out * (1 if segment.race is None else 2)
-    after = History(segment.tried, history.num_moves, num_timeouts, history.alone if alone is None else alone)
+    after = history._replace(
+        tried=segment.tried, num_timeouts=num_timeouts, alone=history.alone if alone is None else alone
+    )
     return PlannedSegment(segment.expert_id, segment.rows, history=after)
 
 

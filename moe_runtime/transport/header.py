@@ -107,6 +107,7 @@ def encode_request(request: HostRequest, *, address: Address, place: Place | Non
         RequestHeader(
             HEADER_VERSION, "request", ticket, address, request.segments, name, rows.shape,
             encode_inline(rows) if is_inline else place, request.timeout_s, request.request_ids[:MAX_REQUEST_IDS],
+            request.is_suspect,
         )
     )  # fmt: skip
     return [packed] if is_inline or place is not None else [packed, *encode_rows(rows)]
@@ -127,10 +128,11 @@ def encode_reply(reply: HostReply, *, address: Address, is_placed: bool = False)
     ticket, rows = reply.ticket, reply.rows
     results = tuple([each if each.error is None else _with_short_error(each) for each in reply.results])
     if rows is None:
-        return [pack_header(ReplyHeader(HEADER_VERSION, "reply", ticket, address, results, None, None, None))]
+        header = ReplyHeader(HEADER_VERSION, "reply", ticket, address, results, None, None, None, reply.is_begun)
+        return [pack_header(header)]
     name = dtype_name("reply", ticket, rows)
     where = True if is_placed else encode_inline(rows) if rows.nbytes <= MAX_INLINE_BYTES else None
-    packed = pack_header(ReplyHeader(HEADER_VERSION, "reply", ticket, address, results, name, rows.shape, where))
+    packed = pack_header(ReplyHeader(HEADER_VERSION, "reply", ticket, address, results, name, rows.shape, where, False))
     return [packed] if where is not None else [packed, *encode_rows(rows)]
 
 
@@ -160,9 +162,8 @@ def decode_request(
             rows = decode_rows([memory[: math.prod(shape) * dtype.itemsize]], dtype, shape)
         else:
             rows = copy_rows(where, dtype, shape)
-    return IncomingRequest(
-        header.address, HostRequest(ticket, segments, rows, header.timeout_s, header.request_ids), place
-    )
+    request = HostRequest(ticket, segments, rows, header.timeout_s, header.request_ids, header.is_suspect)
+    return IncomingRequest(header.address, request, place)
 
 
 def decode_reply(
@@ -180,6 +181,8 @@ def decode_reply(
     header = _REPLIES.read(frames)
     ticket, results, name, shape, where = header.ticket, header.results, header.dtype, header.shape, header.rows
     _check_good_rows(ticket, results, shape)
+    if header.is_begun and results:
+        raise TransportError(f"reply {ticket}: expected no results in a note that it is begun, found {len(results)}")
     rows: Tensor | None = None
     if name is None or shape is None:
         if name is not None or shape is not None or where is not None:
@@ -190,7 +193,7 @@ def decode_reply(
     else:
         no_more_frames(frames)
         rows = _given_rows(where, read_dtype(name), shape, ticket=ticket, find=find)
-    return IncomingReply(header.address, HostReply(ticket, results, rows))
+    return IncomingReply(header.address, HostReply(ticket, results, rows, header.is_begun))
 
 
 def _given_rows(

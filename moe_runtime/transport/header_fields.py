@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-HEADER_VERSION: Final = 4
+HEADER_VERSION: Final = 5
 MAX_SEGMENTS = 2048
 MAX_REQUEST_IDS = 4096
 MAX_REQUEST_ID_CHARACTERS = 255
@@ -64,9 +64,10 @@ class RequestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
         rows: Their bytes; their place in shared memory; None where they are frames of their own.
         timeout_s: The request's.
         request_ids: The request's.
+        is_suspect: The request's.
     """
 
-    version: Literal[4]
+    version: Literal[5]
     kind: Literal["request"]
     ticket: NaturalNumber
     address: Address
@@ -76,6 +77,7 @@ class RequestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     rows: memoryview | Place | None
     timeout_s: _Seconds
     request_ids: _RequestIds
+    is_suspect: bool
 
 
 class ReplyHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -90,9 +92,10 @@ class ReplyHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
         dtype: Name of the rows' dtype.
         shape: Of the rows.
         rows: Their bytes; True where they lie in the request's place; None where they are frames of their own.
+        is_begun: The reply's.
     """
 
-    version: Literal[4]
+    version: Literal[5]
     kind: Literal["reply"]
     ticket: NaturalNumber
     address: Address
@@ -100,6 +103,7 @@ class ReplyHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     dtype: str | None
     shape: _Shape | None
     rows: memoryview | bool | None
+    is_begun: bool
 
 
 HeaderT = TypeVar("HeaderT", RequestHeader, ReplyHeader)

@@ -185,6 +185,10 @@ class HostLink:
         slot = self._away.get(ticket)
         return None if slot is None else slot.view(num_bytes)
 
+    def expects(self, ticket: int) -> bool:
+        """Whether a reply to this ticket is expected."""
+        return ticket in self.outstanding
+
     def take(self, ticket: int) -> bool:
         """Whether a reply to this ticket was expected; it no longer is afterwards."""
         slot = self._away.pop(ticket, None)

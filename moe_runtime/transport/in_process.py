@@ -220,9 +220,13 @@ class InProcessTransport:
         if isinstance(message, HostLost):
             return message if self._connections.pop(message.endpoint, None) is not None else None
         outstanding = self._connections.get(message.endpoint)
-        if outstanding is None or not outstanding.take(message.reply.ticket):
+        ticket = message.reply.ticket
+        is_known = outstanding is not None and ticket in outstanding
+        if outstanding is None or not is_known:
             self._counters.num_unexpected += 1
             return None
+        if not message.reply.is_begun:
+            outstanding.take(ticket)
         self._counters.num_received += 1
         return message.reply
 

@@ -20,6 +20,9 @@ class OutstandingTickets:
     def __len__(self) -> int:
         return len(self._num_bytes)
 
+    def __contains__(self, ticket: int) -> bool:
+        return ticket in self._num_bytes
+
     def add(self, ticket: int, num_bytes: int = 0) -> None:
         """Expect a reply to this ticket."""
         if len(self._num_bytes) >= self._max_outstanding:

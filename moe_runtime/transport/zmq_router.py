@@ -291,7 +291,7 @@ class ZmqTransport:
             return
         if incoming.address != link.from_host:
             self._counters.num_refused += 1
-        elif not link.take(incoming.reply.ticket):
+        elif not (link.expects if incoming.reply.is_begun else link.take)(incoming.reply.ticket):
             self._counters.num_unexpected += 1
         else:
             self._counters.num_received += 1

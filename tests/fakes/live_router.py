@@ -17,7 +17,8 @@ from moe_runtime.config.security import SecurityConfig
 from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.spec import ExpertSpec
-from moe_runtime.routing.gates import GateShape, build_gate
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import build_gate
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.rpc.server import RpcServer
 from moe_runtime.service.host_loop import HostLoop

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.experts import ExpertContract, ExpertKind
 
 

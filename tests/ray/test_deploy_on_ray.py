@@ -178,7 +178,7 @@ def test_a_node_with_another_version_of_a_plug_in_is_named(write_config, actor_n
 
 FRESH = """
 from torch import nn
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.experts import ExpertContract, ExpertKind
 
 

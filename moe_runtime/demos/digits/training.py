@@ -14,7 +14,8 @@ from moe_runtime.experts.build import initial_module
 from moe_runtime.experts.view import resolve_view
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.combine import combine
-from moe_runtime.routing.gates import GateShape, build_gate
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import build_gate
 from moe_runtime.routing.losses import load_balancing_loss
 from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.routing.policies.build import build_policy

@@ -335,3 +335,34 @@ def test_every_integer_has_an_upper_bound(model: type[BaseModel]) -> None:
 def test_text_that_python_cannot_turn_into_values_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
     assert any(line.startswith(message) for line in mistakes(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"router": {"address": "127.0.0.1:5000", "replicas": 3}, "metrics": {"address": "127.0.0.1:5002"}},
+            "metrics.address: expected other ports than router.address's 5000 to 5002 (replica i takes port + i), "
+            "found 5002 to 5004",
+        ),
+        (
+            {"router": {"address": "127.0.0.1:5000"}, "data_plane": {"port_range": [4000, 5000]}},
+            "data_plane.port_range: expected other ports than router.address's 5000 to 5000 (replica i takes port "
+            "+ i), found 4000 to 5000",
+        ),
+    ],
+)
+def test_ports_that_collide_are_refused(changes: dict[str, Any], line: str) -> None:
+    assert mistakes(runtime(**changes)) == [line]
+
+
+def test_ports_that_are_any_or_apart_are_fine() -> None:
+    router = {"address": "127.0.0.1:0", "replicas": 3}
+    load_config(runtime(router=router, metrics={"address": "127.0.0.1:0"}, data_plane={"port_range": [1, 9]}))
+    load_config(runtime(router={"address": "127.0.0.1:5000"}, metrics={"address": "127.0.0.1:5001"}))
+
+
+def test_a_layer_without_replicas_cannot_hedge() -> None:
+    assert mistakes(runtime(layers={"digits": layer(hedge={})})) == [
+        "layers.digits.hedge: expected an expert with replicas above 1, which it would ask too, found none"
+    ]

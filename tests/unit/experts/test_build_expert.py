@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PLUG_IN = """
     import torch
-    from moe_runtime.config.models import StrictModel
+    from moe_runtime.config.strict import StrictModel
     from moe_runtime.experts import ExpertContract, ExpertKind
     from torch import nn
 

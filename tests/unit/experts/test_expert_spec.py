@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from conftest import InstallPlugIn
 
 PLUG_IN = """
-    from moe_runtime.config.models import StrictModel
+    from moe_runtime.config.strict import StrictModel
     from moe_runtime.experts import ExpertContract, ExpertKind
     from torch import nn
 

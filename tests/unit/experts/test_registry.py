@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from conftest import InstallPlugIn
 
 GOOD = """
-    from moe_runtime.config.models import StrictModel
+    from moe_runtime.config.strict import StrictModel
     from moe_runtime.experts import ExpertContract, ExpertKind
     from torch import nn
 

@@ -12,7 +12,7 @@ from moe_runtime.experts.weights import save_weights, write_manifest
 from moe_runtime.launch.build import build_layers, validate
 from moe_runtime.launch.gates import load_gate
 from moe_runtime.launch.router_process import build_routed_layer
-from moe_runtime.routing.gates import GateShape
+from moe_runtime.routing.gate import GateShape
 
 FEED_FORWARD = {"kind": "feed_forward", "options": {"hidden_features": 8, "out_features": 4}}
 
@@ -168,13 +168,24 @@ def test_a_recipe_is_the_same_layer_after_pickling():
 
 def test_a_layer_knows_what_to_do_when_experts_fail_or_are_slow():
     (recipe,) = build(
-        config([{**FEED_FORWARD, "count": 3}], on_failure={"order": ["replica", "error"]}, hedge={"times": 3.0})
+        config(
+            [{**FEED_FORWARD, "count": 3, "replicas": 2}],
+            on_failure={"order": ["replica", "error"]},
+            hedge={"times": 3.0},
+        )
     )
     layer = build_routed_layer(recipe)
     assert layer.on_failure.order == ("replica", "error")
     assert layer.hedge is not None
     assert layer.hedge.times == 3.0
     assert not layer.can_reroute
+
+
+def test_validate_names_the_files_that_only_the_nodes_of_the_routers_have(tmp_path):
+    tls = {"cert": str(tmp_path / "router.pem"), "key": str(tmp_path / "router.key")}
+    summary = validate({**config([{**FEED_FORWARD, "count": 2}]), "security": {"tls": tls}})
+    assert summary.unchecked_files == {"security.tls.cert": tls["cert"], "security.tls.key": tls["key"]}
+    assert validate(config([{**FEED_FORWARD, "count": 2}])).unchecked_files == {}
 
 
 def test_a_gate_takes_its_weights_from_a_file_whose_keys_are_its_parameters(tmp_path):

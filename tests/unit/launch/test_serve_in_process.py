@@ -96,7 +96,7 @@ import threading
 
 from torch import nn
 
-from moe_runtime.config.models import StrictModel
+from moe_runtime.config.strict import StrictModel
 from moe_runtime.experts import ExpertContract, ExpertKind
 
 opened = threading.Event()

@@ -3,9 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_runtime.config.gates import LinearGateConfig, MLPGateConfig, NoisyGateConfig
+from moe_runtime.config.gates import (
+    CosineGateConfig,
+    LinearGateConfig,
+    MLPGateConfig,
+    MultiGateConfig,
+    NoisyGateConfig,
+)
 from moe_runtime.errors import ShapeError
-from moe_runtime.routing.gates import GateShape, build_gate
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import build_gate
 
 CONFIGS = [
     LinearGateConfig(),
@@ -13,6 +20,10 @@ CONFIGS = [
     MLPGateConfig(kind="mlp", hidden_features=7),
     MLPGateConfig(kind="mlp", hidden_features=7, bias=True),
     NoisyGateConfig(kind="noisy"),
+    CosineGateConfig(kind="cosine"),
+    CosineGateConfig(kind="cosine", bias=True),
+    MultiGateConfig(kind="multi", tasks=["read", "write"], default_task="read"),
+    MultiGateConfig(kind="multi", tasks=["read", "write"], default_task="read", bias=True),
 ]
 
 
@@ -70,6 +81,13 @@ def test_empty_batch_gives_no_logits():
     assert gate(torch.ones(0, 4)).shape == (0, 3)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-bias={config.bias}")
+def test_gate_that_no_policy_asks_has_no_logits_to_give(config):
+    gate = build_gate(config, GateShape(4, 0, num_shared=1), seed=0)
+    assert gate(torch.ones(5, 4)).shape == (5, 0)
+    assert gate.shared_weights(torch.ones(5, 4)).shape == (5, 1)
+
+
 @pytest.mark.parametrize("shape", [(4,), (5, 3), (2, 5, 4)])
 def test_input_of_another_shape_is_refused(shape):
     gate = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0)
@@ -87,6 +105,18 @@ def test_jitter_scales_the_gates_copy_in_train_mode_only():
     assert 2.9 < jittered.max() <= 3.0
     assert torch.equal(gate(tokens, generator()), jittered)
     assert torch.equal(gate.eval()(tokens), tokens)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-bias={config.bias}")
+def test_jitter_applies_to_every_kind_and_leaves_the_callers_tensor(config):
+    gate = build_gate(config.model_copy(update={"jitter_eps": 0.1}), GateShape(4, 3), seed=0)
+    tokens = torch.randn(5, 4, generator=generator())
+    kept = tokens.clone()
+    jittered = gate(tokens, generator(1))
+    assert torch.equal(jittered, gate(tokens, generator(1)))
+    assert not torch.equal(jittered, gate(tokens, generator(2)))
+    assert torch.equal(gate.eval()(tokens, generator(1)), gate(tokens))
+    assert torch.equal(tokens, kept)
 
 
 def test_noise_has_the_learned_deviation_in_train_mode_and_is_absent_in_eval_mode():
@@ -107,3 +137,42 @@ def test_noisy_logits_come_with_their_parts_for_the_load_loss():
     assert torch.equal(logits.clean, gate.eval()(tokens))
     assert torch.equal(logits.noisy, gate.train()(tokens, generator(5)))
     assert logits.noise_std.flatten().tolist() == pytest.approx([0.7031472] * 24)
+
+
+def test_gate_keeps_a_bias_of_zeros_for_policies_that_select_by_one():
+    gate = build_gate(LinearGateConfig(), GateShape(4, 6, num_biases=3), seed=0)
+    assert gate.expert_bias.tolist() == [0.0, 0.0, 0.0]
+    assert "expert_bias" in gate.state_dict()
+    assert "expert_bias" not in dict(gate.named_parameters())
+    without = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0)
+    assert without.expert_bias is None
+    assert set(without.state_dict()) == {"weight"}
+
+
+def test_selection_bias_is_no_part_of_the_logits():
+    gate = build_gate(LinearGateConfig(), GateShape(4, 3, num_biases=3), seed=0)
+    tokens = torch.randn(5, 4, generator=generator())
+    logits = gate(tokens)
+    gate.expert_bias.copy_(torch.tensor([1.0, -1.0, 0.0]))
+    assert torch.equal(gate(tokens), logits)
+
+
+def test_shared_experts_are_weighted_by_a_sigmoid_of_their_own_score():
+    gate = build_gate(LinearGateConfig(), GateShape(2, 3, num_shared=2), seed=0)
+    filled(gate, shared_weight=[[1.0, 0.0], [0.0, -2.0]])
+    # sigmoid(log 3) = 3/4, sigmoid(-2 * log 3) = 1/10.
+    weights = gate.shared_weights(torch.tensor([[3.0, 3.0], [1.0, 1.0]]).log().double())
+    assert weights.flatten().tolist() == pytest.approx([0.75, 0.1, 0.5, 0.5])
+    assert weights.dtype == torch.float32
+
+
+def test_gate_without_shared_experts_gives_no_weights():
+    gate = build_gate(LinearGateConfig(), GateShape(2, 3), seed=0)
+    assert gate.shared_weights(torch.ones(5, 2)).shape == (5, 0)
+    with pytest.raises(ShapeError, match="expected an input of shape"):
+        gate.shared_weights(torch.ones(5, 3))
+
+
+def test_gates_for_one_task_have_no_tasks():
+    gate = build_gate(LinearGateConfig(), GateShape(4, 3), seed=0)
+    assert (gate.tasks, gate.default_task) == ((), None)

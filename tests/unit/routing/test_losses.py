@@ -5,9 +5,18 @@ import torch
 
 from moe_runtime.config.gates import NoisyGateConfig
 from moe_runtime.config.policies import SwitchPolicyConfig, TopKPolicyConfig
-from moe_runtime.errors import InvalidRequestError
-from moe_runtime.routing.gates import GateShape, NoisyLogits, build_gate
-from moe_runtime.routing.losses import importance_loss, load_balancing_loss, load_loss, z_loss
+from moe_runtime.errors import InvalidRequestError, ShapeError
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import NoisyLogits, build_gate
+from moe_runtime.routing.losses import (
+    entropy_loss,
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    mutual_information_loss,
+    sequence_balance_loss,
+    z_loss,
+)
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
 
@@ -35,6 +44,28 @@ def test_load_balancing_loss_is_worst_when_all_go_to_one_expert():
 def test_load_balancing_loss_may_go_below_one_when_probabilities_and_choices_differ():
     logits = torch.tensor([[0.51, 0.49], [0.51, 0.49], [0.0001, 0.9999]]).log()
     assert load_balancing_loss(logits, assign(SwitchPolicyConfig(kind="switch"), logits, None)).item() < 1.0
+
+
+def test_load_balancing_loss_of_sigmoid_scores_takes_their_shares_as_probabilities():
+    # Sigmoids 0.9 and 0.3 are shares 0.75 and 0.25: 2 * (1 * 0.75 + 0 * 0.25).
+    logits = torch.tensor([[0.9, 0.3]]).logit()
+    assignments = assign(TopKPolicyConfig(k=1, score="sigmoid"), logits, None)
+    assert load_balancing_loss(logits, assignments, score="sigmoid").item() == pytest.approx(1.5)
+
+
+def test_load_balancing_loss_of_tokens_that_ask_for_different_numbers_of_experts():
+    # Token 0 asks for both experts, token 1 for its best, token 2 for none: f = [2/3, 1/3]; P is over all three.
+    policy = build_policy(TopKPolicyConfig(k=2), num_experts=2)
+    assignments = policy.assign(LOGITS[:3], TokenInfo(k=torch.tensor([2, 1, 0])))
+    assert load_balancing_loss(LOGITS[:3], assignments).item() == pytest.approx(9.5 / 9)
+
+
+@pytest.mark.parametrize("loss", [load_balancing_loss, sequence_balance_loss])
+def test_logits_of_another_width_than_the_experts_are_refused(loss):
+    assignments = assign(SwitchPolicyConfig(kind="switch"))
+    named = {} if loss is load_balancing_loss else {"sequence_ids": torch.zeros(4)}
+    with pytest.raises(ShapeError, match=r"expected router_logits of shape \(4, 2\).*found \(4, 3\)"):
+        loss(torch.zeros(4, 3), assignments, **named)
 
 
 def test_importance_loss_by_hand():
@@ -103,8 +134,11 @@ def test_batch_of_padding_alone_costs_nothing():
         importance_loss(assignments),
         load_loss(NoisyLogits(LOGITS, LOGITS, torch.ones(4, 2)), k=1, mask=mask),
         z_loss(LOGITS, mask=mask),
+        sequence_balance_loss(LOGITS, assignments, sequence_ids=torch.arange(4), mask=mask),
+        entropy_loss(LOGITS, mask=mask),
+        mutual_information_loss(LOGITS, torch.arange(4), mask=mask),
     ]
-    assert [loss.item() for loss in losses] == [0.0] * 4
+    assert [loss.item() for loss in losses] == [0.0] * 7
 
 
 def test_half_precision_logits_are_summed_in_float32():

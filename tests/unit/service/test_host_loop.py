@@ -94,11 +94,11 @@ class System:
             **options,
         )
 
-    def send(self, ticket, *segments, timeout_s=5.0, request_ids=()):
+    def send(self, ticket, *segments, timeout_s=5.0, request_ids=(), is_suspect=False):
         """Send rows of shape (n, 2), given as (replica_id, [value of each row])."""
         rows = torch.tensor([[value] * 2 for _, values in segments for value in values]).reshape(-1, 2).float()
         listed = tuple(Segment(replica_id, len(values)) for replica_id, values in segments)
-        self.router.send(self.transport.endpoint, HostRequest(ticket, listed, rows, timeout_s, request_ids))
+        self.router.send(self.transport.endpoint, HostRequest(ticket, listed, rows, timeout_s, request_ids, is_suspect))
 
     def answers(self):
         return {reply.ticket: reply for reply in self.router.poll(0.0)}
@@ -276,6 +276,18 @@ def test_answer_to_a_router_that_is_gone_harms_nobody(system):
     system.router.close()
     system.loop.serve_once(0.0)
     assert system.transport.counters.num_discarded == 1
+
+
+def test_a_suspect_is_run_by_itself_and_its_router_is_told_first(system):
+    system.send(1, ("doubles", [1.0]))
+    system.send(2, ("doubles", [2.0]), is_suspect=True)
+    system.send(3, ("doubles", [3.0]), is_suspect=True)
+    system.send(4, ("doubles", [4.0]))
+    heard = []
+    for _ in range(4):
+        system.loop.serve_once(0.0)
+        heard.append([(reply.ticket, reply.is_begun) for reply in system.router.poll(0.0)])
+    assert heard == [[(1, False)], [(2, True), (2, False)], [(3, True), (3, False)], [(4, False)]]
 
 
 def test_run_serves_until_it_is_stopped(system):

@@ -9,7 +9,7 @@ from moe_runtime.errors import PoisonedRequestError
 from moe_runtime.service.batch import Batch, BatchResult
 from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.layer import RoutedLayer
-from moe_runtime.service.ports import HostLost
+from moe_runtime.service.ports import HostLost, HostReply
 from moe_runtime.service.routing_table import RoutingTable
 
 TOKENS = tokens_of(3)
@@ -38,6 +38,13 @@ class Router:
         self.transport.sent = [each for each in self.transport.sent if each[0] != endpoint(host)]
         self.transport.arrivals.append(HostLost(endpoint(host), "its process ended", is_death=is_death))
         return self.engine.poll(0.0)
+
+    def begin(self, host: int) -> None:
+        """Let a host say that it has begun with what it has."""
+        for where, request in self.transport.sent:
+            if where == endpoint(host):
+                self.transport.arrivals.append(HostReply(request.ticket, (), None, is_begun=True))
+        assert self.engine.poll(0.0) == []
 
     def answer_next(self) -> list[BatchResult]:
         self.transport.answer(self.transport.sent.pop(0)[1])
@@ -75,6 +82,7 @@ def test_a_request_of_which_two_hosts_died_fails_and_its_batch_mates_do_not() ->
     router.kill(10)
     assert [(ids, rows) for _, ids, rows in router.under_way] == [(("a",), [1.0]), (("b",), [4.0])]
     first, _ = (host for host, _, _ in router.under_way)
+    router.begin(first)
     router.kill(first)
     results = []
     while router.transport.sent:
@@ -90,6 +98,7 @@ def test_those_that_wait_for_their_turn_are_no_suspects_of_the_second_death() ->
     router = Router(make_layer(1, residual="passthrough"), twins(2))
     router.submit(torch.zeros(3, 1))
     router.kill(10)
+    router.begin(11)
     (result,) = router.kill(11)
     assert poisoned(result) == [0]
     assert torch.equal(result.outputs, TOKENS)
@@ -103,6 +112,7 @@ def test_a_poisoned_request_is_not_rerouted_and_its_other_rows_are_not_sent_agai
     router.submit(logits, row_starts=(0, 2), request_ids=("a", "c"))
     router.kill(10)
     assert [(host, ids) for host, ids, _ in router.under_way] == [(12, ("a", "c")), (12, ("a",))]
+    router.begin(12)
     assert router.kill(12) == []
     assert router.under_way == [(13, ("c",), [7.0])]
     (result,) = router.answer_next()
@@ -150,6 +160,41 @@ def test_a_death_of_a_message_without_requests_names_the_batch() -> None:
     router = Router(make_layer(1), twins(2))
     router.submit(torch.zeros(3, 1), row_starts=(0,), request_ids=())
     router.kill(10)
+    router.begin(11)
     (result,) = router.kill(11)
     assert poisoned(result) == [0]
     assert f"batch {result.batch_id}" in str(result.errors[0])
+
+
+def test_a_request_alone_that_its_dead_host_had_not_begun_with_is_tried_again_and_served() -> None:
+    router = Router(make_layer(1), twins(3))
+    router.submit(torch.zeros(3, 1), row_starts=(0,), request_ids=("a",))
+    router.kill(10)
+    ((second, _, _),) = router.under_way
+    assert router.transport.sent[0][1].is_suspect
+    assert router.kill(second) == []
+    ((third, ids, _),) = router.under_way
+    assert (third, ids) == (23 - second, ("a",))
+    router.begin(third)
+    (result,) = router.answer_next()
+    assert (result.errors, router.engine.stats.num_poisoned) == ({}, 0)
+    assert torch.equal(result.outputs, 2 * TOKENS)
+
+
+def test_a_request_whose_hosts_die_three_times_without_a_word_is_not_believed_any_more() -> None:
+    router = Router(make_layer(1), twins(5))
+    router.submit(torch.zeros(3, 1), row_starts=(0,), request_ids=("a",))
+    for _ in range(3):
+        ((host, _, _),) = router.under_way
+        assert router.kill(host) == []
+    ((host, _, _),) = router.under_way
+    (result,) = router.kill(host)
+    assert poisoned(result) == [0]
+
+
+def test_only_what_travels_alone_is_told_of_when_it_begins() -> None:
+    router = Router(make_layer(1), twins(2))
+    router.submit(torch.zeros(3, 1))
+    assert not router.transport.sent[0][1].is_suspect
+    router.kill(10)
+    assert router.transport.sent[0][1].is_suspect

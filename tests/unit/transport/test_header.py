@@ -25,7 +25,7 @@ from moe_runtime.transport.row_frames import MAX_FRAME_BYTES, MAX_INLINE_BYTES
 def test_few_rows_are_part_of_the_header():
     (header,) = encode_request(REQUEST, address=ADDRESS)
     assert dict(zip(REQUEST_FIELDS, msgpack.unpackb(header), strict=True)) == {
-        "version": 4,
+        "version": 5,
         "kind": "request",
         "ticket": 5,
         "address": [2**64 - 1, 1],
@@ -35,6 +35,7 @@ def test_few_rows_are_part_of_the_header():
         "rows": torch.arange(6.0).numpy().tobytes(),
         "timeout_s": 0.25,
         "request_ids": [],
+        "is_suspect": False,
     }
 
 

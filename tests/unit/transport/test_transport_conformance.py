@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import msgspec
 import pytest
 import torch
 
@@ -112,6 +113,30 @@ def test_replies_may_come_in_any_order(fabric):
     for delivery in reversed(fabric.receive(host, 3)):
         host.reply(delivery, fabric.make_reply(delivery))
     assert [reply.ticket for reply in fabric.poll(router, 3)] == [3, 2, 1]
+
+
+def test_a_note_that_a_suspect_is_begun_comes_before_its_answer(fabric):
+    router, host = fabric.router(), fabric.host()
+    router.send(host.endpoint, msgspec.structs.replace(fabric.make_request(1), is_suspect=True))
+    (delivery,) = fabric.receive(host)
+    assert delivery.request.is_suspect
+    host.reply(delivery, HostReply(1, (), None, is_begun=True))
+    assert fabric.poll(router) == [HostReply(1, (), None, is_begun=True)]
+    host.reply(delivery, fabric.make_reply(delivery))
+    (reply,) = fabric.poll(router)
+    assert (reply.ticket, reply.is_begun) == (1, False)
+
+
+def test_a_note_about_a_request_that_is_answered_already_is_dropped(fabric):
+    router, host = fabric.router(), fabric.host()
+    router.send(host.endpoint, fabric.make_request(1))
+    (delivery,) = fabric.receive(host)
+    for reply in (fabric.make_reply(delivery), HostReply(1, (), None, is_begun=True)):
+        host.reply(delivery, reply)
+    router.send(host.endpoint, fabric.make_request(2))
+    (delivery,) = fabric.receive(host)
+    host.reply(delivery, fabric.make_reply(delivery))
+    assert [(reply.ticket, reply.is_begun) for reply in fabric.poll(router, 2)] == [(1, False), (2, False)]
 
 
 @pytest.mark.parametrize("end", ["router", "host"])
