@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +13,10 @@ from moe_runtime.config.models import CapacityConfig
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.expert_bias import update_bias
 from moe_runtime.routing.gates import GateShape, LinearGate
+from moe_runtime.routing.metrics import drop_rate, max_over_mean
 from moe_runtime.routing.plan import plan_dispatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from moe_runtime.bench.router_cases import RouterCase
@@ -93,19 +93,13 @@ def spread(router: Router, shape: Shape) -> dict[str, float]:
         for batch in batches(shape, num_experts=router.policy.num_experts)
     ]
     return {
-        "max_over_mean": sum(_max_over_mean(admission) for admission in admissions) / len(admissions),
-        "dropped": 1.0 - _num_admitted(admissions) / sum(each.assignments.num_assignments for each in admissions),
+        "max_over_mean": fmean(max_over_mean(each.assignments.load) for each in admissions),
+        "dropped": drop_rate(
+            num_dropped=sum(int((~each.admitted).sum()) for each in admissions),
+            num_requested=sum(each.assignments.num_assignments for each in admissions),
+        ),
         "unserved": 1.0 - sum(map(_num_served, admissions)) / sum(each.assignments.num_tokens for each in admissions),
     }
-
-
-def _max_over_mean(admission: Admission) -> float:
-    load = admission.assignments.load
-    return max(load) * len(load) / sum(load)
-
-
-def _num_admitted(admissions: Sequence[Admission]) -> int:
-    return sum(int(admission.admitted.sum()) for admission in admissions)
 
 
 def _num_served(admission: Admission) -> int:

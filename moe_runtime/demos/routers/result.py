@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.demos.errors import DemoError
+from moe_runtime.routing.metrics import drop_rate, max_over_mean
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,12 +49,12 @@ class PolicyResult:
     @property
     def max_over_mean(self) -> float:
         """Load of the busiest expert over that of the mean one."""
-        return max(self.loads) * len(self.loads) / sum(self.loads)
+        return max_over_mean(self.loads)
 
     @property
     def dropped_share(self) -> float:
         """Share of the assignments that found no place."""
-        return self.num_dropped / sum(self.loads)
+        return drop_rate(num_dropped=self.num_dropped, num_requested=sum(self.loads))
 
 
 @dataclass(frozen=True)
