@@ -12,7 +12,8 @@ from moe_runtime.bench.router_batches import batches, make_batch
 from moe_runtime.config.models import CapacityConfig
 from moe_runtime.routing.capacity import admit
 from moe_runtime.routing.expert_bias import update_bias
-from moe_runtime.routing.gates import GateShape, LinearGate
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import LinearGate
 from moe_runtime.routing.metrics import drop_rate, max_over_mean
 from moe_runtime.routing.plan import plan_dispatch
 
