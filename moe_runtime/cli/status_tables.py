@@ -39,7 +39,7 @@ def status_tables(routers: Sequence[RouterView | Silence]) -> Iterator[Renderabl
     for name, layer in layers.items():
         loads = [view.load["layers"][name] for view in views if name in view.load["layers"]]
         yield _layer_table(name, layer, loads)
-        notes = [*_reasons(layer), *_steps(layer, loads)]
+        notes = [*_reasons(layer), *_steps(layer, loads), *_balance(layer)]
         if notes:
             yield Padding(Text("\n".join(notes)), (0, 0, 1, 2))
 
@@ -59,6 +59,15 @@ def _steps(layer: Mapping[str, Any], loads: Sequence[Mapping[str, Any]]) -> Iter
         told = [f"{text} {count}" for text, count in sums.items() if count]
         if told:
             yield f"{expert['name']}: {', '.join(told)}"
+
+
+def _balance(layer: Mapping[str, Any]) -> Iterator[str]:
+    """A line where the selection bias moves while serving."""
+    balance = layer.get("balance")
+    if balance:
+        ratio = balance["load_ratio"]
+        before = "" if ratio is None else f", max/mean load {ratio:.2f} before the last"
+        yield f"selection bias: {balance['num_steps']} steps, largest {balance['largest_bias']:.4g}{before}"
 
 
 def _router_table(routers: Sequence[RouterView | Silence]) -> Table:
@@ -119,7 +128,8 @@ def _expert_rows(
         [_styled(replica["state"]), _place(replica, nodes), replica["weights_version"][:8]] for replica in replicas
     ] or [[_styled("out"), "", ""]]
     mean_ms = f"{compute_ms / products:.2f}" if products else ""
-    first = [expert["name"], *places[0], str(served), str(full), str(failed), mean_ms]
+    name = f"{expert['name']} (shared)" if expert.get("shared") else expert["name"]
+    first = [name, *places[0], str(served), str(full), str(failed), mean_ms]
     return [first, *(["", *place] for place in places[1:])]
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from moe_runtime.launch.recipes import ConfigSummary
+    from moe_runtime.launch.recipes import ConfigSummary, LayerSummary
 
 
 def print_summary(summary: ConfigSummary, *, config: Path, console: Console) -> None:
@@ -27,7 +27,7 @@ def print_summary(summary: ConfigSummary, *, config: Path, console: Console) -> 
             shape_text(layer.out_shape),
             layer.dtype,
             layer.policy,
-            _kinds_text(layer.experts.values()),
+            _experts_text(layer),
             str(layer.num_actors),
         )
     console.print(table)
@@ -42,6 +42,11 @@ def print_summary(summary: ConfigSummary, *, config: Path, console: Console) -> 
 def shape_text(shape: Iterable[int]) -> str:
     """A shape as the configuration writes it."""
     return "\\[" + ", ".join(map(str, shape)) + "]"
+
+
+def _experts_text(layer: LayerSummary) -> str:
+    shared = f"; shared: {_kinds_text(layer.shared_experts.values())}" if layer.shared_experts else ""
+    return _kinds_text(layer.experts.values()) + shared
 
 
 def _kinds_text(kinds: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from moe_runtime.errors import ConfigError, PlugInError, WeightsError
 from moe_runtime.experts.build import check_weights
 from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.experts.spec import expert_contract
-from moe_runtime.launch.expansion import expand_experts, name_mistakes
+from moe_runtime.launch.expansion import expand_experts, expert_blocks, name_mistakes
 from moe_runtime.launch.gates import check_gate_weights, gate_seed, gate_shape
 from moe_runtime.launch.packing import pack_experts
 from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary, RouterRecipe
@@ -183,6 +183,7 @@ class _LayerCheck:
             experts=tuple(expert.recipe for expert in self._experts),
             num_shared=self._num_shared,
             shared_gate=layer.shared_gate,
+            balance=layer.balance,
         )
 
     @property
@@ -201,9 +202,9 @@ class _LayerCheck:
     def _check_devices(self) -> None:
         if self._loaded.config.device != "cpu":
             return
-        for index, block in enumerate(self._layer.experts):
+        for name, block in expert_blocks(self._layer):
             if block.resources.num_gpus:
-                key = f"{self._key}.experts.{index}.resources.num_gpus"
+                key = f"{self._key}.{name}.resources.num_gpus"
                 self._mistakes.add(
                     ConfigError(f"{key}: expected 0 or nothing with device cpu, found {block.resources.num_gpus:g}")
                 )
@@ -290,7 +291,8 @@ def _summary(layer: LayerRecipe) -> LayerSummary:
         out_shape=layer.out_shape,
         dtype=layer.dtype,
         policy=layer.policy.kind,
-        experts={expert.spec.name: expert.spec.kind for expert in layer.experts},
+        experts={expert.spec.name: expert.spec.kind for expert in layer.experts[: layer.num_routed]},
+        shared_experts={expert.spec.name: expert.spec.kind for expert in layer.experts[layer.num_routed :]},
         num_actors=sum(
             group[0].replicas for group in pack_experts(layer.experts, experts_per_actor=layer.experts_per_actor)
         ),

@@ -161,7 +161,11 @@ def forecast(loaded: LoadedConfig, cluster: ClusterView) -> Forecast:
 
 def _hosts(specs: Sequence[HostSpec], recipe: RouterRecipe, placement: Placement) -> tuple[ActorForecast, ...]:
     sizes: dict[object, int] = {}
-    loads = {layer.name: _assignments_per_token(layer) / len(layer.experts) for layer in recipe.layers}
+    loads = {
+        expert.spec.where: tokens
+        for layer in recipe.layers
+        for expert, tokens in zip(layer.experts, _assignments_per_token(layer), strict=True)
+    }
     num_replicas = Counter(hosted.spec.where for spec in specs for hosted in spec.experts)
     return tuple(
         ActorForecast(
@@ -170,7 +174,7 @@ def _hosts(specs: Sequence[HostSpec], recipe: RouterRecipe, placement: Placement
             node=None if (place := placement.places.get(spec.host_id)) is None else place.node,
             device=_device(spec, place),
             weights_bytes=sum(_weights_bytes(hosted.spec, sizes) for hosted in spec.experts),
-            tokens=sum(loads[hosted.spec.layer] / num_replicas[hosted.spec.where] for hosted in spec.experts),
+            tokens=sum(loads[hosted.spec.where] / num_replicas[hosted.spec.where] for hosted in spec.experts),
         )
         for spec in specs
     )
@@ -202,8 +206,10 @@ def _weights_bytes(spec: ExpertSpec, known: dict[object, int]) -> int:
     return known[alike]
 
 
-def _assignments_per_token(layer: LayerRecipe) -> int:
-    return build_policy(layer.policy, num_experts=layer.num_routed).max_k + layer.num_shared
+def _assignments_per_token(layer: LayerRecipe) -> list[float]:
+    """What each expert gets per token of the layer: shared ones every token, the others equal parts of the choices."""
+    choices = build_policy(layer.policy, num_experts=layer.num_routed).max_k
+    return [choices / layer.num_routed] * layer.num_routed + [1.0] * layer.num_shared
 
 
 def _devices(hosts: Iterable[ActorForecast], nodes: Sequence[PlannedNode]) -> Iterator[DeviceForecast]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_runtime.errors import StartError
+from moe_runtime.launch.balance import LocalBalance, bias_rules
 from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.router_process import RouterProcess
 from moe_runtime.ray_backend.addresses import router_addresses
@@ -53,6 +54,7 @@ class InProcessSession:
             for _ in range(recipe.router.replicas)
         ]
         self._reports: list[RouterReport] = []
+        self._balance: LocalBalance | None = None
 
     def start(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Build and start everything; what was started is stopped again if something fails.
@@ -98,6 +100,8 @@ class InProcessSession:
 
     def close(self, *, drain_timeout_s: float) -> bool:
         """Drain, then stop everything; whether every request was answered. Safe to call twice."""
+        if self._balance is not None:
+            self._balance.stop()
         # Side by side: one that waits for its last request would leave the others no time.
         with ThreadPoolExecutor(len(self._routers)) as drains:
             drained = list(drains.map(lambda router: router.drain(drain_timeout_s), self._routers))
@@ -116,10 +120,13 @@ class InProcessSession:
                 key = (hosted.spec.layer, hosted.spec.expert_id)
                 replicas[key] = (*replicas.get(key, ()), _replica(hosted.replica_id, report))
             on_progress(num_ready, num_actors)
+        table = RoutingTable(1, replicas)
         addresses = router_addresses(self._recipe.router.address, [self._node] * len(self._routers))
         for router, address in zip(self._routers, addresses, strict=True):
             self._reports.append(router.start(address))
-            router.set_table(RoutingTable(1, replicas))
+            router.set_table(table)
+        self._balance = LocalBalance(bias_rules(self._recipe.layers), routers=self._routers, table=table)
+        self._balance.start()
         on_progress(num_actors, num_actors)
 
     def _describe_host(self, spec: HostSpec) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pickle
 from typing import TYPE_CHECKING
 
 from moe_runtime.config.hosts import is_loopback
+from moe_runtime.launch.balance import bias_rules
 from moe_runtime.launch.factories import ExpertProcessFactory, RouterProcessFactory
 from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.revisions import host_revision, routers_revision
@@ -58,6 +59,7 @@ def plan_runtime(
         lease_s=None if detach else LEASE_S,
         deployment=weights.deployment,
         logging=config.logging.settings,
+        balance=bias_rules(recipe.layers),
     )
 
 

@@ -10,6 +10,7 @@ from moe_runtime.config.observing import MetricsConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from moe_runtime.config.balance import BalanceConfig
     from moe_runtime.config.experts import ResourcesConfig
     from moe_runtime.config.gates import GateConfig
     from moe_runtime.config.models import (
@@ -70,6 +71,7 @@ class LayerRecipe:
         experts: In the order of the gate's rows; the shared ones after them.
         num_shared: How many of the experts are shared.
         shared_gate: What the weight of a shared expert is.
+        balance: How its selection bias moves while serving, if it does.
     """
 
     name: str
@@ -97,6 +99,7 @@ class LayerRecipe:
     experts: tuple[ExpertRecipe, ...]
     num_shared: int
     shared_gate: SharedGate
+    balance: BalanceConfig
 
     @property
     def num_routed(self) -> int:
@@ -164,7 +167,7 @@ class RouterRecipe:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What ``validate`` says of one layer; ``experts`` maps names to kinds."""
+    """What ``validate`` says of one layer; ``experts`` and ``shared_experts`` map names to kinds."""
 
     name: str
     item_shape: tuple[int, ...]
@@ -172,6 +175,7 @@ class LayerSummary:
     dtype: str
     policy: str
     experts: dict[str, str]
+    shared_experts: dict[str, str]
     num_actors: int
 
 

@@ -49,7 +49,7 @@ def routers_revision(recipe: RouterRecipe, *, listed: Mapping[str, str]) -> str:
 
 
 def _layer(layer: LayerRecipe, listed: Mapping[str, str]) -> Any:
-    own = _without(layer, "gate", "gate_weights", "gate_seed", "experts", "experts_per_actor", "strategy")
+    own = _without(layer, "gate", "gate_weights", "gate_seed", "experts", "experts_per_actor", "strategy", "balance")
     gate = layer.gate.model_dump(mode="json", exclude={"weights"})
     experts = [[expert.spec.name, expert.spec.kind] for expert in layer.experts]
     return [own, gate, experts, _content(layer.gate_weights, listed, seed=layer.gate_seed)]

@@ -20,7 +20,7 @@ from moe_runtime.service.layer import ExpertInfo, RoutedLayer
 from moe_runtime.service.router_service import RouterService
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
     from moe_runtime.experts.weights_store import WeightsStore
     from moe_runtime.launch.recipes import LayerRecipe, RouterRecipe
@@ -197,6 +197,10 @@ class RouterProcess:
     def status(self) -> dict[str, Any]:
         """Counters and load, as plain values."""
         return {} if self._service is None else self._service.status()
+
+    def asked(self, layers: Collection[str]) -> Mapping[str, Mapping[str, int]]:
+        """Assignments that each expert of these layers was asked for since the start, by name. Never waits."""
+        return {} if self._service is None else self._service.lineup.asked(layers)
 
     def drain(self, timeout_s: float) -> bool:
         """Not ready from now on; after ``drain_notice_s`` refuse new requests, and wait for those in flight.

@@ -85,7 +85,7 @@ BATCH_TOKENS = Metric("moe_batch_tokens", "histogram", "Tokens per batch.", ("la
 BATCH_LOAD = Metric(
     "moe_batch_load_ratio",
     "histogram",
-    "Per batch: rows of the busiest expert over the mean of all experts; 1 is perfect balance.",
+    "Per batch: rows of the busiest expert over the mean of all that are not shared; 1 is perfect balance.",
     ("layer",),
 )
 STAGE_SECONDS = Metric(
@@ -106,6 +106,12 @@ ASSIGNMENTS_REROUTED = Metric(
     "counter",
     "Assignments moved to another expert than the gate's choice.",
     ("layer",),
+)
+SHARED_ASSIGNMENTS = Metric(
+    "moe_shared_assignments_total",
+    "counter",
+    "Tokens at shared experts, which are not in `moe_assignments_total`: `served` or `dropped_failure`.",
+    ("layer", "outcome"),
 )
 EXPERT_ASSIGNMENTS = Metric(
     "moe_expert_assignments_total", "counter", "Assignments per expert, by outcome.", ("layer", "expert", "outcome")
@@ -129,6 +135,20 @@ EXPERT_WAIT = Metric(
     "histogram",
     "Rows sent to rows answered, without the product itself: the way there and back, and the queue at the host.",
     ("layer", "expert"),
+)
+EXPERT_BIAS = Metric(
+    "moe_expert_bias",
+    "gauge",
+    "What serving has added to the selection bias of an expert, where `balance.online_bias` is on.",
+    ("layer", "expert"),
+)
+BIAS_STEPS = Metric("moe_bias_steps_total", "counter", "Steps of the selection bias.", ("layer",))
+BIAS_LARGEST = Metric("moe_bias_largest", "gauge", "Largest absolute value among those biases.", ("layer",))
+BIAS_LOAD = Metric(
+    "moe_bias_load_ratio",
+    "gauge",
+    "Largest over mean load of the experts, over all routers, that the last step was made of; 1 is perfect balance.",
+    ("layer",),
 )
 REPLICAS = Metric("moe_replicas", "gauge", f"Replicas of experts by state: {_STATES}.", ("layer", "state"))
 EXPERTS_OUT = Metric("moe_experts_out", "gauge", "Experts without a replica that rows can be sent to.", ("layer",))
@@ -162,7 +182,9 @@ CATALOGUE: tuple[Metric, ...] = (
     REQUESTS_ACCEPTED, REQUESTS, REQUESTS_REFUSED, REQUESTS_UNCOMPUTED, REQUESTS_POISONED, RPC_CALLS, RPC_ERRORS,
     OPEN_REQUESTS, QUEUE_REQUESTS, QUEUE_TOKENS, QUEUE_BYTES,
     BATCHES_IN_FLIGHT, BATCHES, TOKENS, BATCH_TOKENS, BATCH_LOAD, STAGE_SECONDS,
-    ASSIGNMENTS, ASSIGNMENTS_REROUTED, EXPERT_ASSIGNMENTS, EXPERT_STEPS, EXPERT_COMPUTE, EXPERT_WAIT,
+    ASSIGNMENTS, ASSIGNMENTS_REROUTED, SHARED_ASSIGNMENTS,
+    EXPERT_ASSIGNMENTS, EXPERT_STEPS, EXPERT_COMPUTE, EXPERT_WAIT,
+    EXPERT_BIAS, BIAS_STEPS, BIAS_LARGEST, BIAS_LOAD,
     REPLICAS, EXPERTS_OUT, REPLICA_RESTARTS,
     HOST_BYTES, SEND_ERRORS, LATE_REPLIES, TRANSPORT_EVENTS,
     TABLE_VERSION, DRAINING, UPTIME, BUILD_INFO,

@@ -46,6 +46,11 @@ class HottestExperts:
         #: The totals of the last time.
         self._shown: NDArray[np.float64] | None = None
 
+    @property
+    def named(self) -> list[int]:
+        """The experts that have series of their own, by their place."""
+        return np.flatnonzero(self._is_named).tolist()
+
     def split(self, totals: NDArray[np.float64], loads: NDArray[np.float64]) -> Iterator[Series]:
         """The present series.
 

@@ -27,6 +27,8 @@ _OUTCOMES: Mapping[str, Callable[[ExpertStats], int]] = {
     "dropped_capacity": lambda expert: expert.num_dropped_capacity,
     "dropped_failure": lambda expert: expert.num_dropped_failure,
 }
+#: Shared experts are never full.
+_SHARED_OUTCOMES = ("served", "dropped_failure")
 _STEPS: Mapping[str, Callable[[ExpertStats], int]] = {
     "retried": lambda expert: expert.num_retried,
     "rerouted": lambda expert: expert.num_rerouted,
@@ -52,6 +54,8 @@ class LayerCollector:
         yield from _counters(lineup)
         yield from _histograms(lineup)
         yield from self._experts(lineup)
+        # After the experts: those that have series of their own are known then.
+        yield from self._biases(lineup)
 
     def _experts(self, lineup: Lineup) -> Iterator[Family]:
         assignments, steps = catalogue.EXPERT_ASSIGNMENTS.counter(), catalogue.EXPERT_STEPS.counter()
@@ -75,6 +79,22 @@ class LayerCollector:
                 _add(wait, [layer, label], bounds, values[-width:].tolist())
         yield from (assignments, steps, compute, wait)
 
+    def _biases(self, lineup: Lineup) -> Iterator[Family]:
+        biases, steps = catalogue.EXPERT_BIAS.gauge(), catalogue.BIAS_STEPS.counter()
+        largest, ratio = catalogue.BIAS_LARGEST.gauge(), catalogue.BIAS_LOAD.gauge()
+        for layer, bias in lineup.table.biases.items():
+            hottest = self._hottest.get(layer)
+            if hottest is None:
+                continue
+            # Shared experts come after those that have a bias.
+            for place in (place for place in hottest.named if place < len(bias.values)):
+                biases.add_metric([layer, hottest.names[place]], bias.values[place])
+            steps.add_metric([layer], bias.num_steps)
+            largest.add_metric([layer], bias.largest)
+            if bias.load_ratio is not None:
+                ratio.add_metric([layer], bias.load_ratio)
+        yield from (biases, steps, largest, ratio)
+
     def _split(
         self, layer: str, names: Sequence[str], totals: NDArray[np.float64]
     ) -> Iterator[tuple[str, NDArray[np.float64]]]:
@@ -95,13 +115,17 @@ def _row(counters: ExpertStats, *histograms: Histogram) -> list[float]:
 def _counters(lineup: Lineup) -> Iterator[Family]:
     batches, tokens = catalogue.BATCHES.counter(), catalogue.TOKENS.counter()
     assignments, rerouted = catalogue.ASSIGNMENTS.counter(), catalogue.ASSIGNMENTS_REROUTED.counter()
+    shared = catalogue.SHARED_ASSIGNMENTS.counter()
     for layer, stats in lineup.stats.items():
         batches.add_metric([layer], stats.totals.num_batches)
         tokens.add_metric([layer], stats.totals.num_tokens)
         rerouted.add_metric([layer], stats.totals.num_rerouted)
+        num_routed = lineup.layers[layer].num_routed
         for outcome, count in _OUTCOMES.items():
-            assignments.add_metric([layer, outcome], sum(map(count, stats.experts)))
-    yield from (batches, tokens, assignments, rerouted)
+            assignments.add_metric([layer, outcome], sum(map(count, stats.experts[:num_routed])))
+        for outcome in _SHARED_OUTCOMES if num_routed < len(stats.experts) else ():
+            shared.add_metric([layer, outcome], sum(map(_OUTCOMES[outcome], stats.experts[num_routed:])))
+    yield from (batches, tokens, assignments, rerouted, shared)
 
 
 def _histograms(lineup: Lineup) -> Iterator[Family]:

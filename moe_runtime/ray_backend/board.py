@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.ray_backend.plan import Snapshot
 from moe_runtime.ray_backend.spawner import within
+from moe_runtime.service.online_bias import OnlineBias
 from moe_runtime.service.routing_table import ReplicaState, RoutingTable
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Board:
         fleet: What the next snapshot is of.
         leaving_keys: Keys, by index, of routers that are not in the fleet any more and still answer requests.
         snapshot: The newest.
+        bias: What serving has added to the layers' selection biases; of the next snapshot.
         changed: Set when there has to be a newer one.
     """
 
@@ -36,6 +38,7 @@ class Board:
         self.fleet: Fleet
         self.leaving_keys: dict[int, str] = {}
         self.snapshot = Snapshot()
+        self.bias = OnlineBias()
         self.changed = asyncio.Event()
         self._clock = clock
 
@@ -51,7 +54,8 @@ class Board:
         await self._introduce_routers()
         # From here to the handing over without a break: a version has one content.
         fleet = self.fleet
-        table = RoutingTable(self.snapshot.table.version + 1, fleet.replicas())
+        self.bias.follow(fleet.plan.balance)
+        table = RoutingTable(self.snapshot.table.version + 1, fleet.replicas(), self.bias.biases)
         addresses = {keeper.index: keeper.bound for keeper in fleet.routers if keeper.bound is not None}
         self.snapshot = Snapshot(table, addresses, self._public_keys(), fleet.plan)
         handles: list[ActorHandle] = [keeper.handle for keeper in fleet.routers if keeper.handle is not None]
@@ -63,6 +67,7 @@ class Board:
         kept = await self.bounded(handle.kept() for handle in handles)
         snapshots = [snapshot for snapshot in kept if isinstance(snapshot, Snapshot)]
         self.snapshot = max((*snapshots, self.snapshot), key=lambda snapshot: snapshot.table.version)
+        self.bias.adopt(self.snapshot.table.biases)
 
     async def bounded(self, calls: Iterable[Any], timeout_s: float = CALL_TIMEOUT_S) -> list[Any]:
         """The calls' results or errors, each within a time."""

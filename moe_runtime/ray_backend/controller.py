@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moe_runtime.errors import StartError
+from moe_runtime.ray_backend.balancing import Balancing
 from moe_runtime.ray_backend.board import CALL_TIMEOUT_S, Board
 from moe_runtime.ray_backend.changes import Changes
 from moe_runtime.ray_backend.fleet import Fleet, ready_handles
@@ -183,6 +184,7 @@ class Controller:
             "layers": await self._describe_layers(),
             **self._fleet.describe(),
             "upgrade": self._changes.describe(),
+            "balance": self._board.bias.describe(),
         }
 
     @property
@@ -227,6 +229,7 @@ class Controller:
     def _supervise(self) -> None:
         self.watch(self._fleet.keepers)
         self._run(self._board.publish_changes())
+        self._run(Balancing(self._board, self._clock).run())
         if self.plan.lease_s is not None:
             self._run(self._watch_lease())
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_runtime.ray_backend.placer import Strategy
+    from moe_runtime.service.online_bias import BiasRule
     from moe_runtime.service.ports import Endpoint
 
 #: Ray's own label of every node.
@@ -222,6 +223,7 @@ class RuntimePlan:
         lease_s: Without a renewal for so long, everything is torn down; None for a detached runtime.
         deployment: Id of the bundle that it was deployed from; None if it was served.
         logging: How its controller logs.
+        balance: How the selection bias moves, of each layer where it does.
     """
 
     name: str
@@ -232,6 +234,7 @@ class RuntimePlan:
     lease_s: float | None = 10.0
     deployment: str | None = None
     logging: LogSettings = field(default_factory=LogSettings)
+    balance: Mapping[str, BiasRule] = field(default_factory=dict)
 
     @property
     def next_generation(self) -> int:

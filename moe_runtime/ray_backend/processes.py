@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from moe_runtime.ray_backend.plan import HostHealth, HostReport, Location, RouterReport
     from moe_runtime.service.routing_table import RoutingTable
@@ -80,6 +80,10 @@ class RouterProcess(Protocol):
 
     def status(self) -> dict[str, Any]:
         """Counters and load, as plain values."""
+        ...
+
+    def asked(self, layers: Collection[str]) -> Mapping[str, Mapping[str, int]]:
+        """Assignments that each expert of these layers was asked for since the start, by name. Never waits."""
         ...
 
     def drain(self, timeout_s: float) -> bool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         RuntimePlan,
         Snapshot,
     )
+    from moe_runtime.service.online_bias import AskedCounts
     from moe_runtime.service.ports import Endpoint
 
 #: A call may be lost with its actor; whoever called decides what then.
@@ -161,6 +162,11 @@ class RayRouter(RayActor):
         """Its counters and load; None if it is gone."""
         status: dict[str, Any] | None = await self._ask(self._actor.status.remote())
         return status
+
+    async def asked(self, layers: Collection[str]) -> AskedCounts | None:
+        """What its process was asked for in these layers; None if it has not started, or is gone."""
+        counts: AskedCounts | None = await self._ask(self._actor.asked.remote(layers))
+        return counts
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those in flight; whether all were answered."""

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.ray_backend import whereabouts
 from moe_runtime.ray_backend.node_watch import watch_own_node
 from moe_runtime.ray_backend.plan import Failure, Snapshot
+from moe_runtime.service.online_bias import AskedCounts
+from moe_runtime.transport.incarnation import mint_incarnation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from moe_runtime.ray_backend.plan import Location, RouterReport, RoutersPlan
     from moe_runtime.ray_backend.processes import RouterFactory, RouterProcess
@@ -38,6 +40,7 @@ class RouterActor:
         """
         self._locate = locate
         self._watch_node = watch_node
+        self._incarnation = mint_incarnation()
         self._process: RouterProcess | None = None
         self._report: RouterReport | None = None
         #: Of what it serves, and of what it could.
@@ -106,6 +109,10 @@ class RouterActor:
     async def status(self) -> dict[str, Any]:
         """Counters and load, as plain values."""
         return {} if self._process is None else self._process.status()
+
+    async def asked(self, layers: Collection[str]) -> AskedCounts | None:
+        """What this process was asked for in these layers; None before it serves."""
+        return None if self._process is None else AskedCounts(self._incarnation, self._process.asked(layers))
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those in flight; whether all were answered."""

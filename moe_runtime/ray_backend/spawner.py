@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RuntimePlan,
         Snapshot,
     )
+    from moe_runtime.service.online_bias import AskedCounts
     from moe_runtime.service.ports import Endpoint
 
 ResultT = TypeVar("ResultT")
@@ -190,6 +191,10 @@ class RouterHandle(ActorHandle, Protocol):
 
     async def status(self) -> dict[str, Any] | None:
         """Its counters and load; None if it is gone."""
+        ...
+
+    async def asked(self, layers: Collection[str]) -> AskedCounts | None:
+        """What its process was asked for in these layers; None if it has not started, or is gone."""
         ...
 
     async def drain(self, timeout_s: float) -> bool:

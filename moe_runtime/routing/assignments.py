@@ -61,8 +61,8 @@ class Pairs:
     scores: Tensor
     ranks: Tensor
 
-    def at(self, ids: Tensor) -> Pairs:
-        """Some of the pairs: by their places, int64, or by a mask, bool ``(num_assignments,)``."""
+    def at(self, ids: Tensor | slice) -> Pairs:
+        """Some of the pairs: by their places, int64 or a slice, or by a mask, bool ``(num_assignments,)``."""
         return Pairs(self.token_ids[ids], self.expert_ids[ids], self.scores[ids], self.ranks[ids])
 
 
@@ -101,7 +101,7 @@ class Assignments:
 
     Attributes:
         choices: The pairs; a grid, of which the rest is quicker to work out, where all tokens ask for as many.
-        all_scores: Scores of every pair for rerouting, float32 ``(num_tokens, num_experts)``; None where the
+        all_scores: Scores of every pair for rerouting, float32 ``(num_tokens, num_routed)``; None where the
             policy has none for unselected experts.
         num_tokens: Rows of the batch, padding included.
         num_experts: Experts of the layer.
@@ -110,6 +110,8 @@ class Assignments:
             ``all_scores`` themselves when None.
         left_out: Pairs that chance kept from being asked for, at most one per token; a norm ``before_drop`` counts
             them, nothing else does. None where the choices are a grid.
+        num_shared: The last so many experts are shared: ``add_shared_experts`` put them behind the policy's choices,
+            and a score there is a weight already.
     """
 
     choices: Pairs | Grid
@@ -119,6 +121,12 @@ class Assignments:
     weight_rule: WeightRule
     preferences: Tensor | None = None
     left_out: Pairs | None = None
+    num_shared: int = 0
+
+    @property
+    def num_routed(self) -> int:
+        """Experts that the policy routes to: those of ``all_scores``."""
+        return self.num_experts - self.num_shared
 
     @property
     def grid(self) -> Grid | None:

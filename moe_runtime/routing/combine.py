@@ -1,7 +1,9 @@
 """Rows out to the experts and back: gather before dispatch, combine after. Last stage of a batch.
 
 The residual is defined here and nowhere else: ``add`` is ``x + y``; ``passthrough`` is ``y`` for a token with at
-least one served assignment and exactly ``x`` for one with none; ``none`` is ``y``, 0 for such a token.
+least one served assignment, a shared expert's included, and exactly ``x`` for one with none; ``none`` is ``y``, 0 for
+such a token; ``blend`` is ``y + (1 - w) x`` with ``w`` the sum of the served weights, those of shared experts left out
+(BASE layers, https://arxiv.org/abs/2103.16716, where ``y = a f(x) + (1 - a) x``), exactly ``x`` for such a token.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.errors import ShapeError
-from moe_runtime.routing.weights import apply_weight_rule
+from moe_runtime.routing.weights import sum_per_token, weigh_assignments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,12 +142,23 @@ def _with_residual(
     """``sums``, changed in place, with what each token keeps of itself."""
     if residual == "add":
         return sums.add_(tokens)
+    if residual == "blend":
+        kept = 1.0 - _blended_weights(answered, plan=plan).to(sums.dtype)
+        return sums.add_(_as_column(kept, sums.dim()) * tokens.to(sums.dtype))
     if residual == "passthrough" and answered.per_token is None:
         unanswered = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         unanswered = unanswered.index_fill_(0, plan.token_ids[answered.row_ids], False).nonzero().squeeze(1)
         if unanswered.shape[0] > 0:
             return sums.index_copy_(0, unanswered, tokens[unanswered].to(sums.dtype))
     return sums
+
+
+def _blended_weights(answered: _Answered, *, plan: DispatchPlan) -> Tensor:
+    """Sum of each token's served weights, those of shared experts left out, ``(num_tokens,)``."""
+    assignments, weights = plan.admission.assignments, answered.weights
+    if assignments.num_shared:
+        weights = weights.masked_fill(plan.expert_ids[answered.row_ids] >= assignments.num_routed, 0.0)
+    return sum_per_token(weights, plan.token_ids[answered.row_ids], num_tokens=assignments.num_tokens)
 
 
 def _final_weights(plan: DispatchPlan, served: Tensor | None) -> Tensor:
@@ -155,12 +168,7 @@ def _final_weights(plan: DispatchPlan, served: Tensor | None) -> Tensor:
     if assignments.weight_rule.normalize != "after_drop":
         return plan.weights.where(served, 0.0)
     answered = served.nonzero().squeeze(1)
-    weights = apply_weight_rule(
-        plan.scores[answered],
-        plan.token_ids[answered],
-        assignments.weight_rule,
-        num_tokens=assignments.num_tokens,
-    )
+    weights = weigh_assignments(assignments, plan.assignment_ids[answered])
     return torch.zeros_like(plan.weights).index_copy(0, answered, weights)
 
 

@@ -10,6 +10,7 @@ import torch
 from moe_runtime.errors import ConfigError
 from moe_runtime.routing.assignments import Selection, count_per_expert
 from moe_runtime.routing.plan import weigh_planned
+from moe_runtime.routing.shared import with_shared_of, without_shared
 from moe_runtime.routing.weights import largest_per_token, near_softmax, sum_per_token
 
 if TYPE_CHECKING:
@@ -59,14 +60,15 @@ def move_rows(plan: DispatchPlan, planned_ids: Tensor, expert_ids: Tensor) -> Di
 
     Args:
         plan: What was dispatched.
-        planned_ids: Which rows move, int64 ``(num_moved,)``, each once.
+        planned_ids: Which rows move, int64 ``(num_moved,)``, each once; none of a shared expert.
         expert_ids: Where each goes, int64 ``(num_moved,)``: experts that its token does not hold.
 
     Raises:
         ConfigError: If the policy has no scores for unselected experts.
     """
     assignment_ids = plan.assignment_ids[planned_ids]
-    admission = move_assignments(plan.admission, assignment_ids, expert_ids)
+    admission = move_assignments(without_shared(plan.admission), assignment_ids, expert_ids)
+    admission = with_shared_of(plan.admission, admission)
     assignments, ids = admission.assignments, plan.assignment_ids[plan.rows_by_token]
     changed = _tokens_of(assignments, assignment_ids)[plan.token_ids[plan.rows_by_token]]
     weights = torch.where(changed, weigh_planned(assignments, ids), plan.weights_by_token)
@@ -85,7 +87,7 @@ def next_best_experts(assignments: Assignments, token_ids: Tensor, *, allowed: T
     Args:
         assignments: Carry the tokens' preferences among all experts.
         token_ids: Which tokens, int64 ``(num_rows,)``.
-        allowed: Bool ``(num_rows, num_experts)``: where each may go.
+        allowed: Bool ``(num_rows, num_routed)``: where each may go.
         limit: At most so many experts per token.
 
     Returns:
@@ -95,7 +97,7 @@ def next_best_experts(assignments: Assignments, token_ids: Tensor, *, allowed: T
         ConfigError: If the policy has no scores for unselected experts.
     """
     preferences = preferences_of(assignments)[token_ids].masked_fill(~allowed, -torch.inf)
-    best, experts = torch.topk(preferences, min(limit, assignments.num_experts), dim=-1)
+    best, experts = torch.topk(preferences, min(limit, assignments.num_routed), dim=-1)
     counts = (best > -torch.inf).sum(-1).tolist()
     return [ids[:count] for ids, count in zip(experts.tolist(), counts, strict=True)]
 
@@ -111,7 +113,7 @@ def preferences_of(assignments: Assignments) -> Tensor:
 
 
 def scores_of_all(assignments: Assignments) -> Tensor:
-    """Scores of every pair of a token and an expert, ``(num_tokens, num_experts)``.
+    """Scores of every pair of a token and an expert, ``(num_tokens, num_routed)``.
 
     Raises:
         ConfigError: If the policy has no scores for unselected experts.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.routing.assignments import DispatchPlan, count_per_expert
 from moe_runtime.routing.places import order_by_group
-from moe_runtime.routing.weights import apply_weight_rule, requested_weights, weigh_grid
+from moe_runtime.routing.weights import requested_weights, weigh_assignments, weigh_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,13 +28,15 @@ def plan_dispatch(admission: Admission) -> DispatchPlan:
 
 def _plan_of_grid(admission: Admission, grid: Grid) -> DispatchPlan:
     # Row by row, a grid is by token, then by choice: a stable sort by expert leaves each expert's rows by token.
-    order = order_by_group(grid.expert_ids.reshape(-1), num_groups=admission.assignments.num_experts)
+    assignments = admission.assignments
+    order = order_by_group(grid.expert_ids.reshape(-1), num_groups=assignments.num_experts)
+    weights = weigh_grid(grid.scores, assignments.weight_rule, num_shared=assignments.num_shared)
     return DispatchPlan(
         order=order,
         token_ids=order // grid.k,
-        weights_by_token=weigh_grid(grid.scores, admission.assignments.weight_rule).reshape(-1),
+        weights_by_token=weights.reshape(-1),
         ids_by_token=grid,
-        rows_per_expert=admission.assignments.load,
+        rows_per_expert=assignments.load,
         admission=admission,
     )
 
@@ -66,7 +68,6 @@ def weigh_planned(assignments: Assignments, ids: Tensor) -> Tensor:
     Returns:
         ``(num_planned,)``, in the order of ``ids``.
     """
-    rule, num_tokens = assignments.weight_rule, assignments.num_tokens
-    if rule.normalize == "before_drop":
+    if assignments.weight_rule.normalize == "before_drop":
         return requested_weights(assignments)[ids]
-    return apply_weight_rule(assignments.scores[ids], assignments.token_ids[ids], rule, num_tokens=num_tokens)
+    return weigh_assignments(assignments, ids)

@@ -42,16 +42,42 @@ def apply_weight_rule(scores: Tensor, token_ids: Tensor, rule: WeightRule, *, nu
     return scores if rule.scaling_factor == 1.0 else scores * rule.scaling_factor
 
 
-def weigh_grid(scores: Tensor, rule: WeightRule) -> Tensor:
+def weigh_assignments(assignments: Assignments, ids: Tensor | None = None, *, beside: Pairs | None = None) -> Tensor:
+    """Weights of assignments, normalised over exactly those that are given; a shared expert's score is its weight.
+
+    Args:
+        assignments: What was asked for.
+        ids: Which of them, int64 ``(num_pairs,)``; all when None.
+        beside: What else the norm counts.
+
+    Returns:
+        ``(num_pairs,)`` in the dtype of the scores.
+    """
+    scores, token_ids = assignments.scores, assignments.token_ids
+    if ids is not None:
+        scores, token_ids = scores[ids], token_ids[ids]
+    is_shared = _is_shared(assignments, ids)
+    counted = scores if is_shared is None else scores.masked_fill(is_shared, 0.0)
+    if beside is not None:
+        counted, token_ids = torch.cat([counted, beside.scores]), torch.cat([token_ids, beside.token_ids])
+    weights = apply_weight_rule(counted, token_ids, assignments.weight_rule, num_tokens=assignments.num_tokens)
+    weights = weights[: scores.shape[0]]
+    return weights if is_shared is None else torch.where(is_shared, scores, weights)
+
+
+def weigh_grid(scores: Tensor, rule: WeightRule, *, num_shared: int = 0) -> Tensor:
     """Weights of a grid of choices, each row normalised over itself; see ``apply_weight_rule``.
 
     Args:
-        scores: Non-negative scores, ``(num_tokens, k)``.
+        scores: Non-negative scores, ``(num_tokens, k + num_shared)``.
         rule: The norm and the scaling factor.
+        num_shared: The last so many columns are weights already, and outside of the norm.
 
     Returns:
-        ``(num_tokens, k)`` in the dtype of ``scores``.
+        As wide as ``scores``, in their dtype.
     """
+    if num_shared:
+        return torch.cat([weigh_grid(scores[:, :-num_shared], rule), scores[:, -num_shared:]], dim=1)
     if rule.normalize != "none" and rule.norm_p == 1.0:
         scores = scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     elif rule.normalize != "none":
@@ -63,12 +89,10 @@ def weigh_grid(scores: Tensor, rule: WeightRule) -> Tensor:
 
 def requested_weights(assignments: Assignments) -> Tensor:
     """Weights of all assignments as if every one of them were served, ``(num_assignments,)``."""
-    scores, token_ids, rule = assignments.scores, assignments.token_ids, assignments.weight_rule
-    if assignments.left_out is not None and rule.normalize == "before_drop":
+    others = None
+    if assignments.left_out is not None and assignments.weight_rule.normalize == "before_drop":
         others = _not_held(assignments, assignments.left_out)
-        scores, token_ids = torch.cat([scores, others.scores]), torch.cat([token_ids, others.token_ids])
-    weights = apply_weight_rule(scores, token_ids, rule, num_tokens=assignments.num_tokens)
-    return weights[: assignments.num_assignments]
+    return weigh_assignments(assignments, beside=others)
 
 
 def near_softmax(logits: Tensor, expert_ids: Tensor, *, limit: float) -> Tensor:
@@ -93,6 +117,14 @@ def near_softmax(logits: Tensor, expert_ids: Tensor, *, limit: float) -> Tensor:
         far = (own - logits) / torch.maximum(logits.abs(), own) > limit
         others = far | (logits > own) | ((logits == own) & earlier)
     return torch.softmax(logits.masked_fill(others, -torch.inf), dim=-1).gather(1, column).squeeze(1)
+
+
+def _is_shared(assignments: Assignments, ids: Tensor | None) -> Tensor | None:
+    """Which assignments are of shared experts; None where there are no such experts."""
+    if not assignments.num_shared:
+        return None
+    expert_ids = assignments.expert_ids if ids is None else assignments.expert_ids[ids]
+    return expert_ids >= assignments.num_routed
 
 
 def _not_held(assignments: Assignments, pairs: Pairs) -> Pairs:

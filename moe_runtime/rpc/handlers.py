@@ -51,6 +51,7 @@ ResultT = TypeVar("ResultT")
 _INLINE_BYTES = 256 << 10
 _REPLY_OVERHEAD_BYTES = 16 << 10
 _ROUTING_BYTES_PER_ASSIGNMENT = 8 + 8 + 4 + 1
+_BYTES_PER_SHARED_WEIGHT = 4
 
 
 class RouterHandlers:
@@ -227,6 +228,7 @@ def _check_reply_fits(request: ForwardRequest, layer: RoutedLayer) -> None:
     reply_bytes = num_tokens * math.prod(layer.out_shape) * layer.dtype.itemsize + _REPLY_OVERHEAD_BYTES
     if request.return_routing:
         reply_bytes += num_tokens * layer.policy.max_k * _ROUTING_BYTES_PER_ASSIGNMENT
+        reply_bytes += num_tokens * layer.num_shared * _BYTES_PER_SHARED_WEIGHT
     if reply_bytes > UNARY_BYTES:
         raise _stream_required(reply_bytes)
 

@@ -168,7 +168,8 @@ class Batcher:
         while queue.waiting and num_tokens < self._max_batch_tokens:
             queued = queue.waiting.next(self._max_batch_tokens - num_tokens)
             alone = self._travels_alone(queued, queue)
-            if alone and taken:
+            fits = queue.layer.splits_requests or queued.num_rows_left <= self._max_batch_tokens - num_tokens
+            if taken and (alone or not fits):
                 break
             part = self._take(queued, queue, offset=num_tokens)
             taken.append((queued, part))

@@ -28,16 +28,21 @@ def describe_layer(layer: RoutedLayer, table: RoutingTable) -> dict[str, Any]:
         "gate_features": layer.gate_features,
         "residual": layer.residual,
         "capacity_factor": layer.capacity.factor,
-        "experts": [_describe_expert(expert, layer.name, table) for expert in layer.experts],
+        "num_shared": layer.num_shared,
+        "tasks": list(layer.gate.tasks),
+        "default_task": layer.gate.default_task,
+        "balance": table.biases[layer.name].describe() if layer.name in table.biases else None,
+        "experts": [_describe_expert(expert, layer, table) for expert in layer.experts],
     }
 
 
-def _describe_expert(expert: ExpertInfo, layer: str, table: RoutingTable) -> dict[str, Any]:
-    replicas = table.replicas.get((layer, expert.expert_id), ())
+def _describe_expert(expert: ExpertInfo, layer: RoutedLayer, table: RoutingTable) -> dict[str, Any]:
+    replicas = table.replicas.get((layer.name, expert.expert_id), ())
     return {
         "expert_id": expert.expert_id,
         "name": expert.name,
         "kind": expert.kind,
+        "shared": expert.expert_id >= layer.num_routed,
         "replicas": [_describe_replica(replica) for replica in replicas],
     }
 

@@ -124,8 +124,11 @@ class RouterEngine:
         layer = lineup.layers[batch.layer]
         gate_input = batch.tokens.flatten(1) if batch.gate_input is None else batch.gate_input
         router_logits = layer.gate(gate_input, tasks=batch.tasks)
-        assignments = layer.policy.assign(router_logits, batch.info)
+        info = lineup.selection_bias.give(batch.info, layer, lineup.table)
+        assignments = layer.policy.assign(router_logits, info)
+        lineup.stats[layer.name].count_asked(assignments)
         admission = admit(assignments, layer.capacity, row_seeds=batch.info.row_seeds)
+        admission = layer.add_shared(admission, gate_input, mask=batch.info.mask)
         plan = plan_dispatch(admission)
         flight = self._take_off(batch, lineup, plan, started_at)
         self._dispatch(flight)

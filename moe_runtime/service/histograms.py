@@ -60,7 +60,7 @@ class LayerHistograms:
 
     Attributes:
         batch_tokens: Tokens per batch.
-        load_ratio: Per batch, rows of the busiest expert over the mean of all experts of the layer.
+        load_ratio: Per batch, rows of the busiest expert over the mean of all experts of the layer that are not shared.
         queue_s: Per part of a request in a batch: from its arrival to the batch's dispatch.
         gate_s: Per batch: gate, policy, capacity and plan.
         experts_s: Per batch: from its dispatch to the last answer.
@@ -75,7 +75,7 @@ class LayerHistograms:
     combine_s: Histogram = field(default_factory=Histogram)
 
     def count_batch(self, times: StageTimes, *, num_tokens: int, num_rows: int, rows_per_expert: Sequence[int]) -> None:
-        """Add a finished batch, of whose ``num_rows`` rows the experts had so many each."""
+        """Add a finished batch, of whose ``num_rows`` routed rows the experts that are not shared had so many each."""
         self.batch_tokens.add(num_tokens)
         self.gate_s.add(times.gate_s)
         self.experts_s.add(times.experts_s)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_runtime.routing.hashing import ids_of_rows
 from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.service.batch import Batch
 
@@ -51,6 +52,7 @@ def build_batch(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLa
         if any(request.options.gate_input is not None for request in requests)
         else None,
         info=_token_info(taken, layer),
+        tasks=_cat([_task_rows(request, part, layer) for request, part in taken]) if layer.gate.tasks else None,
         row_starts=tuple([part.offset for _, part in taken]),
         request_ids=tuple([request.request_id for request in requests]),
     )
@@ -59,7 +61,6 @@ def build_batch(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLa
 def _token_info(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLayer) -> TokenInfo:
     """What the layer's policy reads of the tokens, and what their requests ask for."""
     options, reads = [request.options for request, _ in taken], layer.policy.reads
-    has_seeds = "row_seeds" in reads or layer.capacity.drop == "random"
     return TokenInfo(
         k=_cat([_k_rows(request, part, layer) for request, part in taken])
         if any(option.k is not None for option in options)
@@ -67,8 +68,9 @@ def _token_info(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLa
         mask=_cat([_mask_rows(request, part) for request, part in taken])
         if any(option.mask is not None for option in options)
         else None,
-        row_seeds=_cat([_seed_rows(request, part) for request, part in taken]) if has_seeds else None,
+        row_seeds=_cat([_seed_rows(request, part) for request, part in taken]) if layer.draws_at_random else None,
         row_ids=_cat([torch.arange(part.start, part.stop) for _, part in taken]) if "row_ids" in reads else None,
+        token_ids=_cat([_id_rows(request, part) for request, part in taken]) if "token_ids" in reads else None,
     )
 
 
@@ -87,6 +89,18 @@ def _k_rows(request: LayerRequest, part: BatchPart, layer: RoutedLayer) -> Tenso
     if isinstance(k, int):
         return torch.full((part.stop - part.start,), k, dtype=torch.int64)
     return k[part.start : part.stop].to(torch.int64)
+
+
+def _id_rows(request: LayerRequest, part: BatchPart) -> Tensor:
+    token_ids = request.options.token_ids
+    if token_ids is None:
+        return ids_of_rows(request.tokens[part.start : part.stop])
+    return token_ids[part.start : part.stop].to(torch.int64)
+
+
+def _task_rows(request: LayerRequest, part: BatchPart, layer: RoutedLayer) -> Tensor:
+    place = layer.gate.tasks.index(layer.task_of(request))
+    return torch.full((part.stop - part.start,), place, dtype=torch.int64)
 
 
 def _mask_rows(request: LayerRequest, part: BatchPart) -> Tensor:

@@ -8,18 +8,22 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from moe_runtime.config.models import OnFailureConfig
+from moe_runtime.routing.shared import add_shared_experts
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from moe_runtime.config.models import CapacityConfig, HedgeConfig, ResidualRule, WeightOn
+    from moe_runtime.routing.assignments import Admission
     from moe_runtime.routing.gate import Gate
     from moe_runtime.routing.policy import Policy
+    from moe_runtime.service.requests import LayerRequest
 
 
 @dataclass(frozen=True)
 class ExpertInfo:
-    """An expert's place in its layer: ``expert_id`` is its row of the gate."""
+    """An expert's place in its layer: ``expert_id`` is its row of the gate, if it is not a shared one."""
 
     expert_id: int
     name: str
@@ -35,7 +39,7 @@ class RoutedLayer:
         item_shape: Shape of one token.
         out_shape: Shape of one output row.
         dtype: Of tokens, expert rows and outputs.
-        gate: ``(T, gate_features) -> (T, num_experts)`` router logits, in evaluation mode.
+        gate: ``(T, gate_features) -> (T, num_logits of the policy)`` router logits, in evaluation mode.
         gate_features: Width of the gate's input.
         policy: Turns router logits into assignments.
         policy_kind: The policy's name in the configuration.
@@ -51,7 +55,7 @@ class RoutedLayer:
         on_failure: What becomes of an assignment whose expert fails.
         hedge: When a second replica is asked as well; never when None.
         allow_batch_coupled: Whether requests share a batch although the policy couples its tokens.
-        num_shared: How many of the experts serve every token.
+        num_shared: How many of the experts, the last ones, serve every token.
     """
 
     name: str
@@ -82,6 +86,11 @@ class RoutedLayer:
         return len(self.experts)
 
     @property
+    def num_routed(self) -> int:
+        """Experts that the policy routes to."""
+        return len(self.experts) - self.num_shared
+
+    @property
     def row_dtype(self) -> torch.dtype:
         """Dtype of rows on their way to experts and back."""
         return self.wire_dtype or self.dtype
@@ -104,6 +113,33 @@ class RoutedLayer:
         return self.exact or (self.policy.batch_coupled and not self.allow_batch_coupled)
 
     @property
+    def splits_requests(self) -> bool:
+        """Whether rows of one request may be in several batches."""
+        return not self.exact and not self.policy.batch_coupled
+
+    @property
+    def asks_gate(self) -> bool:
+        """Whether the gate's input decides anything."""
+        return self.policy.num_logits > 0 or self.gate.shared_weight is not None
+
+    @property
+    def draws_at_random(self) -> bool:
+        """Whether anything is decided by the seeds of requests."""
+        drops_at_random = self.capacity.factor is not None and self.capacity.drop == "random"
+        return drops_at_random or "row_seeds" in self.policy.reads
+
+    @property
     def item_size(self) -> int:
         """Elements of one token."""
         return math.prod(self.item_shape)
+
+    def task_of(self, request: LayerRequest) -> str | None:
+        """The task that a request is of, for a gate with a part per task."""
+        return self.gate.default_task if request.options.task is None else request.options.task
+
+    def add_shared(self, admission: Admission, gate_input: Tensor, *, mask: Tensor | None) -> Admission:
+        """The admission with all valid tokens at the shared experts too; see ``add_shared_experts``."""
+        if self.num_shared == 0:
+            return admission
+        weights = None if self.gate.shared_weight is None else self.gate.shared_weights(gate_input)
+        return add_shared_experts(admission, num_shared=self.num_shared, weights=weights, mask=mask)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moe_runtime.errors import UnknownLayerError
 from moe_runtime.service.routing_table import RoutingTable
+from moe_runtime.service.selection_bias import SelectionBias
 from moe_runtime.service.stats import LayerStats
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from moe_runtime.service.layer import RoutedLayer
 
@@ -23,11 +24,13 @@ class Lineup:
         layers: By name.
         stats: Counters of each layer.
         table: The newest table that was made for these layers.
+        selection_bias: Of the layers, by that table.
     """
 
     layers: Mapping[str, RoutedLayer]
     stats: Mapping[str, LayerStats]
     table: RoutingTable
+    selection_bias: SelectionBias = field(default_factory=SelectionBias)
 
     @classmethod
     def of(cls, layers: Mapping[str, RoutedLayer]) -> Lineup:
@@ -43,6 +46,14 @@ class Lineup:
             for name, layer in layers.items()
         }
         return Lineup(dict(layers), stats, RoutingTable())
+
+    def asked(self, layers: Collection[str]) -> dict[str, dict[str, int]]:
+        """Assignments that each expert of some layers was asked for since the start, by layer and name."""
+        known = {name: layer for name, layer in self.layers.items() if name in layers}
+        return {
+            name: {e.name: own.num_asked for e, own in zip(layer.experts, self.stats[name].experts, strict=True)}
+            for name, layer in known.items()
+        }
 
     def layer(self, name: str) -> RoutedLayer:
         """The layer of that name.

@@ -141,12 +141,13 @@ class Recovery:
 
     def _may_go_on(self, flight: Flight, segments: Iterable[PlannedSegment]) -> bool:
         layer, table = flight.layer, flight.table
-        num_others = table.num_reachable(layer.name) - layer.policy.max_k if layer.can_reroute else 0
+        num_others = _num_reachable(flight) - layer.policy.max_k if layer.can_reroute else 0
         for segment in segments:
             if segment.history.num_timeouts + 1 >= _MAX_TIMEOUTS:
                 continue
             num_moves = segment.history.num_moves
-            if num_moves < min(num_others, layer.capacity.max_reroutes):
+            is_routed = segment.expert_id < layer.num_routed
+            if is_routed and num_moves < min(num_others, layer.capacity.max_reroutes):
                 return True
             replicas = table.usable(layer.name, segment.expert_id)
             if len(replicas) > 1 and "replica" in layer.on_failure.order:
@@ -209,10 +210,11 @@ class Recovery:
         """Rows that found another expert, and the segment of those that did not."""
         layer, history = flight.layer, segment.history
         limit = layer.capacity.max_reroutes - history.num_moves
-        if limit <= 0 or not layer.can_reroute:
+        if limit <= 0 or not layer.can_reroute or segment.expert_id >= layer.num_routed:
             return [], segment
         flight.rerouting = flight.rerouting or Rerouting(flight.plan)
-        choices = [self._choice.choose(flight.table.usable(layer.name, expert.expert_id)) for expert in layer.experts]
+        routed = layer.experts[: layer.num_routed]
+        choices = [self._choice.choose(flight.table.usable(layer.name, expert.expert_id)) for expert in routed]
         experts = flight.rerouting.choose(
             flight.token_ids(segment.rows), usable=[choice is not None for choice in choices], limit=limit
         )
@@ -255,6 +257,13 @@ class Recovery:
         reason = self._attempts.send(Attempt(flight, message, now, deadline), gather_anew(flight, message))
         if reason is not None:
             self.fail(flight, message.segments, reason)
+
+
+def _num_reachable(flight: Flight) -> int:
+    """Experts that rows may be moved to, as far as the table knows: those that are routed to and have a replica."""
+    layer, table = flight.layer, flight.table
+    shared = range(layer.num_routed, layer.num_experts)
+    return table.num_reachable(layer.name) - sum(bool(table.usable(layer.name, expert_id)) for expert_id in shared)
 
 
 def _tried(segment: PlannedSegment, *, alone: int | None = None, timed_out: bool = False) -> PlannedSegment:

@@ -64,25 +64,29 @@ class BatchLedger:
             self._retried[planned[[*result.failures.retried]]] = True
             self._hedged[planned[[*result.failures.hedged]]] = True
         self._num_tokens = assignments.num_tokens
+        self._is_shared = self._expert_ids >= assignments.num_routed if assignments.num_shared else None
 
     def part(self, *, first_row: int, last_row: int, queue_s: float, return_routing: bool) -> Report:
         """The report on rows ``[first_row, last_row)`` of the batch, as if they were a request of their own."""
         mine = (self._token_ids >= first_row) & (self._token_ids < last_row)
-        outcomes = self._outcomes[mine]
+        shared, routed = self._split(mine)
         times = self._result.times
-        counts = np.bincount(outcomes, minlength=3).tolist()
+        counts = np.bincount(self._outcomes[routed], minlength=3).tolist()
+        num_shared_served = 0 if shared is None else int((self._outcomes[shared] == SERVED).sum())
         report = Report(
             request_id="",
             layer=self._layer.name,
             table_version=self._result.table_version,
             num_tokens=last_row - first_row,
-            num_assignments=int(mine.sum()),
+            num_assignments=int(routed.sum()),
             num_served=counts[SERVED],
             num_dropped_capacity=counts[DROPPED_CAPACITY],
             num_dropped_failure=counts[DROPPED_FAILURE],
-            num_rerouted=int(self._rerouted[mine].sum()),
-            num_retried=int(self._retried[mine].sum()),
-            num_hedged=int(self._hedged[mine].sum()),
+            num_rerouted=int(self._rerouted[routed].sum()),
+            num_retried=int(self._retried[routed].sum()),
+            num_hedged=int(self._hedged[routed].sum()),
+            num_shared_served=num_shared_served,
+            num_shared_dropped=0 if shared is None else int(shared.sum()) - num_shared_served,
             batch_tokens=(self._num_tokens,),
             timings=Timings(
                 queue_ms=queue_s * _MS,
@@ -95,7 +99,16 @@ class BatchLedger:
                 *self._overflow_warning(first_row, last_row),
             ),
         )
-        return self._with_routing(report, mine, first_row) if return_routing else report
+        if not return_routing:
+            return report
+        report = self._with_routing(report, routed, first_row)
+        return report if shared is None else self._with_shared_weights(report, shared, first_row)
+
+    def _split(self, mine: NDArray[np.bool_]) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_]]:
+        """Assignments to shared experts, None where there are no such experts, and those that the policy asked for."""
+        if self._is_shared is None:
+            return None, mine
+        return mine & self._is_shared, mine & ~self._is_shared
 
     def _with_routing(self, report: Report, mine: NDArray[np.bool_], first_row: int) -> Report:
         order = np.lexsort((self._ranks[mine], self._token_ids[mine]))
@@ -106,6 +119,12 @@ class BatchLedger:
             expert_weights=self._weights[mine][order],
             outcomes=self._outcomes[mine][order],
         )
+
+    def _with_shared_weights(self, report: Report, shared: NDArray[np.bool_], first_row: int) -> Report:
+        weights = np.zeros((report.num_tokens, self._layer.num_shared), dtype=np.float32)
+        places = self._expert_ids[shared] - self._layer.num_routed
+        weights[self._token_ids[shared] - first_row, places] = self._weights[shared]
+        return replace(report, shared_weights=weights)
 
     def _warnings(self, mine: NDArray[np.bool_]) -> tuple[str, ...]:
         """Which experts failed these assignments, why, and what became of those: each sentence once."""
@@ -165,6 +184,7 @@ def merge_parts(
         expert_ids=_join([report.expert_ids for report in reports]),
         expert_weights=_join([report.expert_weights for report in reports]),
         outcomes=_join([report.outcomes for report in reports]),
+        shared_weights=_join([report.shared_weights for report in reports]),
     )
 
 

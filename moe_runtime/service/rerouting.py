@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.routing.moved import next_best_experts
+from moe_runtime.routing.shared import without_shared
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,15 +18,16 @@ if TYPE_CHECKING:
 class Rerouting:
     """Finds other experts for rows of one batch, and remembers what each token has had.
 
-    A token never goes to an expert that it asked for, holds, or was moved to before. Where the layer has a capacity, an
-    expert takes no more than that: its planned rows and those that were moved to it, whether they are served or not.
+    A token never goes to an expert that it asked for, holds, or was moved to before, and never to a shared one. Where
+    the layer has a capacity, an expert takes no more than that: its planned rows and those that were moved to it,
+    whether they are served or not.
 
     Args:
         plan: The batch's, as it was dispatched.
     """
 
     def __init__(self, plan: DispatchPlan) -> None:
-        admission = plan.admission
+        admission = without_shared(plan.admission)
         assignments = self._assignments = admission.assignments
         self._free = torch.ones((assignments.num_tokens, assignments.num_experts), dtype=torch.bool)
         self._free[assignments.token_ids, assignments.expert_ids] = False
@@ -39,7 +41,7 @@ class Rerouting:
 
         Args:
             token_ids: The tokens, each once.
-            usable: Whether an expert can be reached, per expert.
+            usable: Whether an expert can be reached, per expert that the policy routes to.
             limit: Experts that each may look at, best first; it takes the first that has room.
         """
         tokens = torch.tensor(token_ids)

@@ -219,8 +219,8 @@ class RouterService:
         deadline = now + self._limits.default_timeout_s if request.deadline is None else request.deadline
         if deadline <= now:
             raise DeadlineExceededError(f"request {request.request_id}: its deadline passed before it was queued")
-        key = next(self._keys)
-        pending = PendingRequest(key, request, on_done, now, deadline, generation, unused_options(request))
+        key, warnings = next(self._keys), unused_options(request, generation.lineup.layer(request.layer))
+        pending = PendingRequest(key, request, on_done, now, deadline, generation, warnings)
         self._door.take_in(request, lambda: self._queue(pending), time_left_s=deadline - now)
         return Ticket(pending.request_key)
 

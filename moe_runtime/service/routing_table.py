@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from moe_runtime.service.online_bias import LayerBias
     from moe_runtime.service.ports import Endpoint
 
 
@@ -55,10 +56,12 @@ class RoutingTable:
     Attributes:
         version: Grows with every change; a router ignores a table older than its own.
         replicas: Replicas per ``(layer, expert_id)``; an expert without an entry, or with none usable, is out.
+        biases: What serving has added to the selection bias of a layer's gate; nothing where a layer has no entry.
     """
 
     version: int = 0
     replicas: Mapping[tuple[str, int], tuple[Replica, ...]] = field(default_factory=dict)
+    biases: Mapping[str, LayerBias] = field(default_factory=dict)
 
     def usable(self, layer: str, expert_id: int) -> tuple[Replica, ...]:
         """Replicas of an expert that rows may be sent to."""

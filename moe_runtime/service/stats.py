@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.service.batch import BatchResult
     from moe_runtime.service.batcher import JoinedBatch
     from moe_runtime.service.layer import RoutedLayer
@@ -23,6 +24,7 @@ class ExpertStats:
     """Counters of one expert, in assignments.
 
     Attributes:
+        num_asked: That the policy asked it for, whatever became of them. Not counted for a shared expert.
         num_served: That it answered.
         num_dropped_capacity: That found it full.
         num_dropped_failure: That were dropped because it failed, the last expert that they were sent to.
@@ -36,6 +38,7 @@ class ExpertStats:
         compute_ms: Time that these took.
     """
 
+    num_asked: int = 0
     num_served: int = 0
     num_dropped_capacity: int = 0
     num_dropped_failure: int = 0
@@ -90,17 +93,25 @@ class LayerStats:
             tuple(ExpertHistograms() if place is None else self.expert_histograms[place] for place in known),
         )
 
+    def count_asked(self, assignments: Assignments) -> None:
+        """Add what a policy asks for, before anything is dropped or goes elsewhere."""
+        # Shared experts come after those that the policy routes to.
+        for expert, num_asked in zip(self.experts, assignments.load, strict=False):
+            if num_asked:
+                expert.num_asked += num_asked
+
     def count_batch(self, result: BatchResult) -> None:
         """Add a finished batch."""
         plan, admission = result.plan, result.plan.admission
         assignments = admission.assignments
+        routed_rows = plan.rows_per_expert[: assignments.num_routed]
         self.totals.num_batches += 1
         self.totals.num_tokens += assignments.num_tokens
         self.histograms.count_batch(
             result.times,
             num_tokens=assignments.num_tokens,
-            num_rows=plan.num_planned,
-            rows_per_expert=plan.rows_per_expert,
+            num_rows=sum(routed_rows),
+            rows_per_expert=routed_rows,
         )
         if result.failures is None:
             for expert, num_rows in zip(self.experts, plan.rows_per_expert, strict=True):

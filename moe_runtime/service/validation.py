@@ -43,13 +43,19 @@ def validate_request(request: LayerRequest, layer: RoutedLayer, *, limits: Limit
     _check_row_options(request, layer)
 
 
-def unused_options(request: LayerRequest) -> tuple[str, ...]:
-    """Warnings, in words, for options that no policy of this router reads."""
-    given = {"token_ids": request.options.token_ids, "task": request.options.task}
+def unused_options(request: LayerRequest, layer: RoutedLayer) -> tuple[str, ...]:
+    """Warnings, in words, for options of a valid request that change nothing in this layer."""
+    options, name = request.options, layer.name
+    reasons = {
+        "token_ids": None if "token_ids" in layer.policy.reads else f"the policy of layer {name} does not use it",
+        "task": None if layer.gate.tasks else f"the gate of layer {name} has one part for all tasks",
+        "seed": None if layer.draws_at_random else f"nothing in layer {name} is drawn at random",
+        "gate_input": None if layer.asks_gate else f"the policy of layer {name} does not ask the gate",
+    }
     return tuple(
-        f"option {name} has no effect: the policy of layer {request.layer} does not use it"
-        for name, value in given.items()
-        if value is not None
+        f"option {option} has no effect: {reason}"
+        for option, reason in reasons.items()
+        if reason is not None and getattr(options, option) is not None
     )
 
 
@@ -80,11 +86,11 @@ def _check_size(request: LayerRequest, layer: RoutedLayer, *, limits: LimitsConf
             f"expected at most {router.max_queued_bytes} bytes of tokens in a request, "
             f"found {request.tokens.nbytes}; split it"
         )
-    alone = request.options.isolated or layer.isolates_requests
-    if alone and num_tokens > router.max_batch_tokens:
+    is_whole = request.options.isolated or not layer.splits_requests
+    if is_whole and num_tokens > router.max_batch_tokens:
         raise RequestTooLargeError(
-            f"layer {layer.name}: an isolated request is one batch of at most {router.max_batch_tokens} tokens, "
-            f"found {num_tokens}"
+            f"layer {layer.name}: expected a request to fit into one batch of at most {router.max_batch_tokens} "
+            f"tokens, found {num_tokens}: {_why_whole(request, layer)}"
         )
 
 
@@ -114,13 +120,26 @@ def _check_row_options(request: LayerRequest, layer: RoutedLayer) -> None:
         _check_dtype("token_ids", options.token_ids, _INTEGERS, layer)
     if options.seed is not None and not 0 <= options.seed <= _MAX_SEED:
         raise InvalidRequestError(f"seed: expected 0 to {_MAX_SEED}, found {options.seed}")
+    _check_task(request, layer)
     _check_k(request, layer)
+
+
+def _check_task(request: LayerRequest, layer: RoutedLayer) -> None:
+    tasks, task = layer.gate.tasks, layer.task_of(request)
+    if tasks and task not in tasks:
+        found = "none" if task is None else repr(task)
+        raise InvalidRequestError(f"layer {layer.name}: expected option task, one of {', '.join(tasks)}, found {found}")
 
 
 def _check_k(request: LayerRequest, layer: RoutedLayer) -> None:
     k, most = request.options.k, layer.policy.max_k
     if k is None:
         return
+    if not layer.policy.accepts_k:
+        raise InvalidRequestError(
+            f"layer {layer.name}: expected no k, found one: its policy, {layer.policy_kind}, does not let a token "
+            f"choose how many experts it gets"
+        )
     if isinstance(k, int):
         smallest = largest = k
     else:
@@ -132,6 +151,14 @@ def _check_k(request: LayerRequest, layer: RoutedLayer) -> None:
     if smallest < 1 or largest > most:
         found = smallest if smallest < 1 else largest
         raise InvalidRequestError(f"layer {layer.name}: expected k of 1 to {most}, found {found}")
+
+
+def _why_whole(request: LayerRequest, layer: RoutedLayer) -> str:
+    if layer.exact:
+        return "the layer is exact"
+    if layer.policy.batch_coupled:
+        return f"what its policy, {layer.policy_kind}, gives a token depends on the others of the batch"
+    return f"request {request.request_id} is isolated"
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], layer: RoutedLayer) -> None:

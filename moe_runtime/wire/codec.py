@@ -19,7 +19,7 @@ from moe_runtime.wire.messages import ForwardReply, ForwardRequest, RequestOptio
 from moe_runtime.wire.report_codec import report_from_fields, report_to_map, tensor_to_map
 
 #: Version of the protocol that this side speaks: major, minor.
-PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 1
+PROTOCOL_MAJOR, PROTOCOL_MINOR = 1, 2
 
 
 def encode_request(request: ForwardRequest) -> bytes:

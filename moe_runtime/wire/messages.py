@@ -113,7 +113,7 @@ class Report:
 
     ``num_assignments == num_served + num_dropped_capacity + num_dropped_failure`` always holds.
 
-    The four arrays are there when the request asked for its routing: one entry per assignment, ordered by
+    The first four arrays are there when the request asked for its routing: one entry per assignment, ordered by
     row and then by choice.
 
     Attributes:
@@ -128,6 +128,9 @@ class Report:
         num_rerouted: Assignments sent to another expert because theirs was full, or failed.
         num_hedged: Assignments sent to a second replica as well.
         num_retried: Assignments sent to another replica after one failed.
+        num_shared_served: Pairs of a row and a shared expert that this answered. Shared experts are counted here
+            alone, and are in none of the numbers above.
+        num_shared_dropped: Pairs of a row and a shared expert that was dead, late, or wrong.
         batch_tokens: Tokens in each batch that carried a part of the request.
         timings: Where the time went.
         warnings: What the caller should know, in words.
@@ -135,6 +138,8 @@ class Report:
         expert_ids: Expert within the layer, int64 ``(num_assignments,)``.
         expert_weights: Weight applied, float32 ``(num_assignments,)``; 0 where the assignment was not served.
         outcomes: uint8 ``(num_assignments,)``: 0 served, 1 dropped by capacity, 2 dropped by failure.
+        shared_weights: Weight applied to each shared expert, float32 ``(num_tokens, num_shared)``; 0 where it did not
+            serve the row. With the routing of a layer that has shared experts.
     """
 
     request_id: str
@@ -148,6 +153,8 @@ class Report:
     num_rerouted: int
     num_hedged: int = 0
     num_retried: int = 0
+    num_shared_served: int = 0
+    num_shared_dropped: int = 0
     batch_tokens: tuple[int, ...] = ()
     timings: Timings = field(default_factory=Timings)
     warnings: tuple[str, ...] = ()
@@ -155,6 +162,7 @@ class Report:
     expert_ids: NDArray[np.int64] | None = None
     expert_weights: NDArray[np.float32] | None = None
     outcomes: NDArray[np.uint8] | None = None
+    shared_weights: NDArray[np.float32] | None = None
 
 
 ROUTING_FIELDS = ("token_ids", "expert_ids", "expert_weights", "outcomes")

@@ -25,9 +25,13 @@ COUNT_FIELDS = (
     "num_rerouted",
     "num_hedged",
     "num_retried",
+    "num_shared_served",
+    "num_shared_dropped",
 )
-#: Counts that came with a later minor version than the others.
-NEWER_COUNT_FIELDS = frozenset({"num_retried"})
+#: Counts of a layer with shared experts; left out where they are 0.
+SHARED_COUNT_FIELDS = frozenset({"num_shared_served", "num_shared_dropped"})
+#: Counts that came with a later minor version than the others, or may be left out.
+NEWER_COUNT_FIELDS = SHARED_COUNT_FIELDS | {"num_retried"}
 TIMING_FIELDS = tuple(f.name for f in dataclass_fields(Timings))
 ROUTING_DTYPES = dict(zip(ROUTING_FIELDS, ("int64", "int64", "float32", "uint8"), strict=True))
 
@@ -40,11 +44,12 @@ def tensor_to_map(tensor: WireTensor) -> dict[str, Any]:
 def report_to_map(report: Report) -> dict[str, Any]:
     """A report as the map that travels; the routing only where the report has it."""
     message: dict[str, Any] = {"request_id": report.request_id, "layer": report.layer}
-    message |= {name: getattr(report, name) for name in COUNT_FIELDS}
+    counts = {name: getattr(report, name) for name in COUNT_FIELDS}
+    message |= {name: count for name, count in counts.items() if count or name not in SHARED_COUNT_FIELDS}
     message["batch_tokens"] = list(report.batch_tokens)
     message["timings"] = {name: getattr(report.timings, name) for name in TIMING_FIELDS}
     message["warnings"] = list(report.warnings)
-    for name in ROUTING_FIELDS:
+    for name in (*ROUTING_FIELDS, "shared_weights"):
         array = getattr(report, name)
         if array is not None:
             message[name] = tensor_to_map(from_numpy(array))
@@ -76,6 +81,7 @@ def report_from_fields(report: Fields) -> Report:
         timings=Timings(**{name: timings.number(name) for name in TIMING_FIELDS}),
         warnings=_list_of(str, report, "warnings"),
         **routing,
+        shared_weights=_shared_weights(report, counts["num_tokens"]),
     )
     timings.finish()
     report.finish()
@@ -96,6 +102,18 @@ def _routing(report: Fields, name: str, num_assignments: int) -> NDArray[Any] | 
     if tensor.dtype != ROUTING_DTYPES[name] or tensor.shape != (num_assignments,):
         raise ProtocolError(
             f"report.{name}: expected {ROUTING_DTYPES[name]} of shape ({num_assignments},),"
+            f" found {tensor.dtype} of shape {tensor.shape}"
+        )
+    return to_numpy(tensor)
+
+
+def _shared_weights(report: Fields, num_tokens: int) -> NDArray[Any] | None:
+    tensor = report.optional_tensor("shared_weights")
+    if tensor is None:
+        return None
+    if tensor.dtype != "float32" or len(tensor.shape) != 2 or tensor.shape[0] != num_tokens:
+        raise ProtocolError(
+            f"report.shared_weights: expected float32 of shape ({num_tokens}, num_shared),"
             f" found {tensor.dtype} of shape {tensor.shape}"
         )
     return to_numpy(tensor)

@@ -23,6 +23,7 @@ from moe_runtime.ray_backend.plan import (
     Snapshot,
 )
 from moe_runtime.ray_backend.spawner import NodeRefusedError
+from moe_runtime.service.online_bias import AskedCounts
 from moe_runtime.service.ports import Endpoint
 
 _pids = itertools.count(1000)
@@ -183,6 +184,9 @@ class FakeRouter(FakeActor):
     served: str = ""
     #: A version that a request in flight still uses.
     holds: int | None = None
+    #: Assignments that it was asked for, by layer and expert.
+    loads: dict[str, dict[str, int]] = field(default_factory=dict)
+    tells_loads: bool = True
 
     standstill: str | None = None
     outlives_restart: bool = False
@@ -226,6 +230,13 @@ class FakeRouter(FakeActor):
 
     async def status(self) -> dict[str, Any] | None:
         return {}
+
+    async def asked(self, layers: Collection[str]) -> AskedCounts | None:
+        if not self.tells_loads:
+            await asyncio.get_running_loop().create_future()
+        if self.death.done():
+            return None
+        return AskedCounts(self.pid, {name: dict(self.loads.get(name, {})) for name in layers})
 
     async def drain(self, timeout_s: float) -> bool:
         self.log.append(f"drain {self.name}")

@@ -19,7 +19,7 @@ ABSENT = object()
 def request_map(**changes: Any) -> dict[str, Any]:
     """A good request for the layer ``vectors``, as the map that travels, with some fields changed."""
     message = {
-        "protocol": [1, 1],
+        "protocol": [1, 2],
         "request_id": "r-1",
         "layer": "vectors",
         "inputs": tensor_map(np.ones((2, WIDTH), np.float32)),

@@ -36,7 +36,10 @@ class FakeClock:
 class GivenLogits(torch.nn.Module):
     """A gate whose router logits are its input."""
 
+    tasks = ()
+    default_task = None
     expert_bias = None
+    shared_weight = None
 
     def forward(self, gate_input: torch.Tensor, *, tasks: torch.Tensor | None = None) -> torch.Tensor:
         return gate_input

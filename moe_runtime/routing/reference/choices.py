@@ -32,6 +32,7 @@ class RoutingInputs:
         expert_bias: Added to scores for the selection, one per expert; none when None.
         training: Whether the policy does as in training.
         failed: (token, expert) pairs that the expert does not answer.
+        shared_weights: Weights of the shared experts, a list per token; 1 when None.
     """
 
     router_logits: Tensor
@@ -43,6 +44,7 @@ class RoutingInputs:
     expert_bias: Sequence[float] | None = None
     training: bool = False
     failed: Collection[tuple[int, int]] = ()
+    shared_weights: Sequence[Sequence[float]] | None = None
 
 
 @dataclass
@@ -58,6 +60,7 @@ class RoutedPair:
         admitted: Has a place at ``expert``.
         outcome: How it ended.
         weight: Weight applied; 0 where it was not served.
+        shared: Whether the expert is a shared one, which the policy knows nothing of.
     """
 
     token: int
@@ -68,6 +71,7 @@ class RoutedPair:
     admitted: bool = False
     outcome: Outcome = "dropped_capacity"
     weight: float = 0.0
+    shared: bool = False
 
     @property
     def rerouted(self) -> bool:

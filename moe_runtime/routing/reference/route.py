@@ -15,6 +15,7 @@ import torch
 
 from moe_runtime.config.models import CapacityConfig, ResidualRule, WeightOn
 from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
+from moe_runtime.routing.reference.choices import RoutedPair
 from moe_runtime.routing.reference.draws import row_seed, signed_draw
 from moe_runtime.routing.reference.oracles import oracle_of
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from moe_runtime.routing.reference.choices import ChoiceOracle, RoutedPair, RoutingInputs
+    from moe_runtime.routing.reference.choices import ChoiceOracle, RoutingInputs
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class RoutingRules:
     residual: ResidualRule = "none"
     weight_on: WeightOn = "output"
     reroutes_failures: bool = False
+    num_shared: int = 0
 
 
 def route_reference(inputs: RoutingInputs, rules: RoutingRules) -> list[RoutedPair]:
-    """Every requested assignment of a batch with its fate and weight, in k-major order."""
+    """Every assignment of a batch with its fate and weight, in k-major order; those of shared experts last."""
     oracle = oracle_of(rules.policy, inputs)
     pairs = sorted(oracle.request(), key=lambda pair: (pair.rank, pair.token))
     _admit(pairs, oracle, inputs, rules.capacity)
@@ -49,7 +51,7 @@ def route_reference(inputs: RoutingInputs, rules: RoutingRules) -> list[RoutedPa
             failed = (pair.token, pair.expert) in inputs.failed
             pair.outcome = "dropped_failure" if failed else "served"
     _weigh(pairs, oracle)
-    return pairs
+    return pairs + _shared_pairs(pairs, oracle, inputs, rules.num_shared)
 
 
 def forward_reference(
@@ -61,7 +63,8 @@ def forward_reference(
         tokens: The batch, ``(num_tokens, *item_shape)``.
         inputs: Its logits and wishes.
         rules: The layer's rules.
-        experts: One function per expert, from one float64 row ``item_shape`` to one row ``out_shape``.
+        experts: One function per expert, the shared ones last, from one float64 row ``item_shape`` to one row
+            ``out_shape``.
     """
     pairs = route_reference(inputs, rules)
     rows = []
@@ -71,7 +74,7 @@ def forward_reference(
             if pair.token != token or pair.outcome != "served":
                 continue
             num_served += 1
-            sum_of_weights += pair.weight
+            sum_of_weights += 0.0 if pair.shared else pair.weight
             if rules.weight_on == "input":
                 total = total + experts[pair.expert](row * pair.weight)
             else:
@@ -190,3 +193,20 @@ def _weigh(pairs: list[RoutedPair], oracle: ChoiceOracle[Any]) -> None:
                 counted += [oracle.score(pair.token, expert, sorted(left_out)) for expert in left_out]
             norm = sum(score**rule.norm_p for score in counted) ** (1.0 / rule.norm_p)
         pair.weight = rule.scaling_factor * pair.score / norm
+
+
+def _shared_pairs(
+    pairs: list[RoutedPair], oracle: ChoiceOracle[Any], inputs: RoutingInputs, num_shared: int
+) -> list[RoutedPair]:
+    """What shared experts are asked for: every token that is not padding, behind the policy's choices."""
+    num_choices = max((pair.rank + 1 for pair in pairs), default=0)
+    shared = []
+    for place in range(num_shared):
+        for token in oracle.valid_tokens():
+            expert = oracle.num_experts + place
+            score = 1.0 if inputs.shared_weights is None else inputs.shared_weights[token][place]
+            pair = RoutedPair(token, num_choices + place, expert, expert, score, admitted=True, shared=True)
+            pair.outcome = "dropped_failure" if (token, expert) in inputs.failed else "served"
+            pair.weight = score if pair.outcome == "served" else 0.0
+            shared.append(pair)
+    return shared

@@ -68,6 +68,14 @@ def test_counters_of_an_expert_are_summed_over_the_routers() -> None:
     assert "tokens 80, batches 6, queued tokens 10, batches in flight 2" in text
 
 
+def test_a_shared_expert_is_marked_as_one() -> None:
+    view = router("h:1", served=10, compute_ms=6.0, products=4)
+    view.description["layers"]["digits"]["experts"][1]["shared"] = True
+    text = printed(view)
+    assert cells(text, "lost-0")[0] == "lost-0 (shared)"
+    assert cells(text, "conv-0")[0] == "conv-0"
+
+
 def test_each_replica_of_an_expert_has_its_own_line() -> None:
     lines = printed(router("h:1", served=10, compute_ms=6.0, products=4)).splitlines()
     [index] = [index for index, line in enumerate(lines) if "conv-0" in line]
@@ -121,3 +129,13 @@ def test_json_holds_everything_that_the_router_said() -> None:
 )
 def test_a_duration_is_told_in_its_two_largest_units(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def test_a_bias_that_moves_while_serving_has_a_line() -> None:
+    view = router("h:1", served=10, compute_ms=6.0, products=4)
+    layer = view.description["layers"]["digits"]
+    assert "selection bias" not in printed(view)
+    layer["balance"] = {"num_steps": 12, "largest_bias": 0.0123, "load_ratio": 1.75, "values": [0.0123, -0.0123]}
+    assert "selection bias: 12 steps, largest 0.0123, max/mean load 1.75 before the last" in printed(view)
+    layer["balance"] = {"num_steps": 0, "largest_bias": 0.0, "load_ratio": None, "values": [0.0, 0.0]}
+    assert "selection bias: 0 steps, largest 0 " in printed(view)

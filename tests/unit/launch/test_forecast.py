@@ -65,6 +65,16 @@ def test_a_dense_layer_sends_each_token_to_every_expert():
     assert result.loads == (LoadForecast("l", "n1", pytest.approx(3.0)),)
 
 
+def test_a_shared_expert_gets_every_token_and_the_others_part_of_the_choices():
+    layer = {"policy": {"kind": "top_k", "k": 2}, "shared_experts": [{**FEED_FORWARD, "name": "all", "replicas": 2}]}
+    result = plan(view(node("n1")), [{**FEED_FORWARD, "count": 4}], **layer)
+    assert {actor.actor_id: actor.tokens for actor in result.actors[1:]} == {
+        **{f"l/feed_forward-{n}/0": 0.5 for n in range(4)},
+        "l/all/0": 0.5,
+        "l/all/1": 0.5,
+    }
+
+
 def test_weights_are_counted_per_device():
     shared = {**FEED_FORWARD, "count": 3, "resources": {"num_gpus": 0.5}}
     result = plan(view(node("n1", gpu_memory=GIB, GPU=2.0)), [shared], device="auto")

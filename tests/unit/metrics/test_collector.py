@@ -12,6 +12,7 @@ from fakes.service import make_layer, replica
 from moe_runtime.metrics.collector import RouterCollector
 from moe_runtime.service.layer import ExpertInfo, RoutedLayer
 from moe_runtime.service.lineup import Lineup
+from moe_runtime.service.online_bias import LayerBias
 from moe_runtime.service.routing_table import ReplicaState, RoutingTable
 from moe_runtime.service.stats import RouterStats
 
@@ -125,6 +126,49 @@ def test_each_counter_of_an_expert_has_its_series() -> None:
     assert 'moe_expert_compute_seconds_sum{expert="expert-1",layer="layer"} 0.002' in text
     assert 'moe_expert_wait_seconds_sum{expert="expert-1",layer="layer"} 0.001' in text
     assert 'moe_expert_wait_seconds_count{expert="expert-0",layer="layer"} 0.0' in text
+
+
+def test_shared_experts_are_counted_apart_from_what_the_policy_asked_for() -> None:
+    router = Router(make_layer(3, num_shared=1), make_layer(2, name="plain"))
+    for served, expert in enumerate(router.lineup.stats["layer"].experts, start=1):
+        expert.num_served, expert.num_dropped_failure = served, 10 * served
+    text = scrape(collector_of(router))
+    for outcome, routed, shared in (("served", 3, 3), ("dropped_failure", 30, 30)):
+        assert f'moe_assignments_total{{layer="layer",outcome="{outcome}"}} {routed}.0' in text
+        assert f'moe_shared_assignments_total{{layer="layer",outcome="{outcome}"}} {shared}.0' in text
+    assert 'moe_shared_assignments_total{layer="plain"' not in text
+
+
+def test_a_bias_that_moves_is_told_and_one_that_does_not_is_not() -> None:
+    router = Router(make_layer(), make_layer(name="still"))
+    bias = LayerBias(("expert-0", "expert-1"), (0.25, -0.25), num_steps=3, load_ratio=1.5)
+    router.lineup.table = RoutingTable(1, {}, {"layer": bias})
+    text = scrape(collector_of(router))
+    assert 'moe_expert_bias{expert="expert-0",layer="layer"} 0.25' in text
+    assert 'moe_expert_bias{expert="expert-1",layer="layer"} -0.25' in text
+    assert 'moe_bias_steps_total{layer="layer"} 3.0' in text
+    assert 'moe_bias_largest{layer="layer"} 0.25' in text
+    assert 'moe_bias_load_ratio{layer="layer"} 1.5' in text
+    assert "bias" not in "".join(line for line in text.splitlines() if 'layer="still"' in line)
+
+
+def test_before_the_first_step_a_bias_has_no_load() -> None:
+    router = Router(make_layer())
+    router.lineup.table = RoutingTable(1, {}, {"layer": LayerBias.at_zero(("expert-0", "expert-1"))})
+    text = scrape(collector_of(router))
+    assert 'moe_bias_steps_total{layer="layer"} 0.0' in text
+    assert "moe_bias_load_ratio{" not in text
+
+
+def test_only_the_hottest_experts_have_a_series_of_their_bias() -> None:
+    router = Router(make_layer(8))
+    router.lineup.stats["layer"].experts[6].num_served = 100
+    names = tuple(f"expert-{i}" for i in range(8))
+    router.lineup.table = RoutingTable(1, {}, {"layer": LayerBias(names, tuple(map(float, range(8))))})
+    text = scrape(collector_of(router, hottest_experts=2))
+    told = [line for line in text.splitlines() if line.startswith("moe_expert_bias{")]
+    assert len(told) == 2
+    assert 'moe_expert_bias{expert="expert-6",layer="layer"} 6.0' in told
 
 
 def test_the_number_of_series_does_not_grow_with_the_experts() -> None:

@@ -21,6 +21,10 @@ class Process:
         self.versions = []
         self.setups = []
         self.gate_is_broken = False
+        self.loads = {"l": {"a": 3}, "m": {"b": 4}}
+
+    def asked(self, layers):
+        return {name: counts for name, counts in self.loads.items() if name in layers}
 
     def start(self, address):
         if address == "taken":
@@ -145,3 +149,17 @@ async def test_a_router_that_cannot_serve_a_newer_plan_says_so_and_serves_on_as_
     process.gate_is_broken = False
     await actor.keep(snapshot(2, routers=plan_of("new")))
     assert process.setups == [("setup new", 2)]
+
+
+async def test_a_router_says_what_its_process_was_asked_for_and_which_process_that_is(make_actor, plan_of):
+    actor, process = make_actor(None)
+    assert await actor.asked({"l"}) is None
+    await actor.start("127.0.0.1:1", plan_of())
+    first = await actor.asked({"l"})
+    assert first.asked == {"l": {"a": 3}}
+    process.loads = {"l": {"a": 5}}
+    second = await actor.asked({"l"})
+    assert (second.incarnation, second.asked) == (first.incarnation, {"l": {"a": 5}})
+    successor, _ = make_actor(None)
+    await successor.start("127.0.0.1:1", plan_of())
+    assert (await successor.asked({"l"})).incarnation != first.incarnation

@@ -13,7 +13,9 @@ from moe_runtime.routing.combine import Combined, combine, gather_rows
 from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
+from moe_runtime.routing.reference.oracles import oracle_of
 from moe_runtime.routing.reference.route import forward_reference, route_reference
+from moe_runtime.routing.shared import add_shared_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.routing.assignments import DispatchPlan
-    from moe_runtime.routing.policy import TokenInfo
-from moe_runtime.routing.reference.choices import RoutedPair, RoutingInputs
-from moe_runtime.routing.reference.route import RoutingRules
+    from moe_runtime.routing.reference.choices import RoutedPair, RoutingInputs
+    from moe_runtime.routing.reference.route import RoutingRules
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,29 @@ class Routed:
         return list(zip(*(column.tolist() for column in columns), outcomes, weights, strict=True))
 
 
+def plan_of(inputs: RoutingInputs, rules: RoutingRules) -> DispatchPlan:
+    """What the fast path plans for a batch."""
+    policy = build_policy(rules.policy, num_experts=oracle_of(rules.policy, inputs).num_experts)
+    info = TokenInfo(
+        k=inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k),
+        mask=None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool),
+        row_seeds=None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds),
+        row_ids=None if inputs.row_ids is None else torch.tensor(inputs.row_ids),
+        token_ids=None if inputs.token_ids is None else torch.tensor(inputs.token_ids),
+        expert_bias=None if inputs.expert_bias is None else torch.tensor(inputs.expert_bias),
+        training=inputs.training,
+    )
+    assignments = policy.assign(inputs.router_logits, info)
+    admission = admit(assignments, rules.capacity, row_seeds=info.row_seeds)
+    shared = None if inputs.shared_weights is None else torch.tensor(inputs.shared_weights)
+    return plan_dispatch(add_shared_experts(admission, num_shared=rules.num_shared, weights=shared, mask=info.mask))
+
+
 def run_layer(
     tokens: Tensor, inputs: RoutingInputs, rules: RoutingRules, experts: Sequence[Callable[[Tensor], Tensor]]
 ) -> Routed:
     """One batch, from logits to outputs; rows that were not served hold NaN."""
-    policy = build_policy(rules.policy, num_experts=inputs.router_logits.shape[1])
-    k = inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k)
-    mask = None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool)
-    seeds = None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds)
-    assignments = policy.assign(inputs.router_logits, TokenInfo(k=k, mask=mask))
-    plan = plan_dispatch(admit(assignments, rules.capacity, row_seeds=seeds))
+    plan = plan_of(inputs, rules)
     rows = gather_rows(tokens, plan, weight_on=rules.weight_on)
     served = torch.tensor(
         [(t, e) not in inputs.failed for t, e in zip(plan.token_ids.tolist(), plan.expert_ids.tolist(), strict=True)],
@@ -99,3 +113,9 @@ def route() -> Callable[..., Routed]:
 def route_examples() -> Callable[..., Routed]:
     """The same for hypothesis, which wants no function-scoped fixtures."""
     return run_and_compare
+
+
+@pytest.fixture(scope="session")
+def plan_examples() -> Callable[..., DispatchPlan]:
+    """What the fast path plans for a batch, from what the oracle is given."""
+    return plan_of

@@ -77,7 +77,8 @@ def test_rows_that_were_not_served_do_not_leak_and_only_after_drop_renormalises(
 
 @pytest.mark.parametrize("normalize", ["before_drop", "after_drop", "none"])
 @pytest.mark.parametrize(
-    ("residual", "expected"), [("none", [0.0, 0.0]), ("passthrough", [1.0, 2.0]), ("add", [1.0, 2.0])]
+    ("residual", "expected"),
+    [("none", [0.0, 0.0]), ("passthrough", [1.0, 2.0]), ("add", [1.0, 2.0]), ("blend", [1.0, 2.0])],
 )
 def test_token_with_nothing_served_gets_its_residual(normalize, residual, expected):
     plan = make_plan(normalize=normalize)
@@ -91,7 +92,8 @@ def test_token_with_nothing_served_gets_its_residual(normalize, residual, expect
 
 
 @pytest.mark.parametrize(
-    ("residual", "expected"), [("none", torch.zeros(2, 2)), ("passthrough", TOKENS), ("add", TOKENS)]
+    ("residual", "expected"),
+    [("none", torch.zeros(2, 2)), ("passthrough", TOKENS), ("add", TOKENS), ("blend", TOKENS)],
 )
 def test_batch_in_which_nobody_was_served_is_its_residual(residual, expected):
     plan = make_plan()
@@ -201,3 +203,25 @@ def test_rows_are_gathered_into_memory_of_the_callers_in_its_dtype(weight_on, dt
     assert rows.data_ptr() == out.data_ptr()
     expected = gather_rows(TOKENS, plan, weight_on=weight_on, planned_ids=slice(1, 3))
     assert torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_blend_keeps_of_a_token_what_its_served_weights_leave(exact):
+    # Token 0 has 0.5 and 0.3; token 1 has 0.6 and 0.3, of which expert 0 fails.
+    plan = make_plan(normalize="none")
+    rows, served = torch.full((4, 2), 10.0), torch.tensor([True, False, True, True])
+    combined = combine(TOKENS, rows, plan, residual="blend", weight_on="output", served=served, exact=exact)
+    assert combined.outputs[0].tolist() == pytest.approx([8.0 + 0.2 * 1.0, 8.0 + 0.2 * 2.0])
+    assert combined.outputs[1].tolist() == pytest.approx([6.0 + 0.4 * 3.0, 6.0 + 0.4 * 4.0])
+
+
+def test_blend_counts_weights_that_were_applied_to_the_input():
+    plan = make_plan(normalize="none")
+    rows = gather_rows(TOKENS, plan, weight_on="input")
+    outputs = combine(TOKENS, rows, plan, residual="blend", weight_on="input").outputs
+    assert torch.allclose(outputs, TOKENS)
+
+
+def test_blend_needs_outputs_of_the_tokens_shape():
+    with pytest.raises(ShapeError, match="residual blend: expected outputs of the item shape"):
+        combine(TOKENS, torch.ones(4, 3), make_plan(), residual="blend", weight_on="output")

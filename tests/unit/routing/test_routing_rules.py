@@ -36,7 +36,7 @@ def test_weights_on_the_input_must_be_known_before_the_experts_answer():
         check(TopKPolicyConfig(normalize="after_drop"), weight_on="input")
 
 
-@pytest.mark.parametrize("residual", ["add", "passthrough"])
+@pytest.mark.parametrize("residual", ["add", "passthrough", "blend"])
 def test_a_residual_needs_outputs_of_the_tokens_shape(residual):
     with pytest.raises(ConfigError, match=rf"^residual: expected none, found {residual}: .*\[4\], outputs \[5\]"):
         check(residual=residual, out_shape=(5,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,6 +203,17 @@ def test_layers_do_not_wait_for_each_other() -> None:
     queue.add(1)
     queue.add(2, layer="other")
     assert queue.sizes() == [1, 2]
+
+
+def test_requests_share_a_batch_of_a_policy_that_couples_tokens_but_none_is_torn_apart() -> None:
+    policy = replace(make_layer().policy, batch_coupled=True)
+    layer = make_layer(policy=policy, allow_batch_coupled=True, max_batches_in_flight=9)
+    queue = Queue(layer)
+    for num_tokens in (5, 5, 3, 8, 1):
+        queue.add(num_tokens)
+    queue.clock.advance(1.0)
+    joined = [[(part.start, part.stop) for part in batch.parts] for batch in iter(queue.batcher.next_batch, None)]
+    assert joined == [[(0, 5)], [(0, 5), (0, 3)], [(0, 8)], [(0, 1)]]
 
 
 def test_an_isolated_request_is_a_batch_of_its_own() -> None:

@@ -18,7 +18,7 @@ from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.ports import HostReply, HostRequest, SegmentResult
 from moe_runtime.service.report import BatchLedger
 
-NUM_EXPERTS = 4
+NUM_EXPERTS, MOST_SHARED = 4, 2
 OUTCOMES = {"served": 0, "dropped_capacity": 1, "dropped_failure": 2}
 
 policies = st.one_of(
@@ -57,9 +57,10 @@ def answer_truthfully(transport: FakeTransport, request: HostRequest) -> None:
 @given(
     policy=policies,
     capacity=capacities,
-    residual=st.sampled_from(["add", "passthrough", "none"]),
+    residual=st.sampled_from(["add", "passthrough", "none", "blend"]),
     num_tokens=st.integers(1, 9),
-    dead=st.sets(st.integers(0, NUM_EXPERTS - 1), max_size=2),
+    num_shared=st.sampled_from([0, 0, 1, MOST_SHARED]),
+    dead=st.sets(st.integers(0, NUM_EXPERTS + MOST_SHARED - 1), max_size=2),
     steps=st.sampled_from([("drop",), ("reroute", "drop"), ("replica", "reroute", "error")]),
     seed=st.integers(0, 10_000),
 )
@@ -68,6 +69,7 @@ def test_outputs_and_outcomes_equal_the_reference(
     capacity: CapacityConfig,
     residual: str,
     num_tokens: int,
+    num_shared: int,
     dead: set[int],
     steps: tuple[str, ...],
     seed: int,
@@ -76,8 +78,11 @@ def test_outputs_and_outcomes_equal_the_reference(
     tokens = torch.randn(num_tokens, 3, generator=generator)
     logits = torch.randn(num_tokens, NUM_EXPERTS, generator=generator)
     mask = torch.rand(num_tokens, generator=generator) > 0.2
+    num_experts = NUM_EXPERTS + num_shared
     layer = make_layer(
-        NUM_EXPERTS,
+        num_experts,
+        num_shared=num_shared,
+        gate_features=NUM_EXPERTS,
         policy=build_policy(policy, num_experts=NUM_EXPERTS),
         capacity=capacity,
         residual=residual,
@@ -85,7 +90,7 @@ def test_outputs_and_outcomes_equal_the_reference(
     )
     transport = FakeTransport(refusing={endpoint(10 + expert_id) for expert_id in dead})
     engine = RouterEngine({"layer": layer}, transport)
-    engine.set_table(table_of(1, *range(10, 10 + NUM_EXPERTS)))
+    engine.set_table(table_of(1, *range(10, 10 + num_experts)))
     engine.submit(
         Batch("layer", tokens, gate_input=logits, info=TokenInfo(mask=mask, row_seeds=torch.arange(num_tokens)))
     )
@@ -94,16 +99,17 @@ def test_outputs_and_outcomes_equal_the_reference(
     (result,) = engine.poll(0.0)
 
     can_reroute = "reroute" in steps and layer.policy.can_reroute
-    rules = RoutingRules(policy, capacity, residual, reroutes_failures=can_reroute)
+    rules = RoutingRules(policy, capacity, residual, reroutes_failures=can_reroute, num_shared=num_shared)
     inputs = RoutingInputs(
         logits,
         mask=mask.tolist(),
         row_seeds=list(range(num_tokens)),
         failed={(token, expert_id) for token in range(num_tokens) for expert_id in dead},
     )
-    experts = [lambda row, e=e: scale(e) * row for e in range(NUM_EXPERTS)]
-    pairs = sorted(route_reference(inputs, rules), key=lambda pair: (pair.token, pair.rank))
-    has_failures = any(pair.outcome == "dropped_failure" for pair in pairs)
+    experts = [lambda row, e=e: scale(e) * row for e in range(num_experts)]
+    every_pair = sorted(route_reference(inputs, rules), key=lambda pair: (pair.token, pair.rank))
+    pairs, shared = ([pair for pair in every_pair if pair.shared == kind] for kind in (False, True))
+    has_failures = any(pair.outcome == "dropped_failure" for pair in every_pair)
     assert bool(result.errors) == (steps[-1] == "error" and has_failures)
     if result.errors:
         # The request fails as a whole: what else becomes of its rows is nobody's business.
@@ -120,3 +126,11 @@ def test_outputs_and_outcomes_equal_the_reference(
     assert report.outcomes.tolist() == [OUTCOMES[pair.outcome] for pair in pairs]
     assert report.num_rerouted == sum(pair.rerouted for pair in pairs)
     assert report.num_assignments == report.num_served + report.num_dropped_capacity + report.num_dropped_failure
+    num_shared_served = sum(pair.outcome == "served" for pair in shared)
+    assert (report.num_shared_served, report.num_shared_dropped) == (num_shared_served, len(shared) - num_shared_served)
+    if num_shared:
+        weights = torch.zeros(num_tokens, num_shared)
+        for pair in shared:
+            weights[pair.token, pair.expert - NUM_EXPERTS] = pair.weight
+        assert report.shared_weights is not None
+        assert report.shared_weights.tolist() == weights.tolist()

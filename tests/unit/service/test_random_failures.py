@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from moe_runtime.service.report import BatchLedger
 from moe_runtime.service.routing_table import RoutingTable
 from moe_runtime.wire.messages import SERVED
 
-NUM_EXPERTS = 4
+NUM_EXPERTS, MOST_SHARED = 4, 2
 COUNTERS = ("num_served", "num_dropped_capacity", "num_dropped_failure", "num_retried", "num_rerouted", "num_hedged")
 ORDERS = [
     ("replica", "reroute", "drop"),
@@ -31,8 +32,10 @@ ORDERS = [
 ]
 
 layers = st.builds(
-    lambda k, score, normalize, factor, order, residual, hedged, exact: make_layer(
-        NUM_EXPERTS,
+    lambda k, score, normalize, factor, order, residual, hedged, exact, num_shared: make_layer(
+        NUM_EXPERTS + num_shared,
+        num_shared=num_shared,
+        gate_features=NUM_EXPERTS,
         policy=build_policy(TopKPolicyConfig(k=k, score=score, normalize=normalize), num_experts=NUM_EXPERTS),
         capacity=CapacityConfig(factor=factor, min=1, overflow="reroute" if factor == 1.0 else "drop"),
         on_failure=OnFailureConfig(order=order),
@@ -45,14 +48,15 @@ layers = st.builds(
     normalize=st.sampled_from(["before_drop", "after_drop", "none"]),
     factor=st.sampled_from([None, 0.5, 1.0]),
     order=st.sampled_from(ORDERS),
-    residual=st.sampled_from(["add", "passthrough", "none"]),
+    residual=st.sampled_from(["add", "passthrough", "none", "blend"]),
     hedged=st.booleans(),
     exact=st.booleans(),
+    num_shared=st.integers(0, MOST_SHARED),
 )
 
 
 class Hosts:
-    """Two hosts per two experts, and a third replica of expert 0; they misbehave as a seed says."""
+    """Two hosts per two experts, shared or not, and a third replica of expert 0; they misbehave as a seed says."""
 
     def __init__(self, seed: int, badness: float) -> None:
         self.clock = FakeClock()
@@ -62,14 +66,19 @@ class Hosts:
 
     @staticmethod
     def table() -> RoutingTable:
-        replicas = {("layer", e): [replica(e, 10 + e // 2), replica(e, 20 + e // 2, n=1)] for e in range(NUM_EXPERTS)}
+        replicas = {
+            ("layer", e): [replica(e, 10 + e // 2), replica(e, 20 + e // 2, n=1)]
+            for e in range(NUM_EXPERTS + MOST_SHARED)
+        }
         replicas["layer", 0].append(replica(0, 30, n=2))
         return RoutingTable(1, {key: tuple(each) for key, each in replicas.items()})
 
     def work(self) -> None:
         """One host does something with one message, or time passes."""
         transport, draw = self.transport, self._random
-        transport.refusing = {endpoint(host) for host in (10, 11, 20, 21, 30) if draw.random() < self._badness / 4}
+        transport.refusing = {
+            endpoint(host) for host in (10, 11, 12, 20, 21, 22, 30) if draw.random() < self._badness / 4
+        }
         if not transport.sent or draw.random() < self._badness / 2:
             self.clock.advance(draw.choice([0.01, 0.3, 1.1]))
             return
@@ -135,16 +144,26 @@ def check_part(result: BatchResult, layer: RoutedLayer, tokens: torch.Tensor, ro
     served = torch.from_numpy(report.outcomes == SERVED)
     scales = torch.from_numpy(report.expert_weights) * (torch.from_numpy(report.expert_ids) + 1.0) * served
     mine, own = torch.from_numpy(report.token_ids), tokens[rows.start : rows.stop]
-    expected = own * torch.zeros(len(rows)).index_add(0, mine, scales)[:, None]
+    sums, num_served = (torch.zeros(len(rows)).index_add(0, mine, each) for each in (scales, served.float()))
+    if layer.num_shared:
+        assert report.num_shared_served + report.num_shared_dropped == len(rows) * layer.num_shared
+        assert report.shared_weights is not None
+        shared = torch.from_numpy(report.shared_weights)
+        sums = sums + shared @ torch.arange(layer.num_routed + 1.0, layer.num_experts + 1.0)
+        num_served = num_served + (shared > 0).sum(1)
+    expected = own * sums[:, None]
     if layer.residual == "add":
         expected = expected + own
+    elif layer.residual == "blend":
+        weights = torch.from_numpy(report.expert_weights)
+        expected = expected + (1.0 - torch.zeros(len(rows)).index_add(0, mine, weights))[:, None] * own
     elif layer.residual == "passthrough":
-        idle = torch.zeros(len(rows)).index_add(0, mine, served.float()) == 0
-        expected[idle] = own[idle]
+        expected[num_served == 0] = own[num_served == 0]
     torch.testing.assert_close(result.outputs[rows.start : rows.stop], expected, rtol=1e-4, atol=1e-4)
     held = list(zip(report.token_ids.tolist(), report.expert_ids.tolist(), strict=True))
     assert len(set(held)) == len(held)
-    return {name: getattr(report, name) for name in COUNTERS}
+    assert max(report.expert_ids) < layer.num_routed
+    return {name: getattr(report, name) for name in (*COUNTERS, "num_shared_served", "num_shared_dropped")}
 
 
 @settings(max_examples=80, deadline=None)
@@ -170,7 +189,7 @@ def test_every_batch_comes_back_once_and_adds_up(
         names = tuple(f"r{place}" for place in range(len(sizes)))
         batch = Batch("layer", tokens, gate_input=logits, row_starts=starts, request_ids=names)
         ids[engine.submit(batch)] = hosts.clock.now()
-    sums = dict.fromkeys(COUNTERS, 0)
+    sums = Counter[str]()
     while engine.num_in_flight:
         hosts.work()
         for result in engine.poll(0.0):
@@ -178,9 +197,15 @@ def test_every_batch_comes_back_once_and_adds_up(
             assert torch.isfinite(result.outputs).all()
             for start, size in zip(starts, sizes, strict=True):
                 counts = check_part(result, layer, tokens, range(start, start + size))
-                sums = {name: sums[name] + counts[name] for name in COUNTERS}
+                sums.update(counts)
     assert ids == {}
     assert hosts.clock.now() < 100.0 + layer.timeout_s + 2.0
-    experts = engine.stats.layers["layer"].experts
-    assert {name: sum(getattr(expert, name) for expert in experts) for name in COUNTERS} == sums
+    every_expert = engine.stats.layers["layer"].experts
+    experts, shared = every_expert[: layer.num_routed], every_expert[layer.num_routed :]
+    assert {name: sum(getattr(expert, name) for expert in experts) for name in COUNTERS} == {
+        name: sums[name] for name in COUNTERS
+    }
+    assert sum(expert.num_served for expert in shared) == sums["num_shared_served"]
+    assert sum(expert.num_dropped_failure for expert in shared) == sums["num_shared_dropped"]
+    assert sum(expert.num_rerouted + expert.num_dropped_capacity for expert in shared) == 0
     assert engine.stats.layers["layer"].totals.num_rerouted == sums["num_rerouted"]

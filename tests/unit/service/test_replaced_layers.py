@@ -10,7 +10,7 @@ from queue import Queue
 import pytest
 import torch
 
-from fakes.service import make_layer, tokens_of
+from fakes.service import GivenLogits, make_layer, tokens_of
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.errors import InvalidRequestError, UnknownLayerError
 from moe_runtime.service.generations import RouterSetup
@@ -24,7 +24,7 @@ WAIT_S = 20.0
 OLD, NEW = 2.0, 3.0
 
 
-class LastFirst(torch.nn.Module):
+class LastFirst(GivenLogits):
     """A gate: the more positive the tokens, the more it prefers the last expert."""
 
     def __init__(self, num_experts):

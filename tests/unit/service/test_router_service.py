@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fakes.service import FakeClock, make_layer, tokens_of
+from fakes.service import FakeClock, GivenLogits, make_layer, tokens_of
 from moe_runtime.config.models import OnFailureConfig
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.errors import (
@@ -257,8 +257,8 @@ def test_a_dropped_assignment_is_counted_when_no_expert_is_there(setting: Settin
     assert report.warnings == ("expert expert-2: no replica is ready",)
 
 
-class BrokenGate(torch.nn.Module):
-    def forward(self, gate_input: torch.Tensor) -> torch.Tensor:
+class BrokenGate(GivenLogits):
+    def forward(self, gate_input: torch.Tensor, *, tasks: torch.Tensor | None = None) -> torch.Tensor:
         raise RuntimeError(f"secret detail about {gate_input.shape}")
 
 
@@ -321,7 +321,7 @@ def test_describe_and_status_show_experts_replicas_and_counters(setting: Setting
     setting.submit(tokens_of(4), options=RequestOptions(task="x"))
     setting.reply(setting.receive())
     assert setting.mailbox.answer().report.warnings == (
-        "option task has no effect: the policy of layer layer does not use it",
+        "option task has no effect: the gate of layer layer has one part for all tasks",
     )
     layer = setting.service.describe()["layers"]["layer"]
     assert layer["item_shape"] == [3]
@@ -332,6 +332,7 @@ def test_describe_and_status_show_experts_replicas_and_counters(setting: Setting
     counters = status["layers"]["layer"]
     assert (counters["num_batches"], counters["num_tokens"], counters["batches_in_flight"]) == (1, 4, 0)
     assert counters["experts"][2] == {
+        "num_asked": 4,
         "num_served": 4,
         "num_dropped_capacity": 0,
         "num_dropped_failure": 0,

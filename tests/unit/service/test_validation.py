@@ -101,11 +101,11 @@ def test_a_layer_may_allow_non_finite_input() -> None:
 
 def test_options_that_the_policy_does_not_read_are_named() -> None:
     request = LayerRequest("r", "layer", tokens_of(1), RequestOptions(token_ids=torch.tensor([1]), task="x"))
-    assert unused_options(request) == (
+    assert unused_options(request, LAYER) == (
         "option token_ids has no effect: the policy of layer layer does not use it",
-        "option task has no effect: the policy of layer layer does not use it",
+        "option task has no effect: the gate of layer layer has one part for all tasks",
     )
-    assert unused_options(LayerRequest("r", "layer", tokens_of(1))) == ()
+    assert unused_options(LayerRequest("r", "layer", tokens_of(1)), LAYER) == ()
 
 
 def test_a_token_beyond_the_range_of_the_wires_dtype_is_refused() -> None:

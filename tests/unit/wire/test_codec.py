@@ -140,6 +140,33 @@ def test_reply_of_an_older_minor_version_lacks_the_counts_that_came_later() -> N
     assert (report.num_rerouted, report.num_retried) == (1, 0)
 
 
+SHARED = {
+    "num_shared_served": 3,
+    "num_shared_dropped": 1,
+    "shared_weights": np.array([[1.0, 0.5], [0.0, 0.25]], np.float32),
+}
+
+
+def test_what_is_reported_of_shared_experts_survives_and_is_left_out_where_there_are_none() -> None:
+    body = encode_reply(ForwardReply(from_numpy(OUTPUTS), dataclasses.replace(REPORT, **SHARED)))
+    report = decode_reply(body).report
+    assert (report.num_shared_served, report.num_shared_dropped) == (3, 1)
+    assert report.shared_weights is not None
+    np.testing.assert_array_equal(report.shared_weights, SHARED["shared_weights"])
+    assert not SHARED.keys() & reply_map()["report"].keys()
+    bare = decode_reply(msgpack.packb(reply_map())).report
+    assert (bare.num_shared_served, bare.num_shared_dropped, bare.shared_weights) == (0, 0, None)
+
+
+@pytest.mark.parametrize(
+    "weights", [np.zeros((3, 2), np.float32), np.zeros((2, 2), np.float64), np.zeros(2, np.float32)]
+)
+def test_weights_of_shared_experts_of_another_kind_are_refused(weights: np.ndarray[Any, Any]) -> None:
+    body = encode_reply(ForwardReply(from_numpy(OUTPUTS), dataclasses.replace(REPORT, shared_weights=weights)))
+    with pytest.raises(ProtocolError, match=r"report\.shared_weights: expected float32 of shape \(2, num_shared\)"):
+        decode_reply(body)
+
+
 def test_newer_minor_version_may_bring_unknown_keys_anywhere() -> None:
     message = request_map(protocol=[1, 7], surprise=[1], options={"seed": 4, "surprise": "x"})
     message["inputs"]["surprise"] = 0
