@@ -90,7 +90,7 @@ def _route(
         gate = TrainedGate(trained.layer.gate.state_dict()["weight"], data.training.pixels)
         truth = Truth(data.held_out.digits, trained.layer.expert_logits(pixels))
     starting = progress.add_task("Starting actors", total=None, note="")
-    routing = progress.add_task("Rolling through policies", total=len(policies), note="")
+    routing = progress.add_task("Rolling through policies", total=len(policies), note="", start=False)
 
     def on_start(num_ready: int, num_actors: int) -> None:
         progress.update(starting, total=num_actors, completed=num_ready, note=f"{num_ready} of {num_actors} ready")
@@ -100,6 +100,7 @@ def _route(
         served = prepare(policies, gate, recipe=recipe, experts=trained.folder, folder=Path(folder))
         for answer in answers(served, pixels, logits=gate.logits(pixels), ray=ray, on_start=on_start):
             found.append(answer)
+            progress.start_task(routing)
             progress.update(routing, advance=1, note=answer.policy.name)
     return _result(found, trained, truth=truth)
 

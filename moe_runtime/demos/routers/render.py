@@ -67,11 +67,11 @@ def _notes(result: RoutersResult) -> list[str]:
     rolling = sorted(policy.rolling_s for policy in result.policies)[len(result.policies) // 2]
     return [
         f"[dim]loads[/]       of {', '.join(result.experts)}",
-        f"[dim]experts[/]     the same for every policy: {where}; a policy took {rolling:.2f} s to take over",
+        f"[dim]experts[/]     {where}, for every policy; a policy took over in {rolling:.2f} s",
         f"[dim]batch[/]       {result.num_images} held-out images in one request; capacity factor {CAPACITY_FACTOR}",
         "[dim]as dense[/]    share of the images of the same digit as with all experts; |diff|: mean, of the logits",
-        f"[dim]difference[/]  [bold {colour}]{worst:.1e}[/] at most from what the reported experts and weights come to "
-        f"in one process; allowed {MAX_DIFFERENCE:.1e}",
+        f"[dim]difference[/]  [bold {colour}]{worst:.1e}[/] at most from what experts and weights come to in one process; "
+        f"allowed {MAX_DIFFERENCE:.1e}",
         f"[dim]took[/]        {result.seconds:.0f} s",
     ]
 
