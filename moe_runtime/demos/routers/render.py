@@ -70,8 +70,8 @@ def _notes(result: RoutersResult) -> list[str]:
         f"[dim]experts[/]     {where}, for every policy; a policy took over in {rolling:.2f} s",
         f"[dim]batch[/]       {result.num_images} held-out images in one request; capacity factor {CAPACITY_FACTOR}",
         "[dim]as dense[/]    share of the images of the same digit as with all experts; |diff|: mean, of the logits",
-        f"[dim]difference[/]  [bold {colour}]{worst:.1e}[/] at most from what experts and weights come to in one process; "
-        f"allowed {MAX_DIFFERENCE:.1e}",
+        f"[dim]difference[/]  [bold {colour}]{worst:.1e}[/] at most from what experts and weights come to in one "
+        f"process; allowed {MAX_DIFFERENCE:.1e}",
         f"[dim]took[/]        {result.seconds:.0f} s",
     ]
 
