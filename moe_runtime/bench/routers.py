@@ -67,7 +67,9 @@ def _measure(shape: Shape, *, num_experts: int) -> Iterator[Row]:
 def _contenders(routers: Sequence[Router], batch: RouterBatch) -> Iterator[Contender]:
     """The routers, and the least that any top-2 must do: score, select, sort the choices by expert."""
     plain = next(router for router in routers if router.case.name == _HEADLINE)
-    tokens = {router.policy.num_logits: _tokens(router, batch) for router in routers}
+    # Gates of one width are the same, and so are the tokens made for them.
+    gates = {router.policy.num_logits: router for router in routers}
+    tokens = {num_logits: _tokens(router, batch) for num_logits, router in gates.items()}
     weight = plain.gate.weight
     some = tokens[plain.policy.num_logits]
     yield _contender(BARE, lambda: _select_and_sort(some @ weight.T))
