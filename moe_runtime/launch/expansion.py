@@ -35,9 +35,9 @@ class ExpandedExpert:
 def expand_experts(loaded: LoadedConfig, layer_name: str) -> list[ExpandedExpert]:
     """The experts of a layer in the order of the gate's rows, then the shared ones; names may still clash."""
     layer = loaded.config.layers[layer_name]
-    taken = {name for _, block in expert_blocks(layer) for name in _given_names(block)}
+    taken = {name for _, block in blocks_of(layer) for name in _given_names(block)}
     experts: list[ExpandedExpert] = []
-    for key, block in expert_blocks(layer):
+    for key, block in blocks_of(layer):
         for i, name in enumerate(_names(block, taken)):
             weights = None if block.weights is None else loaded.locate(block.weights.replace("{i}", str(i)))
             spec = ExpertSpec(
@@ -65,7 +65,7 @@ def expand_experts(loaded: LoadedConfig, layer_name: str) -> list[ExpandedExpert
 def name_mistakes(layer_name: str, layer: LayerConfig) -> Iterator[str]:
     """One line per name that an earlier block of the layer has too."""
     owners: dict[str, str] = {}
-    for key, block in expert_blocks(layer):
+    for key, block in blocks_of(layer):
         for name in _given_names(block):
             owner = owners.setdefault(name, key)
             if owner != key:
@@ -75,7 +75,7 @@ def name_mistakes(layer_name: str, layer: LayerConfig) -> Iterator[str]:
                 )
 
 
-def expert_blocks(layer: LayerConfig) -> Iterator[tuple[str, ExpertConfig]]:
+def blocks_of(layer: LayerConfig) -> Iterator[tuple[str, ExpertConfig]]:
     """Every block of experts with its key within the layer, ``experts.0``."""
     for key, blocks in (("experts", layer.experts), ("shared_experts", layer.shared_experts)):
         for index, block in enumerate(blocks):

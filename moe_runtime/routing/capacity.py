@@ -37,8 +37,13 @@ def expert_capacity(num_assignments: int, *, num_valid: int, num_experts: int, r
     """
     if rule.factor is None:
         return None
-    wanted = math.ceil(_exact(rule.factor) * num_assignments / num_experts)
+    wanted = share_per_expert(num_assignments, factor=rule.factor, num_experts=num_experts)
     return min(max(wanted, rule.min), num_valid)
+
+
+def share_per_expert(number: int, *, factor: float, num_experts: int) -> int:
+    """``ceil(factor * number / num_experts)``, in exact arithmetic on the factor as it is written."""
+    return math.ceil(_exact(factor) * number / num_experts)
 
 
 def admit(assignments: Assignments, rule: CapacityConfig, *, row_seeds: Tensor | None = None) -> Admission:

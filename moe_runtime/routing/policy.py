@@ -79,6 +79,11 @@ class Policy(ABC):
         """Width of the gate's output; 0 where the gate is not asked."""
         return self.num_experts
 
+    @property
+    def draws_in_evaluation(self) -> bool:
+        """Whether the seeds of rows decide anything outside training."""
+        return "row_seeds" in self.reads
+
     def assign(self, router_logits: Tensor, info: TokenInfo = NO_INFO) -> Assignments:
         """The assignments that the tokens of a batch ask for.
 

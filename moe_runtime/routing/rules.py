@@ -40,6 +40,11 @@ def check_rules(
         ConfigError: With one line per mistake, each beginning with the key within the layer.
     """
     mistakes = []
+    if policy.sets_capacity and capacity.factor is not None:
+        mistakes.append(
+            f"capacity.factor: expected null, found {capacity.factor:g}: the policy itself decides how many tokens an "
+            "expert takes"
+        )
     if capacity.overflow == "reroute" and not policy.can_reroute:
         mistakes.append(
             "capacity.overflow: expected drop, found reroute: the policy has no scores for experts that a "

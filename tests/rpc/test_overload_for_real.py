@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import torch
 
 from fakes.service import make_layer
+from moe_runtime.config.gates import LinearGateConfig
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.errors import MoERuntimeError, OverloadedError
+from moe_runtime.routing.gate import GateShape
+from moe_runtime.routing.gates import build_gate
 from moe_runtime.rpc.aio_client import AsyncMoEClient
 from moe_runtime.rpc.retries import RetryPolicy
 from moe_runtime.rpc.server import RpcServer
@@ -75,7 +77,8 @@ def host() -> Iterator[Host]:
                 transport.reply(delivery, HostReply(request.ticket, results, request.rows))
                 took_s.append(time.monotonic() - began_at)
 
-    layer = make_layer(1, gate=torch.nn.Linear(3, 1), gate_features=3, timeout_s=10.0)
+    gate = build_gate(LinearGateConfig(), GateShape(3, 1), seed=0).eval()
+    layer = make_layer(1, gate=gate, gate_features=3, timeout_s=10.0)
     limits = LimitsConfig()
     service = RouterService(
         {"layer": layer}, network.router_transport(), router=RouterConfig(max_batch_tokens=BATCH_TOKENS), limits=limits

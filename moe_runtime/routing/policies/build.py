@@ -6,17 +6,29 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.config.policies import (
     DensePolicyConfig,
+    ExpertChoicePolicyConfig,
+    GlobalAssignmentPolicyConfig,
     GShardPolicyConfig,
+    HashPolicyConfig,
     HierarchicalPolicyConfig,
+    RandomPolicyConfig,
+    ReinforcePolicyConfig,
+    RoundRobinPolicyConfig,
+    SinkhornPolicyConfig,
     SparseMixerPolicyConfig,
     SwitchPolicyConfig,
     TopKPolicyConfig,
 )
 from moe_runtime.errors import ConfigError
 from moe_runtime.routing.assignments import WeightRule
+from moe_runtime.routing.policies.expert_choice import ExpertChoicePolicy
+from moe_runtime.routing.policies.gate_free import HashPolicy, RandomPolicy, RoundRobinPolicy
+from moe_runtime.routing.policies.global_assignment import GlobalAssignmentPolicy
 from moe_runtime.routing.policies.groups import GroupLimit
 from moe_runtime.routing.policies.gshard import GShardPolicy
 from moe_runtime.routing.policies.hierarchical import SharedFirstPolicy, TreePolicy
+from moe_runtime.routing.policies.reinforce import ReinforcePolicy
+from moe_runtime.routing.policies.sinkhorn import SinkhornPolicy
 from moe_runtime.routing.policies.sparsemixer import SparseMixerPolicy, sparsemixer_rule
 from moe_runtime.routing.policies.top_k import TopKPolicy
 
@@ -26,6 +38,8 @@ if TYPE_CHECKING:
 
     from moe_runtime.config.policies import PolicyConfig
     from moe_runtime.routing.policy import Policy, RowFact
+
+_UNNORMALIZED = WeightRule(normalize="none")
 
 
 def build_policy(config: PolicyConfig, *, num_experts: int) -> Policy:
@@ -75,7 +89,7 @@ def _group_limit(config: TopKPolicyConfig, num_experts: int) -> GroupLimit | Non
 
 
 def _switch(config: SwitchPolicyConfig, num_experts: int) -> Policy:
-    return TopKPolicy(num_experts=num_experts, max_k=1, weight_rule=WeightRule(normalize="none"))
+    return TopKPolicy(num_experts=num_experts, max_k=1, weight_rule=_UNNORMALIZED)
 
 
 def _gshard_top2(config: GShardPolicyConfig, num_experts: int) -> Policy:
@@ -123,6 +137,58 @@ def _hierarchical(config: HierarchicalPolicyConfig, num_experts: int) -> Policy:
     )
 
 
+def _expert_choice(config: ExpertChoicePolicyConfig, num_experts: int) -> Policy:
+    return ExpertChoicePolicy(
+        num_experts=num_experts,
+        max_k=num_experts,
+        capacity_factor=config.capacity_factor,
+        score=config.score,
+        weight_rule=WeightRule(normalize=config.normalize),
+    )
+
+
+def _global_assignment(config: GlobalAssignmentPolicyConfig, num_experts: int) -> Policy:
+    return GlobalAssignmentPolicy(
+        num_experts=num_experts,
+        max_k=1,
+        weight_rule=_UNNORMALIZED,
+        batch_coupled=config.evaluation == "as_in_training",
+        solver=config.solver,
+    )
+
+
+def _sinkhorn(config: SinkhornPolicyConfig, num_experts: int) -> Policy:
+    return SinkhornPolicy(
+        num_experts=num_experts,
+        max_k=config.k,
+        weight_rule=_UNNORMALIZED,
+        batch_coupled=config.evaluation == "as_in_training",
+        tolerance=config.tolerance,
+        max_iterations=config.max_iterations,
+    )
+
+
+def _hash(config: HashPolicyConfig, num_experts: int) -> Policy:
+    return HashPolicy(num_experts=num_experts, max_k=config.k, weight_rule=_UNNORMALIZED, seed=config.seed)
+
+
+def _random(config: RandomPolicyConfig, num_experts: int) -> Policy:
+    return RandomPolicy(num_experts=num_experts, max_k=config.k, weight_rule=_UNNORMALIZED)
+
+
+def _round_robin(config: RoundRobinPolicyConfig, num_experts: int) -> Policy:
+    return RoundRobinPolicy(num_experts=num_experts, max_k=config.k, weight_rule=_UNNORMALIZED)
+
+
+def _reinforce(config: ReinforcePolicyConfig, num_experts: int) -> Policy:
+    return ReinforcePolicy(
+        num_experts=num_experts,
+        max_k=config.k,
+        weight_rule=WeightRule(normalize=config.normalize),
+        samples=config.evaluation == "as_in_training",
+    )
+
+
 def _check_divides(key: str, count: int, num_experts: int) -> None:
     if num_experts % count:
         raise ConfigError(f"{key}: expected a divisor of the layer's {num_experts} experts, found {count}")
@@ -140,4 +206,11 @@ _BUILDERS: dict[type, Callable[[Any, int], Policy]] = {
     GShardPolicyConfig: _gshard_top2,
     SparseMixerPolicyConfig: _sparsemixer,
     HierarchicalPolicyConfig: _hierarchical,
+    ExpertChoicePolicyConfig: _expert_choice,
+    GlobalAssignmentPolicyConfig: _global_assignment,
+    SinkhornPolicyConfig: _sinkhorn,
+    HashPolicyConfig: _hash,
+    RandomPolicyConfig: _random,
+    RoundRobinPolicyConfig: _round_robin,
+    ReinforcePolicyConfig: _reinforce,
 }

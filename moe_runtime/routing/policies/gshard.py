@@ -45,6 +45,11 @@ class GShardPolicy(Policy):
     threshold: float
     can_reroute: bool = True
 
+    @property
+    def draws_in_evaluation(self) -> bool:
+        """Whether the second is kept by chance outside training too."""
+        return self.second_in_evaluation in ("threshold", "proportional")
+
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """The assignments that the tokens of a batch ask for; see ``Policy.assign``."""
         all_scores = torch.softmax(logits, dim=-1)
@@ -75,6 +80,6 @@ class GShardPolicy(Policy):
             return torch.tensor([True, False], device=scores.device).expand(scores.shape)
         share = scores[:, _SECOND] / scores.sum(-1)
         chance = share / self.threshold if rule == "threshold" else 2 * share
-        seeds = torch.arange(scores.shape[0], device=scores.device) if info.row_seeds is None else info.row_seeds
-        second = uniform_draws(seeds, _SECOND, stream=_STREAM) < chance
+        seeds = torch.arange(scores.shape[0]) if info.row_seeds is None else info.row_seeds
+        second = uniform_draws(seeds.to(scores.device), _SECOND, stream=_STREAM) < chance
         return torch.stack([torch.ones_like(second), second], dim=1)

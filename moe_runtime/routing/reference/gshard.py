@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moe_runtime.config.policies import GShardPolicyConfig
 from moe_runtime.routing.assignments import WeightRule
 from moe_runtime.routing.reference.choices import ChoiceOracle, RoutedPair, softmax
-from moe_runtime.routing.reference.draws import row_seed, uniform_draw
+from moe_runtime.routing.reference.draws import uniform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,4 +58,5 @@ class GShardOracle(ChoiceOracle[GShardPolicyConfig]):
         first, second = (self.preferences(token)[expert] for expert in self._best_two(token))
         share = second / (first + second)
         chance = {"threshold": share / config.threshold, "proportional": 2 * share, "always": 1.0, "never": 0.0}[rule]
-        return uniform_draw(row_seed(self.inputs, token), 1, stream=1) < chance
+        seed = token if self.inputs.row_seeds is None else self.inputs.row_seeds[token]
+        return uniform(seed, 1, stream=1) < chance

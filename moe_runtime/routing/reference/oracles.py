@@ -6,14 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.config.policies import (
     DensePolicyConfig,
+    ExpertChoicePolicyConfig,
+    GlobalAssignmentPolicyConfig,
     GShardPolicyConfig,
+    HashPolicyConfig,
     HierarchicalPolicyConfig,
+    RandomPolicyConfig,
+    ReinforcePolicyConfig,
+    RoundRobinPolicyConfig,
+    SinkhornPolicyConfig,
     SparseMixerPolicyConfig,
     SwitchPolicyConfig,
     TopKPolicyConfig,
 )
+from moe_runtime.routing.reference.balanced import ExpertChoiceOracle, GlobalAssignmentOracle, SinkhornOracle
+from moe_runtime.routing.reference.gate_free import GateFreeOracle
 from moe_runtime.routing.reference.gshard import GShardOracle
 from moe_runtime.routing.reference.hierarchical import HierarchicalOracle
+from moe_runtime.routing.reference.sampled import ReinforceOracle
 from moe_runtime.routing.reference.sparsemixer import SparseMixerOracle
 from moe_runtime.routing.reference.token_choice import TopKOracle
 
@@ -28,6 +38,13 @@ _ORACLES: dict[type, type[ChoiceOracle[Any]]] = {
     GShardPolicyConfig: GShardOracle,
     SparseMixerPolicyConfig: SparseMixerOracle,
     HierarchicalPolicyConfig: HierarchicalOracle,
+    ExpertChoicePolicyConfig: ExpertChoiceOracle,
+    GlobalAssignmentPolicyConfig: GlobalAssignmentOracle,
+    SinkhornPolicyConfig: SinkhornOracle,
+    HashPolicyConfig: GateFreeOracle,
+    RandomPolicyConfig: GateFreeOracle,
+    RoundRobinPolicyConfig: GateFreeOracle,
+    ReinforcePolicyConfig: ReinforceOracle,
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from moe_runtime.config.models import CapacityConfig, ResidualRule, WeightOn
 from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
 from moe_runtime.routing.reference.choices import RoutedPair
-from moe_runtime.routing.reference.draws import row_seed, signed_draw
+from moe_runtime.routing.reference.draws import splitmix64
 from moe_runtime.routing.reference.oracles import oracle_of
 
 if TYPE_CHECKING:
@@ -118,13 +118,14 @@ def _in_drop_order(pairs: list[RoutedPair], inputs: RoutingInputs, rule: Capacit
     if rule.drop == "score":
         return sorted(pairs, key=lambda pair: -pair.score)
     if rule.drop == "priority":
-        # The largest: a first choice by its biased score need not have the largest of its token.
-        best = {pair.token: -math.inf for pair in pairs}
-        for pair in pairs:
-            best[pair.token] = max(best[pair.token], pair.score)
+        best = {token: max(pair.score for pair in pairs if pair.token == token) for token in {p.token for p in pairs}}
         return sorted(pairs, key=lambda pair: (pair.rank, -best[pair.token]))
 
-    return sorted(pairs, key=lambda pair: signed_draw(row_seed(inputs, pair.token), pair.rank))
+    def draw(pair: RoutedPair) -> int:
+        seed = pair.token if inputs.row_seeds is None else inputs.row_seeds[pair.token]
+        return splitmix64(seed, pair.rank)
+
+    return sorted(pairs, key=draw)
 
 
 def _reroute(

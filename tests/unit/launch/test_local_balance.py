@@ -51,7 +51,8 @@ def test_the_loads_of_all_routers_make_a_step_which_all_of_them_get():
 
 
 def test_only_layers_that_ask_for_it_are_balanced_and_shared_experts_are_not(tmp_path):
-    layer = {**skewed_layer(tmp_path, rate=0.25, interval_s=3.0, min_assignments=9)}
+    layer = skewed_layer(tmp_path, rate=0.25, interval_s=3.0, min_assignments=9)
+    layer["shared_experts"] = [{"name": "shared", "kind": "identity"}]
     layers = {"l": layer, "still": {**layer, "balance": {}}}
     recipes = build_layers(load_config({"name": "r", "device": "cpu", "layers": layers}))
     names = tuple(expert["name"] for expert in EXPERTS)

@@ -52,19 +52,29 @@ class Routed:
         return list(zip(*(column.tolist() for column in columns), outcomes, weights, strict=True))
 
 
+def token_info(inputs: RoutingInputs) -> TokenInfo:
+    """What the fast path is told of the batch that the oracle is given."""
+
+    def rows(values, dtype=torch.int64):
+        return None if values is None else torch.tensor(values, dtype=dtype)
+
+    return TokenInfo(
+        k=inputs.k if isinstance(inputs.k, int) else rows(inputs.k),
+        mask=rows(inputs.mask, torch.bool),
+        row_seeds=rows(inputs.row_seeds),
+        row_ids=rows(inputs.row_ids),
+        token_ids=rows(inputs.token_ids),
+        expert_bias=rows(inputs.expert_bias, torch.float64),
+        training=inputs.training,
+    )
+
+
 def plan_of(inputs: RoutingInputs, rules: RoutingRules) -> DispatchPlan:
     """What the fast path plans for a batch."""
     policy = build_policy(rules.policy, num_experts=oracle_of(rules.policy, inputs).num_experts)
-    info = TokenInfo(
-        k=inputs.k if inputs.k is None or isinstance(inputs.k, int) else torch.tensor(inputs.k),
-        mask=None if inputs.mask is None else torch.tensor(inputs.mask, dtype=torch.bool),
-        row_seeds=None if inputs.row_seeds is None else torch.tensor(inputs.row_seeds),
-        row_ids=None if inputs.row_ids is None else torch.tensor(inputs.row_ids),
-        token_ids=None if inputs.token_ids is None else torch.tensor(inputs.token_ids),
-        expert_bias=None if inputs.expert_bias is None else torch.tensor(inputs.expert_bias),
-        training=inputs.training,
-    )
-    assignments = policy.assign(inputs.router_logits, info)
+    info = token_info(inputs)
+    # A policy that asks no gate gets no logits; the oracle reads the number of experts off them.
+    assignments = policy.assign(inputs.router_logits[:, : policy.num_logits], info)
     admission = admit(assignments, rules.capacity, row_seeds=info.row_seeds)
     shared = None if inputs.shared_weights is None else torch.tensor(inputs.shared_weights)
     return plan_dispatch(add_shared_experts(admission, num_shared=rules.num_shared, weights=shared, mask=info.mask))

@@ -3,7 +3,17 @@ from __future__ import annotations
 import pytest
 
 from moe_runtime.config.models import CapacityConfig
-from moe_runtime.config.policies import DensePolicyConfig, TopKPolicyConfig
+from moe_runtime.config.policies import (
+    DensePolicyConfig,
+    ExpertChoicePolicyConfig,
+    GlobalAssignmentPolicyConfig,
+    HashPolicyConfig,
+    RandomPolicyConfig,
+    ReinforcePolicyConfig,
+    RoundRobinPolicyConfig,
+    SinkhornPolicyConfig,
+    TopKPolicyConfig,
+)
 from moe_runtime.errors import ConfigError
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.rules import check_rules, resolve_residual
@@ -29,6 +39,34 @@ def test_rules_that_fit_pass():
 def test_rerouting_needs_scores_for_unselected_experts():
     with pytest.raises(ConfigError, match=r"^capacity\.overflow: expected drop, found reroute"):
         check(DensePolicyConfig(kind="dense"), capacity=REROUTE)
+
+
+def test_a_policy_that_sets_the_capacity_leaves_none_to_the_layer():
+    policy = ExpertChoicePolicyConfig(kind="expert_choice")
+    check(policy)
+    with pytest.raises(ConfigError, match=r"^capacity\.factor: expected null, found 1\.25: the policy itself decides"):
+        check(policy, capacity=CapacityConfig(factor=1.25))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ExpertChoicePolicyConfig(kind="expert_choice"),
+        GlobalAssignmentPolicyConfig(kind="global_assignment"),
+        SinkhornPolicyConfig(kind="sinkhorn"),
+        HashPolicyConfig(kind="hash"),
+        RandomPolicyConfig(kind="random"),
+        RoundRobinPolicyConfig(kind="round_robin"),
+    ],
+    ids=lambda policy: policy.kind,
+)
+def test_policies_without_scores_for_other_experts_refuse_rerouting(policy):
+    with pytest.raises(ConfigError, match=r"capacity\.overflow: expected drop, found reroute"):
+        check(policy, capacity=REROUTE)
+
+
+def test_sampled_experts_may_be_rerouted_by_their_probabilities():
+    check(ReinforcePolicyConfig(kind="reinforce"), capacity=REROUTE)
 
 
 def test_weights_on_the_input_must_be_known_before_the_experts_answer():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fakes.service import FakeTransport, GivenLogits, make_layer, table_of, tokens_of
 from moe_runtime.config.models import CapacityConfig
-from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
+from moe_runtime.config.policies import GShardPolicyConfig, PolicyConfig, TopKPolicyConfig
 from moe_runtime.config.runtime import LimitsConfig, RouterConfig
 from moe_runtime.errors import InvalidRequestError, RequestTooLargeError
 from moe_runtime.routing.assignments import Assignments, Grid, WeightRule
@@ -281,6 +281,12 @@ def test_a_seed_has_an_effect_where_an_expert_may_be_full_and_drops_at_random() 
     assert unused(make_layer(3, capacity=limited), seed=1) == []
     assert batch_of(make_layer(3, capacity=dropless), RequestOptions(seed=1)).info.row_seeds is None
     assert batch_of(make_layer(3, capacity=limited), RequestOptions(seed=1)).info.row_seeds is not None
+
+
+@pytest.mark.parametrize(("second", "warned"), [("always", ["seed"]), ("never", ["seed"]), ("threshold", [])])
+def test_a_seed_has_an_effect_where_the_second_expert_is_kept_by_chance(second: str, warned: list[str]) -> None:
+    config = GShardPolicyConfig(kind="gshard_top2", second="proportional", second_in_evaluation=second)
+    assert unused(layer_of(build_policy(config, num_experts=NUM_EXPERTS)), seed=1) == warned
 
 
 def test_a_gate_input_has_no_effect_where_nothing_asks_the_gate() -> None:
