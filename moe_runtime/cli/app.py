@@ -318,3 +318,16 @@ def demo_digits(
     from moe_runtime.demos import digits
 
     digits.run(json_path=json_path, fresh=fresh, console=stdout_console())
+
+
+@demo_app.command("routers")
+def demo_routers(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write what was found to this file.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again instead of using what was cached.")] = False,
+) -> None:
+    """Send the same images through every policy, over one pool of experts in Ray actors, and show how each does."""
+    from moe_runtime.demos import routers
+
+    routers.run(json_path=json_path, fresh=fresh, console=stdout_console())
