@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.requests import LayerRequest
 
-# Odd, so that rows of one request never share a key; large, so that those of neighbouring seeds rarely do; and no multiple
-# of the step between choices (routing/draws.py), by which one row's draws would be another's of another choice.
+# Odd, so that rows of one request never share a key; large, so that those of neighbouring seeds rarely do; and not the
+# step between choices (routing/draws.py), with which one row's draws would be another's of another choice.
 _ROW_STEP = 0x2545_F491_4F6C_DD1D
 _MASK_63 = 2**63 - 1
 
