@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --durations=15
 BENCH = $(BIN)/moe-runtime bench $(if $(QUICK),--quick) $(if $(JSON),--json $(JSON))
-SUITES := exchange layer peers service scale skew wire
+SUITES := exchange layer peers routers service scale skew wire
 RESULTS ?= benchmarks/results
 BENCH_STAMP := $(VENV)/.installed-bench
 HIVEMIND_VENV := .venv-hivemind
@@ -50,9 +50,10 @@ format: $(STAMP)  ## Format the code and repair what ruff can.
 
 venv: $(STAMP)  ## Set up .venv and nothing else.
 
-docs: $(STAMP)  ## Write docs/configuration.md and the metrics of docs/observability.md from the code.
+docs: $(STAMP)  ## Write docs/configuration.md, the metrics of docs/observability.md and the systems of docs/routers.md.
 	$(BIN)/python -m moe_runtime.cli.configuration_page docs/configuration.md
 	$(BIN)/python -m moe_runtime.metrics.page docs/observability.md
+	$(BIN)/python -m moe_runtime.cli.presets_page docs/routers.md
 
 coverage: $(STAMP)  ## Coverage of the core by the tests that need no Ray, line by line.
 	$(PYTEST) tests/unit $(wildcard tests/rpc) -m "not soak" -q --cov --cov-report=term-missing

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moe_runtime.bench.router_tables import BALANCED, BARE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -129,6 +131,19 @@ def _killed(rows: Sequence[JsonRow]) -> Finding | None:
     return Finding(f"{median_ms:.3g} ms median, {worst_ms:.3g} ms at worst", worst_ms < 100)
 
 
+def _cheap_routers(rows: Sequence[JsonRow]) -> Finding | None:
+    """Every policy but the one that solves an assignment problem over the batch."""
+    found = [row for row in _where(rows, peer=BARE) if row["case"]["policy"] not in BALANCED]
+    if not found:
+        return None
+    worst = max(found, key=lambda row: row["ratio"])
+    case = worst["case"]
+    return Finding(
+        f"at most {worst['ratio']:.1f}: {case['policy']}, {case['experts']} experts, {case['shape']}",
+        worst["ratio"] <= 10.0,
+    )
+
+
 AIMS = (
     Aim("`exchange` ÷ actor calls, 16 rows", "at most 0.1, or 1.3 of the echo", "exchange", _against_actor_calls),
     Aim("`exchange` ÷ bare echo", "at most 1.5 at every size", "exchange",
@@ -141,6 +156,9 @@ AIMS = (
         _times_faster(8, kind="gated", expert="ffn", tokens=64)),
     Aim("`peers`, direct, 256 tokens, `ffn`", "2 times faster", "peers",
         _times_faster(2, kind="direct", expert="ffn", tokens=256)),
+    Aim("`routers`, top-2 of 64 ÷ matmul + topk + sort", "at most 2 on every shape", "routers",
+        _ratio_at_most(2.0, size="shape", peer=BARE, policy="top_k", experts=64)),
+    Aim("`routers`, any policy but balanced assignment ÷ the same", "at most 10", "routers", _cheap_routers),
     Aim("`service`, 16 clients of 16 tokens, share of the library mode", "80 %", "service", _share_of_library_mode),
     Aim("`scale`, messages per batch", "one per host", "scale", _one_message_per_host),
     Aim("`scale`, growth of the router's time", "that of tokens + hosts", "scale", _router_time),

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.bench.aims import AIMS
 from moe_runtime.bench.errors import BenchError
 from moe_runtime.bench.plots import plot
+from moe_runtime.bench.router_plots import plot_routers
+from moe_runtime.bench.suites import SUITES
 from moe_runtime.bench.tables import aim_table, figure_tables, machine_table, wire_error_table
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ def write_pages(results: Mapping[str, SuiteResults], docs: Path) -> None:
     blocks = {
         "machine": machine_table(machine),
         "aims": aim_table(AIMS, {suite: each.rows for suite, each in results.items()}),
-        **{suite: f"{each.origin()}\n\n{figure_tables(each.rows)}" for suite, each in results.items()},
+        **{suite: f"{each.origin()}\n\n{_tables(suite, each.rows)}" for suite, each in results.items()},
     }
     _fill(docs / PAGE, blocks)
     if "wire" in results:
@@ -104,6 +106,15 @@ def write_pages(results: Mapping[str, SuiteResults], docs: Path) -> None:
     for suite, x_key in _PLOTTED.items():
         if suite in results:
             plot(results[suite].rows, docs / "img" / f"bench-{suite}.svg", x_key=x_key)
+    if "routers" in results:
+        plot_routers(docs / "img")
+
+
+def _tables(suite: str, rows: Sequence[JsonRow]) -> str:
+    make_tables = SUITES[suite].tables if suite in SUITES else None
+    if make_tables is None:
+        return figure_tables(rows)
+    return "\n\n".join(table.as_markdown() for table in make_tables(rows))
 
 
 def _fill(path: Path, blocks: Mapping[str, str]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.bench.errors import BenchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from moe_runtime.bench.aims import JsonRow
@@ -20,21 +21,36 @@ def plot(rows: Sequence[JsonRow], path: Path, *, x_key: str) -> None:
     Raises:
         BenchError: If matplotlib is not installed.
     """
+    panels: dict[str, list[JsonRow]] = defaultdict(list)
+    for row in rows:
+        panels[", ".join(str(value) for key, value in row["case"].items() if key != x_key)].append(row)
+    with save_figure(path, num_panels=len(panels), height=3.2) as axes:
+        for axis, (title, members) in zip(axes, panels.items(), strict=True):
+            _draw(axis, members, title=title, x_key=x_key)
+        axes[0].set_ylabel("ms")
+
+
+@contextmanager
+def save_figure(path: Path, *, num_panels: int, height: float) -> Iterator[Sequence[Any]]:
+    """The axes of a figure's panels, side by side; it is saved at the end, the same content as the same bytes.
+
+    Args:
+        path: Where to.
+        num_panels: How many there are.
+        height: Of each, in inches.
+
+    Raises:
+        BenchError: If matplotlib is not installed.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise BenchError("plots: expected matplotlib, not installed: pip install 'moe-runtime[bench]'") from exc
-    panels: dict[str, list[JsonRow]] = defaultdict(list)
-    for row in rows:
-        panels[", ".join(str(value) for key, value in row["case"].items() if key != x_key)].append(row)
     # Text as text: a tenth of the size, and it can be searched.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "moe", "font.size": 9}):
-        figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for axis, (title, members) in zip(axes, panels.items(), strict=True):
-            _draw(axis, members, title=title, x_key=x_key)
-        axes[0].set_ylabel("ms")
+        figure = Figure(figsize=(4.2 * num_panels, height), layout="constrained")
+        yield figure.subplots(1, num_panels, squeeze=False, sharey=True)[0]
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
 

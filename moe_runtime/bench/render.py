@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.bench.results import Row
     from moe_runtime.bench.suite import Suite
+    from moe_runtime.bench.tables import TextTable
 
 
 class ShownStage:
@@ -45,11 +46,16 @@ def show_machine(console: Console, machine: Mapping[str, Any]) -> None:
     console.print("[dim]" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "[/]\n")
 
 
-def show_rows(console: Console, rows: Sequence[Row]) -> None:
+def show_rows(console: Console, suite: Suite, rows: Sequence[Row]) -> None:
     """A suite's rows: medians in milliseconds with the middle half of the calls, and ratios.
 
-    Each sort of case, that is each set of keys, has a table of its own.
+    Each sort of case, that is each set of keys, has a table of its own, unless the suite makes tables itself.
     """
+    if suite.tables is not None:
+        for table in suite.tables([row.as_json() for row in rows]):
+            console.print(f"\n{table.title}:", highlight=False)
+            console.print(_text_table(table))
+        return
     sorts: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         sorts[tuple(row.case)].append(row)
@@ -57,6 +63,15 @@ def show_rows(console: Console, rows: Sequence[Row]) -> None:
     for members in sorts.values():
         console.print(_table_of(members))
         console.print()
+
+
+def _text_table(content: TextTable) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for number, name in enumerate(content.header):
+        table.add_column(name, justify="right" if number else "left")
+    for line in content.lines:
+        table.add_row(*line)
+    return table
 
 
 def _table_of(rows: Sequence[Row]) -> Table:

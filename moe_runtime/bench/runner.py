@@ -87,5 +87,5 @@ def _measure(suite: Suite, *, quick: bool, console: Console) -> list[Row]:
             return ShownStage(progress, progress.add_task(title, total=None))
 
         rows = list(suite.run(BenchSettings(quick=quick, begin=begin)))
-    show_rows(console, rows)
+    show_rows(console, suite, rows)
     return rows

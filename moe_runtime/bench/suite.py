@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 from moe_runtime.bench.sampling import Effort
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from moe_runtime.bench.aims import JsonRow
     from moe_runtime.bench.results import Row
+    from moe_runtime.bench.tables import TextTable
 
 
 class Stage(Protocol):
@@ -53,9 +55,11 @@ class Suite:
         title: What it measures, in a line.
         run: Measures it; gives rows as they are found.
         missing: What it needs and cannot find, and how to get it; None if nothing.
+        tables: Its rows as tables, from their JSON form; one line per row where None.
     """
 
     name: str
     title: str
     run: Callable[[BenchSettings], Iterator[Row]]
     missing: Callable[[], str | None] = lambda: None
+    tables: Callable[[Sequence[JsonRow]], Sequence[TextTable]] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,19 @@ if TYPE_CHECKING:
     from moe_runtime.bench.aims import Aim, JsonRow
 
 _ERROR_SUFFIXES = ("_rms_error_percent", "_largest_error_percent")
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table whose cells are text already; ``title`` says what they hold."""
+
+    title: str
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def as_markdown(self) -> str:
+        """Title and table."""
+        return f"{self.title}:\n\n{_table(self.header, self.lines)}"
 
 
 def machine_table(machine: Mapping[str, Any]) -> str:

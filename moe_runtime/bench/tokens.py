@@ -21,12 +21,27 @@ def tokens_for(gate_weight: Tensor, choices: Tensor, *, seed: int = 0) -> Tensor
     Returns:
         Float32 ``(num_tokens, features)``.
     """
-    weight = gate_weight.detach().double()
     num_tokens, k = choices.shape
-    noise = torch.randn(num_tokens, weight.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    wanted = torch.zeros(num_tokens, weight.shape[0], dtype=torch.float64)
+    wanted = torch.zeros(num_tokens, gate_weight.shape[0], dtype=torch.float64)
     wanted.scatter_(1, choices, torch.linspace(2.0, 1.0, k, dtype=torch.float64).expand(num_tokens, k))
-    correction = torch.linalg.lstsq(weight, (wanted - noise @ weight.T).T).solution.T
+    return tokens_with_logits(gate_weight, wanted, seed=seed)
+
+
+def tokens_with_logits(gate_weight: Tensor, logits: Tensor, *, seed: int = 0) -> Tensor:
+    """Random tokens of which a linear gate makes given router logits, up to rounding.
+
+    Args:
+        gate_weight: The linear gate's, ``(num_experts, features)``, with independent rows.
+        logits: ``(num_tokens, num_experts)``.
+        seed: Of what the gate does not see.
+
+    Returns:
+        Float32 ``(num_tokens, features)``.
+    """
+    weight = gate_weight.detach().double()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(logits), weight.shape[1], generator=generator, dtype=torch.float64)
+    correction = torch.linalg.lstsq(weight, (logits.double() - noise @ weight.T).T).solution.T
     tokens: Tensor = noise + correction
     return tokens.float()
 

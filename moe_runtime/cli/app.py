@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moe_runtime.cli.configuring import ConfigPath, plan, presets, validate
 from moe_runtime.cli.connections import (
     CaOption,
     CertOption,
@@ -50,9 +51,6 @@ demo_app = typer.Typer(help="Run a whole use of the runtime on real input.", no_
 app.add_typer(demo_app, name="demo")
 cluster_app = typer.Typer(help="The machines of a `ray up` file.", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster")
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The runtime's YAML file.", show_default=False)]
-
 
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", metavar="FILE", help="The cluster of this `ray up` file, from anywhere.")
@@ -210,37 +208,8 @@ def cluster_down(
     take_cluster_down(cluster)
 
 
-@app.command()
-def validate(config: ConfigPath) -> None:
-    """Check a configuration, its plug-ins and its weights without starting anything."""
-    from moe_runtime.cli.validation import print_summary
-    from moe_runtime.launch.build import validate as check
-
-    print_summary(check(config), config=config, console=stdout_console())
-
-
-@app.command()
-def plan(
-    config: ConfigPath,
-    *,
-    cluster: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="NODES.yaml", help="A list of nodes or a file for ray up, instead of nodes that are there."
-        ),
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="The Ray cluster to look at; else RAY_ADDRESS; else this machine."),
-    ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="PATH", help="Write the whole plan to this file.")
-    ] = None,
-) -> None:
-    """Show where each expert would go, the memory, load and traffic, and refuse what cannot fit."""
-    from moe_runtime.cli.plan import show_plan
-
-    show_plan(config, cluster=cluster, ray_address=ray_address, json_path=json_path, console=stdout_console())
+for _command in (validate, plan, presets):
+    app.command()(_command)
 
 
 @app.command()
@@ -349,3 +318,16 @@ def demo_digits(
     from moe_runtime.demos import digits
 
     digits.run(json_path=json_path, fresh=fresh, console=stdout_console())
+
+
+@demo_app.command("routers")
+def demo_routers(
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="PATH", help="Write what was found to this file.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again instead of using what was cached.")] = False,
+) -> None:
+    """Send the same images through every policy, over one pool of experts in Ray actors, and show how each does."""
+    from moe_runtime.demos import routers
+
+    routers.run(json_path=json_path, fresh=fresh, console=stdout_console())

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 from moe_runtime.config.reference import configuration_page
-from moe_runtime.experts.registry import BUILT_IN_KINDS
+from moe_runtime.experts.registry import built_in_kinds
+from moe_runtime.launch.nested.kinds import register_nested_kinds
 
 
 def current_page() -> str:
     """The page as the models of configuration and of the built-in kinds have it now."""
-    return configuration_page({name: kind.options for name, kind in BUILT_IN_KINDS.items()})
+    register_nested_kinds()
+    return configuration_page({name: kind.options for name, kind in built_in_kinds().items()})
 
 
 if __name__ == "__main__":

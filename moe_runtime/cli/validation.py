@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from moe_runtime.config.load import load_config, without_presets
+from moe_runtime.config.yaml_file import as_yaml
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -37,6 +40,12 @@ def print_summary(summary: ConfigSummary, *, config: Path, console: Console) -> 
         files = ", ".join(f"{key} {path}" for key, path in summary.unchecked_files.items())
         note = f"not checked, as they are not all on this machine: {files}; each router's node needs them"
         console.print(note, style="yellow", markup=False, soft_wrap=True)
+
+
+def print_expanded(config: Path, *, console: Console) -> None:
+    """Print the configuration as YAML that loads to the same one, with the keys of its presets written out."""
+    plain = without_presets(load_config(config).config)
+    console.print(as_yaml(plain).rstrip(), markup=False, soft_wrap=True)
 
 
 def shape_text(shape: Iterable[int]) -> str:

@@ -37,6 +37,14 @@ class LoadedConfig:
         return source if is_uri(source) else str(self.resolve(source))
 
 
+def without_presets(config: RuntimeConfig) -> dict[str, Any]:
+    """The configuration in plain values that load to the same one, with the keys of its presets written out.
+
+    What was left to its default stays left out. Paths stay as written: they are relative to the same folder.
+    """
+    return config.model_dump(mode="json", exclude_unset=True, exclude={"layers": {"__all__": {"preset"}}})
+
+
 def is_uri(source: str) -> bool:
     """Whether a configuration names a file by an address, ``s3://bucket/name``, instead of a path."""
     return "://" in source

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +12,7 @@ from moe_runtime.config.balance import BalanceConfig, LossesConfig
 from moe_runtime.config.experts import ExpertConfig
 from moe_runtime.config.gates import GateConfig, LinearGateConfig
 from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
+from moe_runtime.config.presets.catalogue import find_preset, with_preset
 from moe_runtime.config.strict import MAX_COUNT, MAX_ITEM_ELEMENTS, MAX_SECONDS, StrictModel
 
 DTypeName = Literal["float32", "float64", "float16", "bfloat16"]
@@ -77,6 +79,11 @@ _NARROWER: dict[DTypeName, tuple[WireDTypeName, ...]] = {
 class LayerConfig(StrictModel):
     """One MoE layer: a gate, a policy and the experts behind it."""
 
+    preset: str | None = Field(
+        None,
+        description="A system of the literature, by its name in [routers.md](routers.md): the layer starts from its "
+        "keys, and the layer's own win. `moe-runtime validate --expand` shows what comes of it.",
+    )
     item_shape: list[int] = Field(min_length=1, description="Shape of one token: a vector, an image, a sequence.")
     dtype: DTypeName = Field("float32", description="Of tokens, experts and answers.")
     gate: GateConfig = Field(default_factory=LinearGateConfig, description="The network that scores experts.")
@@ -126,6 +133,11 @@ class LayerConfig(StrictModel):
     losses: LossesConfig = Field(default_factory=LossesConfig, description="What training adds to its own loss.")
     balance: BalanceConfig = Field(default_factory=BalanceConfig, description="Balance while serving.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _on_its_preset(cls, data: Any) -> Any:
+        return with_preset(data) if isinstance(data, Mapping) else data
+
     @field_validator("item_shape")
     @classmethod
     def _positive(cls, shape: list[int]) -> list[int]:
@@ -139,6 +151,18 @@ class LayerConfig(StrictModel):
     def num_experts(self) -> int:
         """Experts that tokens are routed to, after ``count`` is expanded; shared ones are not among them."""
         return sum(expert.count for expert in self.experts)
+
+    def origin_of(self, key: str) -> str:
+        """The end of a message about a key such as ``policy.k``: `` (from preset olmoe)`` where the value is its."""
+        if self.preset is None:
+            return ""
+        given: Any = find_preset(self.preset).layer
+        own: Any = self
+        for part in key.split("."):
+            if not isinstance(given, Mapping) or part not in given:
+                return ""
+            given, own = given[part], getattr(own, part, None)
+        return f" (from preset {self.preset})" if given == own else ""
 
     @model_validator(mode="after")
     def _wire_dtype_narrows(self) -> LayerConfig:
@@ -174,7 +198,10 @@ class LayerConfig(StrictModel):
     def _enough_experts(self) -> LayerConfig:
         k = getattr(self.policy, "k", 1)
         if k > self.num_experts:
-            raise ValueError(f"policy.k: expected at most {self.num_experts}, the layer's experts, found {k}")
+            raise ValueError(
+                f"policy.k: expected at most {self.num_experts}, the layer's experts, found {k}"
+                f"{self.origin_of('policy.k')}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Reads YAML files; the only module that needs PyYAML."""
+"""Reads and writes YAML; the only module that needs PyYAML."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from moe_runtime.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Hashable
     from pathlib import Path
+
+
+_LINE_WIDTH = 120
 
 
 def read_yaml(path: Path) -> Any:
@@ -52,6 +55,11 @@ def parse_yaml(text: str, *, origin: str) -> Any:
         raise ConfigError(f"{origin}: a value cannot be read: {exc}") from exc
     except yaml.YAMLError as exc:
         raise ConfigError(f"{origin}: {' '.join(str(exc).split())}") from exc
+
+
+def as_yaml(data: object) -> str:
+    """A YAML document of plain values, keys in their order, the innermost blocks in a line each."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=_LINE_WIDTH, default_flow_style=None)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

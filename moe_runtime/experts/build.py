@@ -13,6 +13,7 @@ from moe_runtime.config.load import is_uri
 from moe_runtime.errors import PlugInError, WeightsError
 from moe_runtime.experts.golden_probe import GoldenProbe
 from moe_runtime.experts.outputs import output_mistake
+from moe_runtime.experts.protocol import DistantExpert
 from moe_runtime.experts.remote_files import check_uri
 from moe_runtime.experts.spec import build_module, contract_of, raised_by_kind
 from moe_runtime.experts.view import resolve_view
@@ -37,7 +38,7 @@ class LoadedExpert:
         module: In eval mode, on its device, in the layer's dtype.
         contract: The shapes of its rows.
         view: What it sees of a full row.
-        weights_version: sha256 of its weight file, or ``seed:<n>``.
+        weights_version: sha256 of its weight file, or ``seed:<n>``; of a distant expert what it says.
         probe: What it must answer to a few rows for as long as it is fit, on its device: that of its weight file, or
             what it answered when it was tried; None if nobody knows.
     """
@@ -72,6 +73,10 @@ def build_expert(
     device = torch.device(device)
     module = initial_module(spec)
     contract = contract_of(module, spec)
+    if isinstance(module, DistantExpert):
+        _check_has_no_weights(spec)
+        view = resolve_view(spec.item_shape, spec.view)
+        return LoadedExpert(spec, module, contract, view, module.weights_version)
     weights = None if spec.weights is None else _load(module, spec, contract, store or WeightsStore())
     module.to(device)
     version = f"seed:{spec.seed}" if weights is None else weights.sha256
@@ -97,15 +102,18 @@ def check_weights(spec: ExpertSpec) -> str:
         PlugInError: If the kind's plug-in is broken.
         WeightsError: If the weight file is missing, corrupt, or does not fit the module.
     """
+    with torch.device("meta"):
+        module = build_module(spec)
+    if isinstance(module, DistantExpert):
+        _check_has_no_weights(spec)
+        return module.weights_version
     if spec.weights is None:
         return f"seed:{spec.seed}"
     try:
         if is_uri(spec.weights):
             return check_uri(spec.weights) or "unknown"
-        with torch.device("meta"):
-            module = build_module(spec).to(spec.torch_dtype)
         weights = load_weights(spec.weights)
-        check_fit(module, weights.tensors)
+        check_fit(module.to(spec.torch_dtype), weights.tensors)
         if weights.probe is not None:
             weights.probe.check_fit(contract_of(module, spec), spec.torch_dtype)
     except WeightsError as exc:
@@ -124,6 +132,14 @@ def initial_module(spec: ExpertSpec) -> nn.Module:
         # Not torch.manual_seed: that would seed the GPUs' generators too, and nothing restores those.
         torch.default_generator.manual_seed(_stream_seed(spec))
         return build_module(spec).to(spec.torch_dtype).eval()
+
+
+def _check_has_no_weights(spec: ExpertSpec) -> None:
+    if spec.weights is not None:
+        raise WeightsError(
+            f"{spec.where}.weights: expected none for kind {spec.kind!r}, whose rows another layer computes, "
+            f"found {spec.weights}"
+        )
 
 
 def _stream_seed(spec: ExpertSpec) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_runtime.errors import InnerLayerError
 from moe_runtime.experts.cuda_stage import CudaStage
 from moe_runtime.experts.culprits import FailedRows, Failure, salvage
 from moe_runtime.experts.device_stage import CpuStage
@@ -199,13 +200,17 @@ class ExpertHost:
     def _salvaged(self, product: _Product, failure: Failure, is_late: Callable[[], bool]) -> list[ExpertOutcome]:
         """The outcomes of calls whose forward failed: some more forwards find out which rows are to blame."""
         expert, num_faults = product.expert, product.expert.num_faults - failure.is_fault
+        is_distant = isinstance(failure.cause, InnerLayerError)
         if expert.may_tell(self._now()):
-            _LOG.warning("%s", failure.error, exc_info=failure.cause)
+            # Where a call of another process has failed here, tells nothing.
+            _LOG.warning("%s", failure.error, exc_info=None if is_distant else failure.cause)
         outputs = expert.zeros(product.num_rows)
         failed = [FailedRows(0, product.num_rows, failure)]
         before_ms = expert.compute_ms - failure.compute_ms
-        # A call of an exact expert is never split, and one that is answered wrongly fails as a whole.
-        if not expert.exact and not (failure.is_fault and len(product.parts) == 1):
+        # A call of an exact expert is never split, one that is answered wrongly fails as a whole, and of a layer that
+        # gave no answer, its rows are not to blame.
+        is_whole = failure.is_fault and len(product.parts) == 1
+        if not expert.exact and not is_whole and not is_distant:
             failed = salvage(
                 product.rows, failure, forward=partial(self._try, expert), outputs=outputs, is_late=is_late
             )

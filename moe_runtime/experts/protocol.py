@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 from moe_runtime.config.strict import StrictModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
@@ -43,6 +43,22 @@ class Expert(Protocol):
 
     def __call__(self, rows: Tensor) -> Tensor:
         """``(num_rows, *in_shape)`` to ``(num_rows, *out_shape)``, in the same dtype and on the same device."""
+        ...
+
+
+@runtime_checkable
+class DistantExpert(Expert, Protocol):
+    """An expert whose rows another process computes, which may not be there yet, or no more.
+
+    So nothing of it is tried when it is built, it has no golden probe, and no weights of its own. An error that says
+    that the other process gave no answer is an ``InnerLayerError``: its forward is not tried again in parts.
+    """
+
+    #: What stands for the version of weights that it does not know.
+    weights_version: str
+
+    def counts(self) -> Mapping[str, int]:
+        """What it has counted, for the host's status. Thread-safe."""
         ...
 
 

@@ -19,7 +19,7 @@ from moe_runtime.experts.protocol import ExpertKind
 from moe_runtime.experts.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 ENTRY_POINT_GROUP = "moe_runtime.experts"
 
@@ -27,12 +27,25 @@ BUILT_IN_KINDS: Mapping[str, ExpertKind[Any]] = {
     kind.name: kind for kind in (FEED_FORWARD, SWIGLU, CONV, RECURRENT, TRANSFORMER, IDENTITY, ZERO, CONSTANT)
 }
 
+#: Kinds of layers above, which nothing here may import: the composition root hands them over.
+_KINDS_FROM_ABOVE: dict[str, ExpertKind[Any]] = {}
+
 _REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s*(==\s*(?P<version>[A-Za-z0-9.+!_-]+))?")
 
 
 def known_kinds() -> tuple[str, ...]:
     """Names of all kinds that a config may use here, sorted; plug-ins are listed without loading them."""
-    return tuple(sorted({*BUILT_IN_KINDS, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
+    return tuple(sorted({*built_in_kinds(), *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
+
+
+def built_in_kinds() -> Mapping[str, ExpertKind[Any]]:
+    """The kinds that need no plug-in, by name: those of this layer, and those that a layer above has registered."""
+    return {**BUILT_IN_KINDS, **_KINDS_FROM_ABOVE}
+
+
+def register_built_in(kinds: Iterable[ExpertKind[Any]]) -> None:
+    """Add built-in kinds that need more than this layer may import; to do so again changes nothing."""
+    _KINDS_FROM_ABOVE.update({kind.name: kind for kind in kinds})
 
 
 def resolve_kind(kind: str) -> ExpertKind[Any]:
@@ -42,7 +55,7 @@ def resolve_kind(kind: str) -> ExpertKind[Any]:
         ConfigError: If no kind has that name; the message suggests the nearest.
         PlugInError: If two plug-ins register the name, or the one that does cannot be loaded.
     """
-    built_in = BUILT_IN_KINDS.get(kind)
+    built_in = BUILT_IN_KINDS.get(kind) or _KINDS_FROM_ABOVE.get(kind)
     return built_in if built_in is not None else _plug_in_kind(kind)
 
 
@@ -120,7 +133,7 @@ def _mistakes_of(found: Distribution) -> list[str]:
         return [f"expected {found.name} to register experts in the entry-point group {ENTRY_POINT_GROUP!r}, found none"]
     mistakes = []
     for point in points:
-        if point.name in BUILT_IN_KINDS:
+        if point.name in built_in_kinds():
             mistakes.append(f"{found.name} registers the kind {point.name!r}, which is built in; it needs another name")
             continue
         try:

@@ -11,6 +11,7 @@ from moe_runtime.errors import ExpertError
 from moe_runtime.experts.culprits import Failure
 from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.outputs import output_mistake
+from moe_runtime.experts.protocol import DistantExpert
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,8 +102,9 @@ class ServedExpert:
         return torch.zeros(num_rows, *self._contract.out_shape, dtype=self.row_dtype)
 
     def status(self) -> dict[str, float]:
-        """The counters."""
+        """The counters; of a distant expert its own, too."""
         return {
+            **(self._module.counts() if isinstance(self._module, DistantExpert) else {}),
             "num_calls": self.num_calls,
             "num_rows": self.num_rows,
             "num_forwards": self.num_forwards,

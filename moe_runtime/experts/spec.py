@@ -14,7 +14,7 @@ from moe_runtime.config.strict import MAX_ITEM_ELEMENTS
 from moe_runtime.errors import ConfigError, PlugInError
 from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.protocol import Expert, ExpertContract
-from moe_runtime.experts.registry import BUILT_IN_KINDS, resolve_kind
+from moe_runtime.experts.registry import built_in_kinds, resolve_kind
 from moe_runtime.experts.suggestions import did_you_mean
 from moe_runtime.experts.view import resolve_view
 
@@ -126,7 +126,7 @@ def raised_by_kind(doing: str, spec: ExpertSpec, error: BaseException) -> Config
 
     A built-in kind raises only where the configuration asks for what torch cannot do.
     """
-    error_class = ConfigError if spec.kind in BUILT_IN_KINDS else PlugInError
+    error_class = ConfigError if spec.kind in built_in_kinds() else PlugInError
     return error_class(f"{spec.where}: {doing} raised {in_one_line(error)}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,10 @@ from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.experts.spec import expert_contract
 from moe_runtime.launch.expansion import blocks_of, expand_experts, name_mistakes
 from moe_runtime.launch.gates import check_gate_weights, gate_seed, gate_shape
+from moe_runtime.launch.mistakes import Mistakes
+from moe_runtime.launch.nested.inner_checks import inner_mistakes, lacks_inner_layer, settle
+from moe_runtime.launch.nested.kinds import register_nested_kinds
+from moe_runtime.launch.nested.nesting import sort_layers
 from moe_runtime.launch.packing import pack_experts
 from moe_runtime.launch.recipes import ConfigSummary, LayerRecipe, LayerSummary, RouterRecipe
 from moe_runtime.routing.policies.build import build_policy
@@ -96,65 +99,60 @@ def build_layers(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> tup
         ConfigError: With one line per mistake. Where mistakes are of one kind only, it is that kind's error:
             ``PlugInError`` or ``WeightsError``.
     """
-    mistakes = _Mistakes(loaded.origin)
+    register_nested_kinds()
+    mistakes = Mistakes(loaded.origin)
     try:
         check_plug_ins(loaded.config.plug_ins)
     except PlugInError as exc:
         mistakes.add(exc)
-    recipes = [_LayerCheck(loaded, name, mistakes, nodes_have_paths).recipe() for name in loaded.config.layers]
+    nesting = sort_layers(loaded.config.layers)
+    mistakes.add_lines(nesting.mistakes)
+    recipes: dict[str, LayerRecipe] = {}
+    for name in nesting.innermost_first:
+        check = _LayerCheck(loaded, name, mistakes, inner_layers=recipes, nodes_have_paths=nodes_have_paths)
+        if (recipe := check.recipe(level=nesting.levels[name])) is not None:
+            recipes[name] = recipe
     mistakes.raise_any()
-    return tuple(recipe for recipe in recipes if recipe is not None)
-
-
-@dataclass
-class _Mistakes:
-    """Collects mistakes, so that all of them are told at once, each with where it comes from."""
-
-    origin: str
-    lines: list[str] = field(default_factory=list)
-    kinds: set[type[ConfigError]] = field(default_factory=set)
-
-    def add(self, error: ConfigError, *, prefix: str = "", instead_of: str = "") -> None:
-        """Take over an error's lines; ``prefix`` goes before each, in the place of ``instead_of``."""
-        self.lines += [prefix + line.removeprefix(instead_of) for line in str(error).splitlines()]
-        self.kinds.add(type(error))
-
-    def raise_any(self) -> None:
-        """Raise what was collected, if anything was."""
-        if self.lines:
-            kind = next(iter(self.kinds)) if len(self.kinds) == 1 else ConfigError
-            raise kind("\n".join(dict.fromkeys(self.origin + line for line in self.lines)))
+    return tuple(recipes[name] for name in loaded.config.layers)
 
 
 class _LayerCheck:
     """Checks one layer of a configuration, and makes its recipe if nothing is wrong with it."""
 
-    def __init__(self, loaded: LoadedConfig, name: str, mistakes: _Mistakes, nodes_have_paths: bool) -> None:
+    def __init__(
+        self,
+        loaded: LoadedConfig,
+        name: str,
+        mistakes: Mistakes,
+        *,
+        inner_layers: Mapping[str, LayerRecipe],
+        nodes_have_paths: bool,
+    ) -> None:
+        self._inner_layers = inner_layers
         self._nodes_have_paths = nodes_have_paths
         self._loaded = loaded
         self._name = name
         self._key = f"layers.{name}"
         self._layer = loaded.config.layers[name]
         self._mistakes = mistakes
-        self._experts = expand_experts(loaded, name)
+        self._experts = [settle(expert, loaded, inner_layers) for expert in expand_experts(loaded, name)]
 
-    def recipe(self) -> LayerRecipe | None:
+    def recipe(self, *, level: int) -> LayerRecipe | None:
         """The recipe; None, and more mistakes, where there are some."""
         num_before = len(self._mistakes.lines)
-        for line in name_mistakes(self._name, self._layer):
-            self._mistakes.add(ConfigError(line))
+        self._mistakes.add_lines(name_mistakes(self._name, self._layer))
         self._check_devices()
         out_shape = self._check_experts()
         policy = self._policy()
         if policy is not None:
             self._check_gate(policy)
-        if policy is not None and out_shape is not None:
-            self._check_rules(policy, out_shape)
+            if out_shape is not None:
+                self._check_rules(policy, out_shape)
         if out_shape is None or len(self._mistakes.lines) > num_before:
             return None
-        return self._make(out_shape)
+        return self._make(out_shape, level)
 
-    def _make(self, out_shape: tuple[int, ...]) -> LayerRecipe:
+    def _make(self, out_shape: tuple[int, ...], level: int) -> LayerRecipe:
         layer = self._layer
         item_shape = tuple(layer.item_shape)
         return LayerRecipe(
@@ -183,6 +181,7 @@ class _LayerCheck:
             experts=tuple(expert.recipe for expert in self._experts),
             num_shared=self._num_shared,
             shared_gate=layer.shared_gate,
+            level=level,
             balance=layer.balance,
         )
 
@@ -232,15 +231,19 @@ class _LayerCheck:
 
     def _out_shape(self, expert: ExpandedExpert) -> tuple[int, ...] | None:
         spec = expert.recipe.spec
+        if lacks_inner_layer(spec, self._inner_layers):
+            return None
         try:
-            return tuple(expert_contract(spec).out_shape)
+            shape = tuple(expert_contract(spec).out_shape)
         except ConfigError as exc:
             self._mistakes.add(exc, prefix=expert.key, instead_of=spec.where)
             return None
+        self._mistakes.add_lines(inner_mistakes(expert, self._loaded.config, self._inner_layers))
+        return shape
 
     def _check_weights(self, expert: ExpandedExpert) -> None:
         spec = expert.recipe.spec
-        if self._is_elsewhere(spec.weights):
+        if self._is_elsewhere(spec.weights) or (spec.weights is None and not expert.is_first):
             return
         try:
             check_weights(spec)
@@ -251,7 +254,8 @@ class _LayerCheck:
         try:
             return build_policy(self._layer.policy, num_experts=self._layer.num_experts)
         except ConfigError as exc:
-            self._mistakes.add(exc, prefix=f"{self._key}.")
+            origin = self._layer.origin_of(str(exc).partition(":")[0])
+            self._mistakes.add(ConfigError(f"{exc}{origin}"), prefix=f"{self._key}.")
             return None
 
     def _check_gate(self, policy: Policy) -> None:

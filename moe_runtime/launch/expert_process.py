@@ -14,11 +14,12 @@ from moe_runtime.experts.build import build_expert
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.registry import check_plug_ins
 from moe_runtime.launch.host_memory import check_memory, is_out_of_memory, out_of_memory, resident_bytes
+from moe_runtime.launch.nested.kinds import LayerExpert, MoEExpert, register_nested_kinds
 from moe_runtime.ray_backend.plan import HostHealth, HostReport
 from moe_runtime.service.host_loop import HostLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from moe_runtime.experts.build import LoadedExpert
     from moe_runtime.experts.weights_store import WeightsStore
@@ -40,6 +41,7 @@ class ExpertProcess:
         owns_process: bool = False,
         store: WeightsStore | None = None,
         node: str = "local",
+        find_routers: Callable[[], Sequence[str]] | None = None,
     ) -> None:
         """Keep what to serve.
 
@@ -51,8 +53,11 @@ class ExpertProcess:
                 started is there to stay.
             store: Gives the weight files; without one, paths of this machine and addresses work.
             node: How messages name the node.
+            find_routers: Finds the routers of its runtime, for experts that are layers of it; needed for those alone.
         """
         self._node = node
+        self._find_routers = find_routers
+        self._layer_experts: list[LayerExpert] = []
         self._owns_process = owns_process
         self._spec = spec
         self._store = store
@@ -72,6 +77,7 @@ class ExpertProcess:
             ConfigError: If an expert cannot be built.
             StartError: If the experts do not fit into memory, or nothing can be bound.
         """
+        register_nested_kinds()
         check_plug_ins(self._spec.plug_ins)
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)
@@ -152,16 +158,19 @@ class ExpertProcess:
         return self._reason
 
     def stop(self) -> None:
-        """Stop after the run that is under way, and stop listening. Safe to call twice."""
+        """Stop after the run that is under way, and stop listening; calls of other layers end. Safe to call twice."""
         if self._loop is not None and self._thread is not None:
             self._loop.stop()
+            # Whoever waited for this host has left it: what it asks of others need not be waited for.
+            for expert in self._layer_experts:
+                expert.close()
             self._thread.join()
 
     def _build(self, device: torch.device) -> dict[str, LoadedExpert]:
         """The experts by replica id, if there is memory for them."""
         try:
             check_memory(self._spec, node=self._node)
-            return {
+            experts = {
                 hosted.replica_id: build_expert(hosted.spec, device=device, store=self._store)
                 for hosted in self._spec.experts
             }
@@ -174,6 +183,15 @@ class ExpertProcess:
             if threading.current_thread() is threading.main_thread():
                 raise
             raise PlugInError(f"expert host {self._spec.host_id}: building its experts raised {exc!r}") from exc
+        self._connect(experts.values())
+        return experts
+
+    def _connect(self, experts: Iterable[LoadedExpert]) -> None:
+        """Tell the experts that are layers of this runtime where its routers are."""
+        self._layer_experts = [expert.module for expert in experts if isinstance(expert.module, LayerExpert)]
+        for module in self._layer_experts:
+            if isinstance(module, MoEExpert) and self._find_routers is not None:
+                module.connect(self._find_routers)
 
     def _serve(self, loop: HostLoop, transport: HostTransport, num_threads: int) -> None:
         # OpenMP keeps the number per thread; products of another thread would have other last bits.

@@ -17,6 +17,8 @@ from moe_runtime.transport.zmq_host import ZmqHostTransport
 from moe_runtime.transport.zmq_router import ZmqTransport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.launch.weights_recipe import WeightsRecipe
     from moe_runtime.ray_backend.plan import Location
@@ -43,6 +45,7 @@ class ExpertProcessFactory:
             owns_process=True,
             store=None if self.weights is None else self.weights.store(),
             node=location.node,
+            find_routers=_router_lookup(self.runtime),
         )
 
 
@@ -75,6 +78,13 @@ class RouterProcessFactory:
             ConfigError: If a gate cannot be built.
         """
         return build_setup(self.recipe, store=None if self.weights is None else self.weights.store())
+
+
+def _router_lookup(runtime: str) -> Callable[[], Sequence[str]]:
+    # Only in an actor: the import brings Ray.
+    from moe_runtime.ray_backend.router_lookup import RouterLookup
+
+    return RouterLookup(runtime)
 
 
 def _open_host_transport(location: Location, spec: HostSpec) -> ZmqHostTransport:

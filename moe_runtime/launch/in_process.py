@@ -46,6 +46,7 @@ class InProcessSession:
                 open_transport=partial(self._network.host_transport, node=self._node),
                 num_threads=num_threads,
                 node=self._node,
+                find_routers=self.addresses,
             )
             for spec in self._specs
         ]

@@ -72,6 +72,7 @@ class LayerRecipe:
         num_shared: How many of the experts are shared.
         shared_gate: What the weight of a shared expert is.
         balance: How its selection bias moves while serving, if it does.
+        level: 0 where it is no expert of another layer; see ``RoutedLayer``.
     """
 
     name: str
@@ -100,6 +101,7 @@ class LayerRecipe:
     num_shared: int
     shared_gate: SharedGate
     balance: BalanceConfig
+    level: int = 0
 
     @property
     def num_routed(self) -> int:

@@ -68,6 +68,7 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
         hedge=recipe.hedge,
         allow_batch_coupled=recipe.allow_batch_coupled,
         num_shared=recipe.num_shared,
+        level=recipe.level,
         experts=tuple(
             ExpertInfo(expert.spec.expert_id, expert.spec.name, expert.spec.kind) for expert in recipe.experts
         ),

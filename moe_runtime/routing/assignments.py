@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe_runtime.routing.places import inverse_permutation
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -257,7 +259,7 @@ class DispatchPlan:
     @cached_property
     def rows_by_token(self) -> Tensor:
         """Planned rows by token, then by choice, int64 ``(num_planned,)``; the inverse of ``order``."""
-        return torch.argsort(self.order)
+        return inverse_permutation(self.order)
 
     @cached_property
     def weights(self) -> Tensor:

@@ -12,12 +12,14 @@ from moe_runtime.routing.places import positions_in_group
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The least raise of a bid, as a share of the mean range of a row's values, in each phase: coarse prices come quickly
-# and the next phase starts from them. The last one bounds what is lost against the highest total, per row; in practice
-# a twentieth of it is.
-_RAISES = (2.0**-3, 2.0**-6)
-#: Rounds after which a phase ends although rows are without a seat.
-MAX_ROUNDS = 2000
+#: Rounds of bids after which an auction ends although rows are without a seat.
+MAX_ROUNDS = 1000
+# The least raise of a bid, as a share of the mean range of values, over rows that prefer some seat. It bounds what is
+# lost against the highest total, per row.
+_RAISE = 2.0**-7
+# Multiples of these, less their whole parts, fill [0, 1) evenly
+# (https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences).
+_ROW_STEP, _CLASS_STEP = 0.7548776662466927, 0.5698402909980532
 
 
 @dataclass
@@ -25,7 +27,7 @@ class _Auction:
     """Where the rows sit, and what the seats cost.
 
     Attributes:
-        values: As ``auction`` has them, each row shifted so that its best value is 0.
+        values: As ``auction`` has them, each row shifted so that its best value is about 0.
         sizes: Seats of each class.
         prices: The lowest bid that holds a seat of each class, once all of its seats are held.
         classes: Class of each row's seat; ``num_classes`` for a row without one.
@@ -39,41 +41,49 @@ class _Auction:
     bids: Tensor
 
 
-def auction(values: Tensor, sizes: Tensor, *, max_rounds: int = MAX_ROUNDS) -> Tensor:
+def auction(values: Tensor, sizes: Tensor, *, prices: Tensor, max_rounds: int = MAX_ROUNDS) -> Tensor:
     """The class of each row's seat, at nearly the highest total value.
 
-    Bertsekas' auction (https://doi.org/10.1007/BF02186476) with seats of one class as similar objects (Bertsekas and
-    Castanon 1989, https://doi.org/10.1007/BF02216930): rows without a seat bid for their best class what it is worth
-    to them above their second-best one and a least raise; a class keeps its highest bids. The raise shrinks from
-    phase to phase. After a last phase that ran to its end the total is below the highest by at most the raise per row.
+    Bertsekas' auction with seats of one class as similar objects (Bertsekas and Castanon, The auction algorithm for the
+    transportation problem, Annals of Operations Research 20, 1989, pp. 67-96): rows without a seat bid for their best
+    class what it is worth to them above their second-best one and a least raise; a class keeps its highest bids. Where
+    it ends by itself, the total is below the highest by at most one and a half such raises per row.
 
     Args:
         values: Value of a seat of each class to each row, float64 ``(num_rows, num_classes)``; -inf where the row may
             not sit. Each row may sit in two classes at least.
         sizes: Seats of each class, int64 ``(num_classes,)``, as many in all as rows.
-        max_rounds: Rounds after which a phase ends.
+        prices: What the first bids start from, any numbers, float64 ``(num_classes,)``. From good ones it is quick;
+            bad ones it has to mend raise by raise.
+        max_rounds: Rounds after which it ends.
 
     Returns:
-        int64 ``(num_rows,)``; ``num_classes`` for a row that the last phase left without a seat.
+        int64 ``(num_rows,)``; ``num_classes`` for a row that is left without a seat.
     """
     num_rows, num_classes = values.shape
     values = values - values.max(dim=1, keepdim=True).values
+    ranges = -values.masked_fill(values.isinf(), 0.0).min(dim=1).values
+    # Rows to whom all seats are worth the same still have to outbid each other.
+    raise_by = _RAISE * float(ranges.sum() / ranges.count_nonzero().clamp_min(1)) or 1.0
     state = _Auction(
-        values=values,
+        values=values + 0.5 * raise_by * _tie_breaks(values),
         sizes=sizes,
-        prices=values.new_zeros(num_classes),
+        prices=prices.clone(),
         classes=sizes.new_full((num_rows,), num_classes),
         bids=values.new_zeros(num_rows),
     )
-    mean_range = float(-values.masked_fill(values.isinf(), 0.0).min(dim=1).values.mean())
-    for share in _RAISES:
-        state.classes = torch.full_like(state.classes, num_classes)
-        # Rows to whom all seats are worth the same still have to outbid each other.
-        _bid_until_seated(state, raise_by=share * (mean_range or 1.0), max_rounds=max_rounds)
+    _bid(state, raise_by=raise_by, max_rounds=max_rounds)
     return state.classes
 
 
-def _bid_until_seated(state: _Auction, *, raise_by: float, max_rounds: int) -> None:
+def _tie_breaks(values: Tensor) -> Tensor:
+    """Numbers in [0, 1), other ones in each row: rows that are alike would all bid for one class at a time."""
+    rows = torch.arange(values.shape[0], device=values.device, dtype=values.dtype)
+    classes = torch.arange(values.shape[1], device=values.device, dtype=values.dtype)
+    return (rows[:, None] * _ROW_STEP + classes * _CLASS_STEP) % 1.0
+
+
+def _bid(state: _Auction, *, raise_by: float, max_rounds: int) -> None:
     num_classes = state.sizes.shape[0]
     for _ in range(max_rounds):
         standing = (state.classes == num_classes).nonzero().squeeze(1)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from moe_runtime.routing.assignments import DispatchPlan, count_per_expert
+from moe_runtime.routing.places import order_by_group
 from moe_runtime.routing.weights import requested_weights, weigh_assignments, weigh_grid
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ def plan_dispatch(admission: Admission) -> DispatchPlan:
 
 def _plan_of_grid(admission: Admission, grid: Grid) -> DispatchPlan:
     # Row by row, a grid is by token, then by choice: a stable sort by expert leaves each expert's rows by token.
-    order = torch.argsort(grid.expert_ids.reshape(-1), stable=True)
     assignments = admission.assignments
+    order = order_by_group(grid.expert_ids.reshape(-1), num_groups=assignments.num_experts)
     weights = weigh_grid(grid.scores, assignments.weight_rule, num_shared=assignments.num_shared)
     return DispatchPlan(
         order=order,
@@ -44,11 +43,11 @@ def _plan_of_grid(admission: Admission, grid: Grid) -> DispatchPlan:
 
 def _plan_of_pairs(admission: Admission) -> DispatchPlan:
     assignments = admission.assignments
-    ids = torch.argsort(assignments.token_ids, stable=True)
+    ids = order_by_group(assignments.token_ids, num_groups=assignments.num_tokens)
     if admission.selection is not None:
         ids = ids[admission.admitted[ids]]
     token_ids, expert_ids = assignments.token_ids[ids], assignments.expert_ids[ids]
-    order = torch.argsort(expert_ids, stable=True)
+    order = order_by_group(expert_ids, num_groups=assignments.num_experts)
     return DispatchPlan(
         order=order,
         token_ids=token_ids[order],

@@ -10,14 +10,17 @@ from scipy.optimize import linear_sum_assignment
 
 from moe_runtime.routing.auction import MAX_ROUNDS, auction
 from moe_runtime.routing.places import positions_in_group
+from moe_runtime.routing.scaling import gaps_to_best, scale_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Solver = Literal["auto", "exact", "auction"]
 
-#: Tokens up to which ``auto`` is ``exact``; there both take about as long.
-EXACT_UP_TO = 512
+#: Tokens up to which ``auto`` is ``exact``: there both take about as long, and twice as many can take it seconds.
+EXACT_UP_TO = 256
+# Temperature of the choice that an auction's prices start from, as a share of the mean range of a token's scores.
+_SOFTNESS = 2.0**-6
 # Beyond float32 the sums of a solver would overflow.
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -61,7 +64,9 @@ def balanced_experts(scores: Tensor, *, solver: Solver, max_rounds: int = MAX_RO
     seats = _seats(scores.detach().double().clamp(-_LARGEST, _LARGEST))
     if solver == "exact" or (solver == "auto" and num_tokens <= EXACT_UP_TO):
         return _exactly(seats)[:num_tokens] % num_experts
-    return _seat_everyone(seats, auction(seats.values, seats.sizes, max_rounds=max_rounds)[:num_tokens])
+    prices = _starting_prices(seats)
+    classes = auction(seats.values, seats.sizes, prices=prices, max_rounds=max_rounds)
+    return _seat_everyone(seats, classes[:num_tokens])
 
 
 def _seats(scores: Tensor) -> Seats:
@@ -76,6 +81,30 @@ def _seats(scores: Tensor) -> Seats:
         return Seats(extra, torch.ones_like(sure), num_tokens, num_experts)
     values = torch.cat([torch.cat([scores, torch.full_like(stand_ins, -torch.inf)]), extra], dim=1)
     return Seats(values, torch.cat([sure, torch.ones_like(sure)]), num_tokens, num_experts)
+
+
+def _starting_prices(seats: Seats) -> Tensor:
+    """Prices at which about as many tokens would choose each expert, float64 ``(num_classes,)``.
+
+    An auction that has to find them by raises is slow where many tokens want the same. Extra seats go to the experts
+    of the highest prices; to stand-ins the others are worth the same.
+    """
+    share, remainder = divmod(seats.num_tokens, seats.num_experts)
+    scores = seats.values[: seats.num_tokens, -seats.num_experts :]
+    # Fewer tokens than experts are not to be spread over all of them: what they think of an expert on average will do.
+    prices = _levelling_prices(scores) if share else scores.mean(dim=0)
+    if remainder == 0:
+        return prices
+    extra = prices.clamp_min(prices.topk(remainder).values[-1])
+    return torch.cat([prices, extra]) if share else extra
+
+
+def _levelling_prices(scores: Tensor) -> Tensor:
+    """Prices that level the loads of the experts, ``(num_experts,)``, where tokens choose by a softmax."""
+    mean_range = float((scores.amax(dim=1) - scores.amin(dim=1)).mean())
+    softness = _SOFTNESS * mean_range or 1.0
+    factors = scale_columns(gaps_to_best(scores / softness).exp(), tolerance=1e-2, max_iterations=100)
+    return -softness * factors.log()
 
 
 def _exactly(seats: Seats) -> Tensor:

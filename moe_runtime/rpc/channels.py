@@ -69,7 +69,7 @@ class Connector:
         options: tuple[tuple[str, int | str], ...] = CHANNEL_OPTIONS
         if self.server_name is not None:
             options = (*options, ("grpc.ssl_target_name_override", self.server_name))
-        if _is_here(address):
+        if is_here(address):
             # A proxy is another machine: neither the call nor its token would stay on this one.
             options = (*options, ("grpc.enable_http_proxy", 0))
         return options
@@ -102,7 +102,7 @@ def connector(
 def _check_token(token: str, addresses: Sequence[str], *, may_be_read: bool) -> None:
     if not isinstance(token, str) or not re.fullmatch(TOKEN_PATTERN, token):
         raise InvalidRequestError("token: expected 16 to 4096 visible ASCII characters, found something else")
-    elsewhere = [address for address in addresses if not _is_here(address)]
+    elsewhere = [address for address in addresses if not is_here(address)]
     if elsewhere and not may_be_read:
         raise InvalidRequestError(
             f"token: expected TLS to {elsewhere[0]}, which is another machine, found plain text; give tls, or "
@@ -129,5 +129,6 @@ def _read(what: str, path: str | Path | None) -> bytes | None:
         raise InvalidRequestError(f"{what}: expected a PEM file, found: {path}: {exc.strerror}") from exc
 
 
-def _is_here(address: str) -> bool:
+def is_here(address: str) -> bool:
+    """Whether an address is of this machine."""
     return is_loopback(address.rpartition(":")[0])

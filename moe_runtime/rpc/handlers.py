@@ -79,7 +79,7 @@ class RouterHandlers:
         self._info = dict(info)
         self._clock = clock
         self._executor = executor
-        self._intake = Intake(limits)
+        self._intake = Intake(limits, num_levels=service.num_levels)
         self._answers = Answers()
         self._border = Border()
         self._num_calls: Counter[str] = Counter()

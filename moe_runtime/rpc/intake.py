@@ -21,10 +21,16 @@ _RETRY_AFTER_MS = 50.0
 
 
 class Intake:
-    """Counts what one router holds of requests that the service does not know yet. Owned by the event loop."""
+    """Counts what one router holds of requests that the service does not know yet. Owned by the event loop.
 
-    def __init__(self, limits: LimitsConfig) -> None:
+    Args:
+        limits: What one request may ask for, and how many the service holds on one level of nesting.
+        num_levels: Levels of nesting that the service has.
+    """
+
+    def __init__(self, limits: LimitsConfig, *, num_levels: int = 1) -> None:
         self._limits = limits
+        self._num_levels = num_levels
         self._num_calls = 0
         self._num_bytes = 0
 
@@ -42,7 +48,7 @@ class Intake:
             OverloadedError: If all places are taken, or bodies fill the memory set aside for them.
             DeadlineExceededError: If the time is over.
         """
-        most = self._limits.max_concurrent_requests + _SPARE_CALLS
+        most = self._num_levels * self._limits.max_concurrent_requests + _SPARE_CALLS
         if self._num_calls >= most:
             raise OverloadedError(
                 f"the router holds {most} requests, its most: try again later", retry_after_ms=_RETRY_AFTER_MS

@@ -61,6 +61,7 @@ class RpcServer:
     ) -> None:
         self._address = address
         self._limits = limits
+        self._num_levels = service.num_levels
         security = security or SecurityConfig()
         # Files first: nothing is started that would have to be ended.
         self._credentials, self._tokens = _read_files(security)
@@ -134,7 +135,7 @@ class RpcServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        most_calls = self._limits.max_concurrent_requests + _SPARE_CALLS
+        most_calls = self._num_levels * self._limits.max_concurrent_requests + _SPARE_CALLS
         server = grpc.aio.server(
             options=(*SERVER_OPTIONS, *_limit_options(self._limits, most_calls)),
             interceptors=self._doormen,

@@ -203,4 +203,4 @@ class Batcher:
 
 def _place_of(queued: QueuedRequest, num_rows: int) -> Place:
     request = queued.request
-    return Place(request.layer, request.client, num_rows, num_rows * request.tokens[:1].nbytes)
+    return Place(request.layer, request.client, num_rows, num_rows * request.tokens[:1].nbytes, queued.level)

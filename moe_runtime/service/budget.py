@@ -41,6 +41,17 @@ class Place:
     client: str
     num_tokens: int
     num_bytes: int
+    level: int = 0
+
+
+class _LevelLoad:
+    """What waits for all layers of one level of nesting, and whose it is."""
+
+    def __init__(self, share: float, clock: Clock) -> None:
+        self.token_shares = ClientShares(share=share, clock=clock)
+        self.byte_shares = ClientShares(share=share, clock=clock)
+        self.num_tokens = 0
+        self.num_bytes = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,9 @@ class QueueBudget:
     would take ``max_queued_s``, or so long that its own answer would probably be late. Nothing is refused for the
     time it would take while nothing waits, or as long as nobody knows how long that would be.
 
+    Each level of nesting has these limits for itself: requests for a layer that is an expert of another one are what
+    those of that one wait for, and must not wait behind them.
+
     Args:
         router: The limits.
         clock: Tells the time.
@@ -76,16 +90,24 @@ class QueueBudget:
         self._stats = stats
         self._lock = threading.Lock()
         self._loads: dict[str, _LayerLoad] = {}
-        self._token_shares = ClientShares(share=router.max_client_share, clock=clock)
-        self._byte_shares = ClientShares(share=router.max_client_share, clock=clock)
-        self.num_tokens = 0
-        self.num_bytes = 0
+        self._levels = {0: _LevelLoad(router.max_client_share, clock)}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that wait."""
+        return sum(level.num_tokens for level in self._levels.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Their bytes."""
+        return sum(level.num_bytes for level in self._levels.values())
 
     def resize(self, router: RouterConfig) -> None:
         """Other limits from now on; what waits already may exceed them."""
         with self._lock:
             self._router = router
-            self._token_shares.share = self._byte_shares.share = router.max_client_share
+            for level in self._levels.values():
+                level.token_shares.share = level.byte_shares.share = router.max_client_share
 
     def pace(self, layer: str) -> Pace:
         """How fast a layer goes; for the one thread that measures it."""
@@ -109,12 +131,9 @@ class QueueBudget:
         """
         with self._lock:
             # Both are asked, whatever the answer: whoever asks is active.
-            within_tokens = self._token_shares.may_take(
-                place.client, place.num_tokens, whole=self._router.max_queued_tokens
-            )
-            within_bytes = self._byte_shares.may_take(
-                place.client, place.num_bytes, whole=self._router.max_queued_bytes
-            )
+            level, client = self._level(place), place.client
+            within_tokens = level.token_shares.may_take(client, place.num_tokens, whole=self._router.max_queued_tokens)
+            within_bytes = level.byte_shares.may_take(client, place.num_bytes, whole=self._router.max_queued_bytes)
             self._check_room(place)
             if not (within_tokens and within_bytes):
                 raise self._refusal(place, "client_share", self._share_spent(place))
@@ -140,7 +159,7 @@ class QueueBudget:
                 "bytes": self.num_bytes,
                 "max_tokens": self._router.max_queued_tokens,
                 "max_bytes": self._router.max_queued_bytes,
-                "num_active_clients": self._token_shares.num_active,
+                "num_active_clients": max(level.token_shares.num_active for level in self._levels.values()),
                 "tokens_per_s": {
                     layer: load.pace.tokens_per_s
                     for layer, load in self._loads.items()
@@ -149,11 +168,15 @@ class QueueBudget:
             }
 
     def _check_room(self, place: Place) -> None:
-        most_tokens, most_bytes = self._router.max_queued_tokens, self._router.max_queued_bytes
-        if self.num_tokens + place.num_tokens > most_tokens:
-            raise self._refusal(place, "tokens", _full("tokens", self.num_tokens, place.num_tokens, most_tokens))
-        if self.num_bytes + place.num_bytes > most_bytes:
-            raise self._refusal(place, "bytes", _full("bytes", self.num_bytes, place.num_bytes, most_bytes))
+        level, most_tokens, most_bytes = (
+            self._level(place),
+            self._router.max_queued_tokens,
+            self._router.max_queued_bytes,
+        )
+        if level.num_tokens + place.num_tokens > most_tokens:
+            raise self._refusal(place, "tokens", _full("tokens", level.num_tokens, place.num_tokens, most_tokens))
+        if level.num_bytes + place.num_bytes > most_bytes:
+            raise self._refusal(place, "bytes", _full("bytes", level.num_bytes, place.num_bytes, most_bytes))
 
     def _check_time(self, place: Place, time_left_s: float) -> None:
         load = self._load(place.layer)
@@ -195,17 +218,26 @@ class QueueBudget:
         tokens[place.client] += num_tokens
         if not tokens[place.client]:
             del tokens[place.client]
-        self._token_shares.take(place.client, num_tokens)
-        self._byte_shares.take(place.client, num_bytes)
-        self.num_tokens += num_tokens
-        self.num_bytes += num_bytes
+        level = self._level(place)
+        level.token_shares.take(place.client, num_tokens)
+        level.byte_shares.take(place.client, num_bytes)
+        level.num_tokens += num_tokens
+        level.num_bytes += num_bytes
 
     def _load(self, layer: str) -> _LayerLoad:
         return self._loads.setdefault(layer, _LayerLoad())
 
+    def _level(self, place: Place) -> _LevelLoad:
+        level = self._levels.get(place.level)
+        if level is None:
+            level = _LevelLoad(self._router.max_client_share, self._clock)
+            self._levels = {**self._levels, place.level: level}
+        return level
+
     def _share_spent(self, place: Place) -> str:
+        held = self._level(place).token_shares.held(place.client)
         return (
-            f"the client holds {self._token_shares.held(place.client)} tokens of {self._router.max_queued_tokens}, "
+            f"the client holds {held} tokens of {self._router.max_queued_tokens}, "
             f"and may hold {self._router.max_client_share:g} of the queue while others want it"
         )
 

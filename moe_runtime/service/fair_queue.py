@@ -20,12 +20,13 @@ def turn_tokens(max_batch_tokens: int) -> int:
 
 @dataclass
 class QueuedRequest:
-    """A request in the queue, and how many of its rows have left it."""
+    """A request in the queue, how many of its rows have left it, and the level that it was taken in on."""
 
     request_key: int
     request: LayerRequest
     arrived_at: float
     next_row: int = 0
+    level: int = 0
 
     @property
     def num_rows_left(self) -> int:

@@ -42,29 +42,36 @@ class FrontDoor:
             stats=self.stats,
         )
 
-    def take_in(self, request: LayerRequest, action: Callable[[], None], *, time_left_s: float) -> None:
+    def take_in(self, request: LayerRequest, action: Callable[[], None], *, time_left_s: float, level: int = 0) -> None:
         """Give a request its place, and have the service's thread queue it by ``action``.
+
+        Args:
+            request: The request.
+            action: Queues it.
+            time_left_s: Seconds until its deadline.
+            level: Of its layer, see ``RoutedLayer``.
 
         Raises:
             UnavailableError: If no new requests are taken.
             OverloadedError: If there is no room.
         """
-        place = _place_of(request)
+        place = _place_of(request, level)
         self.inbox.take_in(
             action,
             client=request.client,
             reserve=lambda: self.budget.reserve(place, time_left_s=time_left_s),
             hint_ms=lambda: self.budget.hint_ms(place),
+            level=level,
         )
 
-    def release(self, request: LayerRequest) -> None:
+    def release(self, request: LayerRequest, *, level: int = 0) -> None:
         """Give back the place of a request that was taken in and never queued."""
-        self.budget.release(_place_of(request))
+        self.budget.release(_place_of(request, level))
 
     def load(self) -> dict[str, Any]:
         """What waits, the limits and the counters, as plain values."""
         return {**self.budget.snapshot(), "requests": self.inbox.num_open, **self.stats.snapshot()}
 
 
-def _place_of(request: LayerRequest) -> Place:
-    return Place(request.layer, request.client, int(request.tokens.shape[0]), request.tokens.nbytes)
+def _place_of(request: LayerRequest, level: int) -> Place:
+    return Place(request.layer, request.client, int(request.tokens.shape[0]), request.tokens.nbytes, level)

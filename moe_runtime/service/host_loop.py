@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from moe_runtime.errors import TransportError
-from moe_runtime.experts.host import MAX_MERGED_ROWS, ExpertCall
+from moe_runtime.experts.deadline import answer_within
+from moe_runtime.experts.host import MAX_MERGED_ROWS
+from moe_runtime.service.host_answers import all_failed, calls_of, mismatch, too_late
 from moe_runtime.service.ports import HostReply, MonotonicClock, SegmentResult
 
 if TYPE_CHECKING:
@@ -150,8 +152,10 @@ class HostLoop:
         batch = self._take_batch(now)
         if batch:
             self._busy_since = now
+            # Merged calls are one forward: it is of use for as long as anybody waits.
+            answer_within(max([each.delivery.request.timeout_s + each.received_at for each in batch]) - now)
             self._tell_of_suspect(batch[0].delivery)
-        run = self._host.begin([call for delivery, _ in batch for call in _calls(delivery.request)])
+        run = self._host.begin([call for delivery, _ in batch for call in calls_of(delivery.request)])
         self._finish_run_under_way()
         if self._host.overlaps:
             self._receive(0.0)
@@ -208,7 +212,7 @@ class HostLoop:
     def _skip_late(self, delivery: Delivery) -> None:
         self.num_skipped_late += 1
         self.num_failed_segments += len(delivery.request.segments)
-        self._reply(delivery, _too_late(delivery.request))
+        self._reply(delivery, too_late(delivery.request))
         self.num_answered += 1
 
     def _note_wait(self, request: HostRequest, waited_s: float) -> None:
@@ -240,7 +244,7 @@ class HostLoop:
         has_failed = False
         for segment, (rows, error, compute_ms, failed_rows) in zip(request.segments, outcomes, strict=False):
             if rows is not None:
-                mistake = _mismatch(rows, kept[0]) if kept else None
+                mistake = mismatch(rows, kept[0]) if kept else None
                 if mistake is None:
                     kept.append(rows)
                 else:
@@ -259,8 +263,8 @@ class HostLoop:
         except TransportError as exc:
             # Rows that cannot travel are this request's misfortune, not that of the next one.
             good = [result for result in reply.results if result.error is None]
-            self._note_failures(delivery.request, _all_failed(good, str(exc)))
-            self._transport.reply(delivery, HostReply(reply.ticket, _all_failed(reply.results, str(exc)), rows=None))
+            self._note_failures(delivery.request, all_failed(good, str(exc)))
+            self._transport.reply(delivery, HostReply(reply.ticket, all_failed(reply.results, str(exc)), rows=None))
 
     def _note_failures(self, request: HostRequest, results: Iterable[SegmentResult]) -> None:
         """Count the segments that failed, and tell whose rows they were; never what is in them."""
@@ -279,34 +283,3 @@ def _log_run(batch: Iterable[_Waiting]) -> None:
         experts = [segment.replica_id for segment in request.segments]
         about = {"request_ids": request.request_ids, "expert": experts}
         _LOG.debug("running %d rows", request.rows.shape[0], extra=about)
-
-
-def _too_late(request: HostRequest) -> HostReply:
-    error = f"it waited at its host for longer than {request.timeout_s} s"
-    results = tuple(SegmentResult(segment.replica_id, segment.num_rows, error) for segment in request.segments)
-    return HostReply(request.ticket, results, rows=None)
-
-
-def _all_failed(results: Iterable[SegmentResult], error: str) -> tuple[SegmentResult, ...]:
-    return tuple(
-        SegmentResult(result.replica_id, result.num_rows, result.error or error, result.compute_ms)
-        for result in results
-    )
-
-
-def _calls(request: HostRequest) -> Iterable[ExpertCall]:
-    segments, rows = request.segments, request.rows
-    if len(segments) == 1:
-        return (ExpertCall(segments[0].replica_id, rows),)
-    parts = torch.split(rows, [segment.num_rows for segment in segments])
-    return [ExpertCall(segment.replica_id, part) for segment, part in zip(segments, parts, strict=True)]
-
-
-def _mismatch(rows: Tensor, first: Tensor) -> str | None:
-    """Why rows cannot travel in one message with the first of it, or None if they can."""
-    if rows.shape[1:] == first.shape[1:] and rows.dtype == first.dtype:
-        return None
-    return (
-        f"expected rows like the message's first, {list(first.shape[1:])} {first.dtype}, "
-        f"found {list(rows.shape[1:])} {rows.dtype}"
-    )

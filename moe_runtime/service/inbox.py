@@ -18,12 +18,20 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
+class _OpenOnLevel:
+    """The open requests for layers of one level of nesting: how many, and whose."""
+
+    def __init__(self, shares: ClientShares) -> None:
+        self.shares = shares
+        self.num_open = 0
+
+
 class Inbox:
     """Actions for the service's thread, in the order of their coming. Thread-safe but for ``run_all``.
 
     Args:
         wake: Makes the service's thread look here; called once for all actions that it has not seen yet.
-        max_open_requests: Requests that may be open at once.
+        max_open_requests: Requests that may be open at once, on each level of nesting.
         shares: What each client may hold of them, and holds.
         stats: Counts what is refused.
     """
@@ -38,18 +46,18 @@ class Inbox:
     ) -> None:
         self._wake = wake
         self._max_open_requests = max_open_requests
-        self._shares = shares
+        self._levels = {0: _OpenOnLevel(shares)}
         self._stats = stats
         self._actions: deque[Callable[[], None]] = deque()
         self._is_woken = False
         self._changed = threading.Condition()
-        self._num_open = 0
         self._is_closed = False
+        self._is_shut = False
 
     @property
     def num_open(self) -> int:
         """Requests that were taken in and not answered yet."""
-        return self._num_open
+        return sum(level.num_open for level in self._levels.values())
 
     @property
     def is_closed(self) -> bool:
@@ -63,6 +71,7 @@ class Inbox:
         client: str,
         reserve: Callable[[], None],
         hint_ms: Callable[[], float],
+        level: int = 0,
     ) -> None:
         """Count a request as open, and have the service's thread queue it.
 
@@ -71,19 +80,21 @@ class Inbox:
             client: Who asks.
             reserve: Takes its place in the queue's budget, or raises.
             hint_ms: Says when it is worth trying again, in milliseconds.
+            level: Of its layer.
 
         Raises:
             UnavailableError: If no new requests are taken.
             OverloadedError: If too many are open, or the budget is spent.
         """
         with self._changed:
-            if self._is_closed:
+            if self._is_closed and not self._is_waited_for(level):
                 self._stats.refuse("draining")
                 raise UnavailableError("the router is shutting down; send the request to another one")
-            self._check_room(client, hint_ms)
+            opened = self._levels.setdefault(level, _OpenOnLevel(self._levels[0].shares.anew()))
+            self._check_room(opened, client, hint_ms)
             reserve()
-            self._num_open += 1
-            self._shares.take(client, 1)
+            opened.num_open += 1
+            opened.shares.take(client, 1)
             # Under the lock: a service that shuts down sees every request that it has taken in.
             self._actions.append(action)
         self._wake_once()
@@ -109,36 +120,46 @@ class Inbox:
                 # Whatever stopped the engine may stand here again; the requests behind it need their answers.
                 _LOG.exception("the router could not finish an action while it was shutting down")
 
-    def answered(self, client: str) -> None:
+    def answered(self, client: str, level: int = 0) -> None:
         """One of a client's open requests has its answer."""
         with self._changed:
-            self._num_open -= 1
-            self._shares.take(client, -1)
-            if not self._num_open:
+            opened = self._levels[level]
+            opened.num_open -= 1
+            opened.shares.take(client, -1)
+            if not self.num_open:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Refuse new requests from now on."""
+        """Refuse new requests from now on, but for those that open ones may be waiting for."""
         with self._changed:
             self._is_closed = True
+
+    def shut(self) -> None:
+        """Refuse whatever comes from now on."""
+        with self._changed:
+            self._is_closed = self._is_shut = True
 
     def wait_until_empty(self, timeout_s: float) -> bool:
         """Wait until no request is open; True if that happened in time."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._num_open == 0, timeout_s)
+            return self._changed.wait_for(lambda: self.num_open == 0, timeout_s)
 
-    def _check_room(self, client: str, hint_ms: Callable[[], float]) -> None:
+    def _is_waited_for(self, level: int) -> bool:
+        """Whether an open request for a layer further out may have asked for one of this level."""
+        return not self._is_shut and any(opened.num_open for outer, opened in self._levels.items() if outer < level)
+
+    def _check_room(self, opened: _OpenOnLevel, client: str, hint_ms: Callable[[], float]) -> None:
         most = self._max_open_requests
-        within_share = self._shares.may_take(client, 1, whole=most)
-        if self._num_open >= most:
+        within_share = opened.shares.may_take(client, 1, whole=most)
+        if opened.num_open >= most:
             self._stats.refuse("open_requests")
             raise OverloadedError(f"the router holds {most} requests, its limit; try again", hint_ms())
         if not within_share:
             self._stats.refuse("client_share")
-            held = self._shares.held(client)
+            held = opened.shares.held(client)
             raise OverloadedError(
                 f"the client has {held} requests open of the {most} that the router holds at most, "
-                f"and may have {self._shares.share:g} of them while others want some; try again",
+                f"and may have {opened.shares.share:g} of them while others want some; try again",
                 hint_ms(),
             )
 

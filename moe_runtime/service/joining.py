@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.requests import LayerRequest
 
-# Odd, so that rows of one request never share a key; large, so that those of neighbouring seeds rarely do.
-_GOLDEN = 0x1E37_79B9_7F4A_7C15
+# Odd, so that rows of one request never share a key; large, so that those of neighbouring seeds rarely do; and not the
+# step between choices (routing/draws.py), with which one row's draws would be another's of another choice.
+_ROW_STEP = 0x2545_F491_4F6C_DD1D
 _MASK_63 = 2**63 - 1
 
 
@@ -113,4 +114,4 @@ def _seed_rows(request: LayerRequest, part: BatchPart) -> Tensor:
     seed = request.options.seed
     if seed is None:
         seed = int.from_bytes(blake2b(request.request_id.encode(), digest_size=8).digest(), "little") & _MASK_63
-    return torch.arange(part.start, part.stop, dtype=torch.int64) * _GOLDEN + seed
+    return torch.arange(part.start, part.stop, dtype=torch.int64) * _ROW_STEP + seed

@@ -56,6 +56,7 @@ class RoutedLayer:
         hedge: When a second replica is asked as well; never when None.
         allow_batch_coupled: Whether requests share a batch although the policy couples its tokens.
         num_shared: How many of the experts, the last ones, serve every token.
+        level: 0 where no other layer asks this one; else one more than the innermost of those whose expert it is.
     """
 
     name: str
@@ -79,6 +80,7 @@ class RoutedLayer:
     hedge: HedgeConfig | None = None
     allow_batch_coupled: bool = False
     num_shared: int = 0
+    level: int = 0
 
     @property
     def num_experts(self) -> int:

@@ -30,11 +30,11 @@ class OpenRequests:
         stats: Counts how they end.
         queue_stats: Counts those that end before any of their rows is computed.
         clock: Tells the time.
-        on_answered: Called after each answer, with the client.
+        on_answered: Called after each answer, with the client and the level that it was taken in for.
     """
 
     def __init__(
-        self, stats: RouterStats, *, queue_stats: QueueStats, clock: Clock, on_answered: Callable[[str], None]
+        self, stats: RouterStats, *, queue_stats: QueueStats, clock: Clock, on_answered: Callable[[str, int], None]
     ) -> None:
         self._stats = stats
         self._queue_stats = queue_stats
@@ -69,7 +69,7 @@ class OpenRequests:
             pending.on_done(answer)
         except Exception:
             _LOG.exception("request %s: its caller could not take the answer", pending.request.request_id)
-        self._on_answered(pending.request.client)
+        self._on_answered(pending.request.client, pending.level)
 
     def _log(self, pending: PendingRequest, answer: LayerAnswer | MoERuntimeError) -> None:
         outcome = "answered" if isinstance(answer, LayerAnswer) else type(answer).__name__

@@ -42,6 +42,7 @@ class PendingRequest:
         deadline: Clock time after which nobody waits for it.
         generation: What it was checked against, and is served by.
         warnings: What its report will say about its options.
+        level: Of the layer that it was taken in for.
     """
 
     request_key: int
@@ -51,6 +52,7 @@ class PendingRequest:
     deadline: float
     generation: Generation
     warnings: tuple[str, ...] = ()
+    level: int = 0
     _parts: list[tuple[PartReport, Tensor]] = field(default_factory=list)
     _num_rows: int = 0
 

@@ -171,6 +171,11 @@ class RouterService:
         return self._generations.current.lineup
 
     @property
+    def num_levels(self) -> int:
+        """How deep its layers are nested: 1 where none is an expert of another."""
+        return 1 + max((layer.level for layer in self.lineup.layers.values()), default=0)
+
+    @property
     def stats(self) -> RouterStats:
         """Its counters, which go on counting."""
         return self._engine.stats
@@ -196,13 +201,16 @@ class RouterService:
         }
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests and wait for the open ones; True if all were answered in time."""
+        """Refuse new requests and wait for the open ones; True if all were answered in time.
+
+        What experts that are layers of this router ask for meanwhile is taken in, as long as others are open.
+        """
         self._inbox.close()
         return self._inbox.wait_until_empty(timeout_s)
 
     def close(self) -> None:
         """Stop: whatever is still open is answered with ``UnavailableError``. Safe to call twice."""
-        self._inbox.close()
+        self._inbox.shut()
         self._stopping.set()
         self._transport.wake()
         if self._thread.ident is None:
@@ -219,9 +227,10 @@ class RouterService:
         deadline = now + self._limits.default_timeout_s if request.deadline is None else request.deadline
         if deadline <= now:
             raise DeadlineExceededError(f"request {request.request_id}: its deadline passed before it was queued")
-        key, warnings = next(self._keys), unused_options(request, generation.lineup.layer(request.layer))
-        pending = PendingRequest(key, request, on_done, now, deadline, generation, warnings)
-        self._door.take_in(request, lambda: self._queue(pending), time_left_s=deadline - now)
+        key, layer = next(self._keys), generation.lineup.layer(request.layer)
+        warnings = unused_options(request, layer)
+        pending = PendingRequest(key, request, on_done, now, deadline, generation, warnings, layer.level)
+        self._door.take_in(request, lambda: self._queue(pending), time_left_s=deadline - now, level=layer.level)
         return Ticket(pending.request_key)
 
     def _run(self, num_threads: int) -> None:
@@ -259,7 +268,7 @@ class RouterService:
         if pending.request.tokens.shape[0] == 0:
             self._answer_empty(pending)
         else:
-            queued = QueuedRequest(pending.request_key, pending.request, pending.arrived_at)
+            queued = QueuedRequest(pending.request_key, pending.request, pending.arrived_at, level=pending.level)
             pending.generation.batcher.add(queued)
 
     def _moves_on(self, pending: PendingRequest) -> bool:
@@ -268,7 +277,7 @@ class RouterService:
         try:
             generation.check(request, self._limits)
         except MoERuntimeError as exc:
-            self._door.release(request)
+            self._door.release(request, level=pending.level)
             self._requests.fail(pending.request_key, exc)
             return False
         pending.generation = generation
@@ -325,7 +334,7 @@ class RouterService:
         return max(0.0, min([_LONGEST_POLL_S, *(wait_s for wait_s in waits if wait_s is not None)]))
 
     def _shut(self) -> None:
-        self._inbox.close()
+        self._inbox.shut()
         self._inbox.run_rest()
         self._requests.fail_all(UnavailableError("the router was shut down before the answer was ready"))
         self._transport.close()

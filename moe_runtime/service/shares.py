@@ -40,6 +40,10 @@ class ClientShares:
         # In the order of asking: whoever asked last is at the end.
         self._clients: OrderedDict[str, _Client] = OrderedDict()
 
+    def anew(self) -> ClientShares:
+        """The same rules for another thing, of which nobody holds anything."""
+        return ClientShares(share=self.share, clock=self._clock)
+
     @property
     def num_active(self) -> int:
         """Clients that hold something, or asked for something lately."""

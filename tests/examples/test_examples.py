@@ -53,6 +53,16 @@ def test_a_killed_expert_costs_its_own_assignments_and_comes_back() -> None:
     assert [line.partition(":")[0] for line in lines[3:]] == ["ShapeError", "DTypeError", "NonFiniteError"]
 
 
+def test_layers_within_layers_are_served_and_a_runtime_that_goes_away_is_one_expert_s_failure() -> None:
+    served, *versions, without, warning, refused = run("05_nested.py")
+
+    assert served == "outputs: (8, 10), 24 of 24 assignments served"
+    assert versions == ["feed_forward-0: seed:0", "near: moe:inner", "far: remote:FAR/far"]
+    assert without == "without the far one: 16 of 24 assignments served"
+    assert warning == "expert far: its inner layer gave no answer"
+    assert refused.endswith("found the cycle outer -> inner -> outer")
+
+
 def test_every_numbered_example_is_run_here() -> None:
     tested = set(re.findall(r'run\("(\d\d_\w+\.py)"\)', Path(__file__).read_text(encoding="utf-8")))
     assert tested == {path.name for path in EXAMPLES.glob("[0-9]*.py")}

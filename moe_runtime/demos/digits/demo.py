@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe_runtime.demos.digits import artifacts
@@ -14,10 +13,7 @@ from moe_runtime.demos.digits.reference import Reference
 from moe_runtime.demos.digits.render import show_result, show_title
 from moe_runtime.demos.digits.summary import Preparation, served_experts, summarise
 from moe_runtime.demos.digits.traffic import DEFAULT_LOAD, send
-from moe_runtime.demos.digits.training import train
-from moe_runtime.demos.errors import DemoError
-from moe_runtime.errors import PlugInError, WeightsError
-from moe_runtime.experts.registry import check_plug_ins
+from moe_runtime.demos.digits.trained import check_installed, check_writable, trained_layer
 from moe_runtime.launch.runtime import serve
 from moe_runtime.progress import make_progress
 from moe_runtime.rpc.client import MoEClient
@@ -33,19 +29,10 @@ if TYPE_CHECKING:
     from moe_runtime.demos.digits.result import DigitsResult
     from moe_runtime.demos.digits.summary import ServedExpert
     from moe_runtime.demos.digits.traffic import Load, Traffic
-    from moe_runtime.demos.digits.training import DigitsLayer
+    from moe_runtime.demos.digits.trained import TrainedLayer
 
 # Any port: the configuration's own may be taken, by this demo in another shell for instance.
 _ADDRESS = "127.0.0.1:0"
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """The layer as it lies in its folder, and how long training took if it took place."""
-
-    layer: DigitsLayer
-    folder: Path
-    training_s: float | None
 
 
 def run(
@@ -74,13 +61,12 @@ def run(
             accurate, or not as near to the reference, as promised, after the result is shown and written.
         MoERuntimeError: If the runtime does not start, or a request ends with an error.
     """
-    _check_installed(recipe)
-    folder = artifacts.cache_folder(recipe)
-    _check_writable(folder, json_path)
+    check_installed(recipe)
+    check_writable(artifacts.cache_folder(recipe), json_path)
     show_title(console)
     data = load_digits(seed=recipe.seed, held_out_share=recipe.held_out_share)
     with make_progress(console) as progress:
-        trained = _trained(recipe, data, folder, fresh=fresh, progress=progress)
+        trained = trained_layer(recipe, data.training, fresh=fresh, progress=progress)
         result = _serve_and_call(trained, data, load, ray=ray, progress=progress)
     show_result(console, result, address=recipe.config.router.address)
     if json_path is not None:
@@ -89,46 +75,9 @@ def run(
     return result
 
 
-def _check_installed(recipe: Recipe) -> None:
-    try:
-        check_plug_ins(recipe.config.plug_ins)
-    except PlugInError as exc:
-        raise DemoError(
-            f"{exc}\nits fifth expert is the example plug-in: pip install ./examples/custom_expert"
-        ) from exc
-
-
-def _check_writable(folder: Path, json_path: Path | None) -> None:
-    """Find out before anything takes time, not after."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder.parent, os.W_OK):
-            raise PermissionError(f"no permission to write to {folder.parent}")
-    except OSError as exc:
-        raise DemoError(f"the trained layer cannot be kept: {exc}; set MOE_RUNTIME_CACHE to another folder") from exc
-    if json_path is not None and not json_path.parent.is_dir():
-        raise DemoError(f"--json {json_path}: expected an existing folder, found none at {json_path.parent}")
-
-
-def _trained(recipe: Recipe, data: DigitsData, folder: Path, *, fresh: bool, progress: Progress) -> _Trained:
-    """The layer from the cache; trained and put there first if need be."""
-    note = f"{len(data.training):,} images"
-    task = progress.add_task("Training gate and experts", total=recipe.num_epochs, note=note)
-    if folder.exists() and not fresh:
-        try:
-            layer = artifacts.load(recipe, folder)
-        except WeightsError as exc:
-            progress.console.print(f"The saved layer cannot be used and is trained again: {exc}", markup=False)
-        else:
-            progress.update(task, completed=recipe.num_epochs, note="done before")
-            return _Trained(layer, folder, training_s=None)
-    started = time.perf_counter()
-    trained = train(recipe, data.training, on_epoch=lambda num_done: progress.update(task, completed=num_done))
-    artifacts.save(trained, recipe, folder)
-    return _Trained(artifacts.load(recipe, folder), folder, training_s=time.perf_counter() - started)
-
-
-def _serve_and_call(trained: _Trained, data: DigitsData, load: Load, *, ray: bool, progress: Progress) -> DigitsResult:
+def _serve_and_call(
+    trained: TrainedLayer, data: DigitsData, load: Load, *, ray: bool, progress: Progress
+) -> DigitsResult:
     config_path = trained.folder / artifacts.CONFIG_NAME
     reference = Reference(trained.layer, data.held_out)
     task = progress.add_task("Starting actors", total=None, note="")

@@ -10,14 +10,12 @@ import torch
 from moe_runtime.routing.assignments import Assignments, Grid
 from moe_runtime.routing.policies.choices import only_requested, requested_choices
 from moe_runtime.routing.policy import Policy
+from moe_runtime.routing.scaling import gaps_to_best, scale_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.routing.policy import TokenInfo
-
-#: A logit further below its token's best one counts as so far below: every scaling of the matrix stays within float64.
-LARGEST_GAP = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,33 +53,9 @@ class SinkhornPolicy(Policy):
 
     def _scaled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """Logits plus the price of each expert: their order in a row is that of the scaled matrix."""
-        gaps = logits.double() - logits.double().amax(dim=1, keepdim=True)
-        gaps = gaps.clamp_min(-LARGEST_GAP)
+        gaps = gaps_to_best(logits.double())
         valid = gaps if mask is None else gaps[mask.bool()]
         # One token has nobody to share with: scaled to equal loads, all of its entries would be the same.
         if valid.shape[0] <= 1:
             return gaps
         return gaps + scale_columns(valid.exp(), tolerance=self.tolerance, max_iterations=self.max_iterations).log()
-
-
-def scale_columns(matrix: Tensor, *, tolerance: float, max_iterations: int) -> Tensor:
-    """Factors of the columns with which, rows being scaled to sum 1, all columns have the same sum.
-
-    Args:
-        matrix: Positive, float64 ``(num_rows, num_columns)``; the largest number of a row is 1, the smallest at least
-            ``exp(-LARGEST_GAP)``.
-        tolerance: Share of their mean by which the columns' sums may differ from it.
-        max_iterations: Rounds of scaling at most.
-
-    Returns:
-        float64 ``(num_columns,)``, above 0 and finite.
-    """
-    num_rows, num_columns = matrix.shape
-    mean = num_rows / num_columns
-    factors = matrix.new_ones(num_columns)
-    for _ in range(max_iterations):
-        sums = matrix.t() @ (1.0 / (matrix @ factors))
-        if float((factors * sums / mean - 1.0).abs().max()) < tolerance:
-            break
-        factors = mean / sums
-    return factors

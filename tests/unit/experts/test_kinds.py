@@ -38,6 +38,7 @@ CASES: list[tuple[str, tuple[int, ...], dict[str, Any], tuple[int, ...]]] = [
     ("zero", (4, 2), {"out_shape": [10]}, (10,)),
     ("constant", (4, 2), {}, (4, 2)),
     ("constant", (4, 2), {"out_shape": [10]}, (10,)),
+    ("constant", (4, 2), {"mix_input": True}, (4, 2)),
 ]
 
 every_case = pytest.mark.parametrize(
@@ -207,6 +208,20 @@ def test_identity_gives_the_rows_and_zero_gives_zeros() -> None:
     rows = random_rows(2, (3,))
     assert initial_module(make_spec("identity", (3,), {}))(rows) is rows
     assert torch.equal(Zero((3,), ZeroOptions(out_shape=[2]))(rows), torch.zeros(2, 2))
+
+
+def test_constant_of_moe_plus_plus_mixes_the_row_and_the_value_by_a_learned_softmax_of_the_row() -> None:
+    module = Constant((2,), ConstantOptions(mix_input=True))
+    set_parameters(module, {"value": [10.0, 20.0], "mix.weight": [[1.0, 0.0], [0.0, 0.0]]})
+    # Logits (0, 0) and (ln 3, 0): shares (1/2, 1/2) and (3/4, 1/4).
+    rows = torch.tensor([[0.0, 2.0], [1.0986123, 4.0]])
+    expected = torch.tensor([[5.0, 11.0], [0.75 * 1.0986123 + 2.5, 8.0]])
+    torch.testing.assert_close(module(rows), expected)
+
+
+def test_constant_that_mixes_the_input_into_another_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"with mix_input, expected the input's shape \[3\], found \[2\]"):
+        Constant((3,), ConstantOptions(mix_input=True, out_shape=[2]))
 
 
 def test_constant_gives_its_value_for_every_row() -> None:

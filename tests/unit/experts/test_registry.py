@@ -8,7 +8,8 @@ import pytest
 
 from moe_runtime.errors import ConfigError, PlugInError
 from moe_runtime.experts.kinds.conv import CONV
-from moe_runtime.experts.registry import check_plug_ins, known_kinds, resolve_kind
+from moe_runtime.experts.registry import built_in_kinds, check_plug_ins, known_kinds, resolve_kind
+from moe_runtime.launch.nested.kinds import REMOTE, register_nested_kinds
 
 if TYPE_CHECKING:
     from conftest import InstallPlugIn
@@ -28,6 +29,19 @@ GOOD = """
 
 def test_built_in_kind_is_found_by_its_name() -> None:
     assert resolve_kind("conv") is CONV
+
+
+def test_kinds_that_a_layer_above_registers_are_built_in_however_often_it_does(
+    install_plug_in: InstallPlugIn,
+) -> None:
+    register_nested_kinds()
+    register_nested_kinds()
+    assert {"moe", "remote", "conv"} <= set(built_in_kinds())
+    assert set(built_in_kinds()) <= set(known_kinds())
+    assert resolve_kind("remote") is REMOTE
+    install_plug_in("moe_plug", {"moe": "KIND"}, source=GOOD + "    KIND = kind('moe')")
+    with pytest.raises(PlugInError, match="moe_plug registers the kind 'moe', which is built in"):
+        check_plug_ins(["moe_plug"])
 
 
 def test_mistyped_kind_is_answered_with_the_nearest_name() -> None:

@@ -109,13 +109,17 @@ def skewed(kind, num_tokens, num_experts):
         return 4.0 + scores[torch.arange(num_tokens) % 5 % num_tokens] + 0.01 * scores
     if kind == "whole numbers":
         return (scores * 2).round().clamp(0.0, 2.0)
+    if kind == "all alike":
+        return 4.0 + scores[:1].expand(num_tokens, num_experts)
     if kind == "outlier":
         scores[0] *= 1000
     return scores.abs()
 
 
-@pytest.mark.parametrize("kind", ["normal", "hot", "clusters", "whole numbers", "outlier"])
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(64, 8), (61, 8), (100, 16), (5, 16), (200, 3), (48, 2)])
+@pytest.mark.parametrize("kind", ["normal", "hot", "clusters", "whole numbers", "all alike", "outlier"])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts"), [(64, 8), (61, 8), (100, 16), (5, 16), (40, 64), (200, 3), (48, 2)]
+)
 def test_an_auction_is_balanced_and_within_a_percent_of_the_highest_total(kind, num_tokens, num_experts):
     scores = skewed(kind, num_tokens, num_experts)
     best = total(scores, balanced_experts(scores, solver="exact"))

@@ -5,8 +5,8 @@ import torch
 
 from moe_runtime.config.policies import SinkhornPolicyConfig
 from moe_runtime.routing.policies.build import build_policy
-from moe_runtime.routing.policies.sinkhorn import scale_columns
 from moe_runtime.routing.policy import TokenInfo
+from moe_runtime.routing.scaling import scale_columns
 
 # Everybody likes expert 0 better, by less and less.
 LOGITS = torch.tensor([[4.0, 0.0], [3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])

@@ -7,6 +7,7 @@ import torch
 
 from moe_runtime.errors import TransportError
 from moe_runtime.experts.build import build_expert
+from moe_runtime.experts.deadline import time_left_s
 from moe_runtime.experts.device_stage import Forwarded
 from moe_runtime.experts.host import ExpertHost
 from moe_runtime.experts.spec import ExpertSpec
@@ -465,3 +466,20 @@ def test_status_tells_what_the_loop_has_done():
             "num_requests": 2, "num_answered": 2, "num_waiting": 0, "num_rows": 2
         }  # fmt: skip
         assert system.host.status()["doubles"]["queue_s"] == 0.75
+
+
+def test_experts_may_know_for_how_long_somebody_waits_for_a_merged_forward(system):
+    seen = []
+
+    class Asking(torch.nn.Module):
+        def forward(self, rows):
+            seen.append(time_left_s())
+            return rows
+
+    experts = {"asks": dataclasses.replace(load("asks"), module=Asking())}
+    loop = HostLoop(ExpertHost(experts, device="cpu"), system.transport, clock=system.clock)
+    system.send(1, ("asks", [1.0]), timeout_s=50.0)
+    system.send(2, ("asks", [2.0]), timeout_s=90.0)
+    loop.serve_once(0.0)
+    # One forward for both, of use until the second is given up.
+    assert [50.0 < left_s <= 90.0 for left_s in seen] == [True]

@@ -1,0 +1,1 @@
+"""The systems of the literature by name: each a part of a layer's configuration, and where it comes from."""
