@@ -80,6 +80,7 @@ class ExpertHost:
     or dtype costs the whole call, and counts as a fault of the expert.
 
     Attributes:
+        experts: As this host runs them, by replica id; their counters may be read from any thread.
         overlaps: Whether forwards may be under way when ``begin`` returns, so that it pays to begin another run.
         unfit: Why this host should be replaced: after a bad answer, an expert did not answer its golden probe as it
             did when it was loaded. None while all do; never None again. May be read from any thread.
@@ -101,7 +102,7 @@ class ExpertHost:
             now: Seconds, for ``compute_ms``.
             stage: How forwards run on that device; made for it when None.
         """
-        self._experts = {replica_id: ServedExpert(replica_id, expert) for replica_id, expert in experts.items()}
+        self.experts = {replica_id: ServedExpert(replica_id, expert) for replica_id, expert in experts.items()}
         device = torch.device(device)
         self._stage: DeviceStage = stage or (CpuStage(now) if device.type == "cpu" else CudaStage(device))
         self._now = now
@@ -110,15 +111,11 @@ class ExpertHost:
 
     def num_faults(self) -> dict[str, int]:
         """Outputs of the wrong kind, by replica, of those that gave any. Thread-safe."""
-        return {name: expert.num_faults for name, expert in self._experts.items() if expert.num_faults}
-
-    def status(self) -> dict[str, dict[str, float]]:
-        """Counters by replica, see ``ServedExpert``. Thread-safe."""
-        return {name: expert.status() for name, expert in self._experts.items()}
+        return {name: expert.num_faults for name, expert in self.experts.items() if expert.num_faults}
 
     def note_wait(self, replica_id: str, seconds: float) -> None:
         """Count time that a call has waited before it was begun."""
-        expert = self._experts.get(replica_id)
+        expert = self.experts.get(replica_id)
         if expert is not None:
             expert.queue_s += seconds
 
@@ -135,7 +132,7 @@ class ExpertHost:
         products: list[_Product] = []
         open_products: dict[str, _Product] = {}
         for index, (replica_id, rows) in enumerate(calls):
-            expert = self._experts.get(replica_id)
+            expert = self.experts.get(replica_id)
             mistake = self._not_here(replica_id) if expert is None else expert.call_mistake(rows)
             if expert is None or mistake is not None:
                 outcomes[index] = ExpertOutcome(None, mistake, 0.0)
@@ -165,7 +162,7 @@ class ExpertHost:
         return [outcomes[index] for index in range(len(outcomes))]
 
     def _not_here(self, replica_id: str) -> str:
-        return f"{replica_id}: expected one of this host's replicas ({', '.join(self._experts)})"
+        return f"{replica_id}: expected one of this host's replicas ({', '.join(self.experts)})"
 
     def _forward(self, expert: ServedExpert, parts: list[Tensor]) -> Forwarding | Failure:
         if not torch.is_inference_mode_enabled():

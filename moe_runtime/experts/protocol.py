@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, runtime_checkable
 from moe_runtime.config.strict import StrictModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from torch import Tensor, nn
 
@@ -56,10 +56,6 @@ class DistantExpert(Expert, Protocol):
 
     #: What stands for the version of weights that it does not know.
     weights_version: str
-
-    def counts(self) -> Mapping[str, int]:
-        """What it has counted, for the host's status. Thread-safe."""
-        ...
 
 
 @dataclass(frozen=True)

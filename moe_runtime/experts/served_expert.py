@@ -11,7 +11,6 @@ from moe_runtime.errors import ExpertError
 from moe_runtime.experts.culprits import Failure
 from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.outputs import output_mistake
-from moe_runtime.experts.protocol import DistantExpert
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,18 +99,6 @@ class ServedExpert:
     def zeros(self, num_rows: int) -> Tensor:
         """Outputs of rows that have none, as they travel."""
         return torch.zeros(num_rows, *self._contract.out_shape, dtype=self.row_dtype)
-
-    def status(self) -> dict[str, float]:
-        """The counters; of a distant expert its own, too."""
-        return {
-            **(self._module.counts() if isinstance(self._module, DistantExpert) else {}),
-            "num_calls": self.num_calls,
-            "num_rows": self.num_rows,
-            "num_forwards": self.num_forwards,
-            "num_faults": self.num_faults,
-            "compute_ms": self.compute_ms,
-            "queue_s": self.queue_s,
-        }
 
     def unfitness(self, now: float) -> str | None:
         """Why it is not what it was when it was loaded; None if it is, or was asked a moment ago.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +19,7 @@ from moe_runtime.ray_backend.plan import HostHealth, HostReport
 from moe_runtime.service.host_loop import HostLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from moe_runtime.experts.build import LoadedExpert
     from moe_runtime.experts.weights_store import WeightsStore
@@ -57,7 +57,7 @@ class ExpertProcess:
         """
         self._node = node
         self._find_routers = find_routers
-        self._layer_experts: list[LayerExpert] = []
+        self._layer_experts: dict[str, LayerExpert] = {}
         self._owns_process = owns_process
         self._spec = spec
         self._store = store
@@ -127,24 +127,8 @@ class ExpertProcess:
             num_faults=host.num_faults(),
             num_requests=loop.num_requests,
             num_waiting=loop.num_waiting,
+            inner={replica_id: expert.counts() for replica_id, expert in self._layer_experts.items()},
         )
-
-    def status(self) -> dict[str, Any]:
-        """Counters since the start, as plain values: of the loop, of each replica, and of the transport.
-
-        A replica's are sums and counts: ``queue_s`` and ``num_calls``, ``compute_ms`` and ``num_forwards``. Never
-        waits for an expert.
-        """
-        if self._host is None or self._loop is None or self._transport is None:
-            return {}
-        return {
-            "host_id": self._spec.host_id,
-            "unfit": self._host.unfit,
-            "rss_bytes": resident_bytes(),
-            **self._loop.status(),
-            "replicas": self._host.status(),
-            "transport": dict(self._transport.counts()),
-        }
 
     def join(self) -> str:
         """Wait until serving has ended, and say why.
@@ -162,7 +146,7 @@ class ExpertProcess:
         if self._loop is not None and self._thread is not None:
             self._loop.stop()
             # Whoever waited for this host has left it: what it asks of others need not be waited for.
-            for expert in self._layer_experts:
+            for expert in self._layer_experts.values():
                 expert.close()
             self._thread.join()
 
@@ -183,13 +167,16 @@ class ExpertProcess:
             if threading.current_thread() is threading.main_thread():
                 raise
             raise PlugInError(f"expert host {self._spec.host_id}: building its experts raised {exc!r}") from exc
-        self._connect(experts.values())
+        self._connect(experts)
         return experts
 
-    def _connect(self, experts: Iterable[LoadedExpert]) -> None:
+    def _connect(self, experts: Mapping[str, LoadedExpert]) -> None:
         """Tell the experts that are layers of this runtime where its routers are."""
-        self._layer_experts = [expert.module for expert in experts if isinstance(expert.module, LayerExpert)]
-        for module in self._layer_experts:
+        modules = {replica_id: expert.module for replica_id, expert in experts.items()}
+        self._layer_experts = {
+            replica_id: module for replica_id, module in modules.items() if isinstance(module, LayerExpert)
+        }
+        for module in self._layer_experts.values():
             if isinstance(module, MoEExpert) and self._find_routers is not None:
                 module.connect(self._find_routers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ class InProcessSession:
         return {
             "name": self._recipe.runtime,
             "addresses": self.addresses(),
-            "hosts": [self._describe_host(spec) for spec in self._specs],
+            "hosts": [self._describe_host(*each) for each in zip(self._specs, self._hosts, strict=True)],
             "routers": [
                 {
                     "index": i,
@@ -130,10 +131,11 @@ class InProcessSession:
         self._balance.start()
         on_progress(num_actors, num_actors)
 
-    def _describe_host(self, spec: HostSpec) -> dict[str, Any]:
+    def _describe_host(self, spec: HostSpec, host: ExpertProcess) -> dict[str, Any]:
         return {
             "host_id": spec.host_id,
             "state": str(ReplicaState.READY),
+            "health": asdict(host.health()),
             "node": self._node,
             "pid": os.getpid(),
             "replicas": [hosted.replica_id for hosted in spec.experts],

@@ -86,6 +86,7 @@ class HostHealth:
         num_faults: Outputs of the wrong kind since the start, per replica id that gave any.
         num_requests: Requests that it has received.
         num_waiting: Requests that wait, or are with its experts.
+        inner: What its experts that are layers have counted of those, per replica id.
     """
 
     busy_s: float = 0.0
@@ -94,6 +95,7 @@ class HostHealth:
     num_faults: Mapping[str, int] = field(default_factory=dict)
     num_requests: int = 0
     num_waiting: int = 0
+    inner: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -113,18 +113,6 @@ class HostLoop:
         """For how long the run that is under way has been; 0 where none is. Thread-safe."""
         busy_since = self._busy_since
         return 0.0 if busy_since is None else max(0.0, self._clock.now() - busy_since)
-
-    def status(self) -> dict[str, Any]:
-        """Counters, as plain values. Thread-safe."""
-        return {
-            "num_requests": self.num_requests,
-            "num_answered": self.num_answered,
-            "num_waiting": self.num_waiting,
-            "num_rows": self.num_rows,
-            "num_skipped_late": self.num_skipped_late,
-            "num_failed_segments": self.num_failed_segments,
-            "busy_s": self.busy_s,
-        }
 
     def run(self) -> None:
         """Serve until ``stop``. Requests that wait then are not answered."""

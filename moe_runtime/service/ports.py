@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     import torch
     from _typeshed import DataclassInstance
@@ -212,7 +212,7 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
 
 
 class HostTransport(Protocol):
-    """The expert host's end. Owned by one thread; only ``admit``, ``counts`` and ``wake`` may be called from others.
+    """The expert host's end. Owned by one thread; only ``admit`` and ``wake`` may be called from others.
 
     Every delivery is to be answered, those that are too late as well: the answer gives back what the request took
     of the router's credit and of the memory that they share.
@@ -231,10 +231,6 @@ class HostTransport(Protocol):
         Raises:
             TransportError: If a key is malformed.
         """
-        ...
-
-    def counts(self) -> Mapping[str, int]:
-        """Its counters since it was opened, by name. Thread-safe."""
         ...
 
     def receive(self, timeout_s: float) -> list[Delivery]:

@@ -259,10 +259,6 @@ class InProcessHostTransport:
             return True
         return self._inbox.put(delivery, max_items=self._network.max_queued_messages)
 
-    def counts(self) -> dict[str, int]:
-        """The counters by name. Thread-safe."""
-        return dataclasses.asdict(self._counters)
-
     def admit(self, public_keys: Collection[str]) -> None:
         """Does nothing: whoever is in the process is admitted."""
 

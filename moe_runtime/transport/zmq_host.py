@@ -134,10 +134,6 @@ class ZmqHostTransport:
         """A copy of the counters."""
         return dataclasses.replace(self._counters)
 
-    def counts(self) -> dict[str, int]:
-        """The counters by name. Thread-safe."""
-        return dataclasses.asdict(self._counters)
-
     def admit(self, public_keys: Collection[str]) -> None:
         """Let routers with these keys connect from other nodes, and no others. Thread-safe.
 

@@ -57,18 +57,17 @@ def vectors(where: str) -> AskedLayer:
 
 
 def test_rows_come_back_as_the_layer_answers_them_and_are_counted(router: LiveRouter) -> None:
-    host = ExpertHost({"outer/far/0": load(router.address)})
-    [outcome] = host.run([ExpertCall("outer/far/0", rows(5))])
+    expert = load(router.address)
+    [outcome] = ExpertHost({"outer/far/0": expert}).run([ExpertCall("outer/far/0", rows(5))])
     # The layer's experts are identities, and the weights of its two add up to 1.
     torch.testing.assert_close(outcome.rows, rows(5))
-    status = host.status()["outer/far/0"]
-    assert {name: number for name, number in status.items() if name.startswith("inner_")} == {
-        "inner_num_calls": 1,
-        "inner_num_assignments": 10,
-        "inner_num_served": 10,
-        "inner_num_dropped_capacity": 0,
-        "inner_num_dropped_failure": 0,
-        "inner_num_rerouted": 0,
+    assert expert.module.counts() == {
+        "num_calls": 1,
+        "num_assignments": 10,
+        "num_served": 10,
+        "num_dropped_capacity": 0,
+        "num_dropped_failure": 0,
+        "num_rerouted": 0,
     }
 
 
@@ -104,7 +103,8 @@ def test_an_inner_layer_that_does_not_answer_fails_the_call_before_the_outer_one
     start_router: StartRouter,
 ) -> None:
     router = start_router()
-    host = ExpertHost({"outer/far/0": load(router.address, layer="stuck")})
+    expert = load(router.address, layer="stuck")
+    host = ExpertHost({"outer/far/0": expert})
     answer_within(1.0)
     started = time.monotonic()
     outcomes = host.run([ExpertCall("outer/far/0", rows(8)), ExpertCall("outer/far/0", rows(3))])
@@ -112,10 +112,9 @@ def test_an_inner_layer_that_does_not_answer_fails_the_call_before_the_outer_one
     assert [outcome.rows for outcome in outcomes] == [None, None]
     assert "InnerLayerError: layer " in str(outcomes[0].error)
     assert "DeadlineExceededError" in str(outcomes[0].error)
-    status = host.status()["outer/far/0"]
     # Not tried again in halves.
-    assert (status["num_forwards"], status["inner_num_failed_calls"]) == (1, 1)
-    assert status["inner_num_DeadlineExceededError"] == 1
+    assert host.experts["outer/far/0"].num_forwards == 1
+    assert expert.module.counts() == {"num_calls": 1, "num_failed_calls": 1, "num_DeadlineExceededError": 1}
 
 
 def test_a_timeout_of_its_own_is_shorter_than_what_the_outer_layer_has_left(start_router: StartRouter) -> None:
@@ -157,7 +156,7 @@ def test_what_the_inner_layer_loses_is_counted_and_logged_once_in_a_while(
         for _ in range(3):
             assert expert.module(rows(2)).tolist() == [[0.0] * WIDTH] * 2
     counts = expert.module.counts()
-    assert (counts["inner_num_dropped_failure"], counts["inner_num_served"]) == (12, 0)
+    assert (counts["num_dropped_failure"], counts["num_served"]) == (12, 0)
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"layer {router.address}/vectors: 4 of 4 assignments lost: expert expert-0: no replica is")
 

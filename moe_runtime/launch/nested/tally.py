@@ -35,7 +35,7 @@ class InnerTally:
 
     def counts(self) -> dict[str, int]:
         """Calls and how they ended, and the assignments of those that were answered, by what became of them."""
-        return {f"inner_{name}": number for name, number in self._counts.copy().items()}
+        return dict(self._counts)
 
     def answered(self, report: Report) -> None:
         """A call was answered."""

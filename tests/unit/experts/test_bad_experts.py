@@ -286,7 +286,7 @@ def test_counters_tell_calls_rows_forwards_and_time() -> None:
     host.run([ExpertCall("a", rows(1, 2)), ExpertCall("a", rows(3))])
     host.note_wait("a", 0.25)
     host.note_wait("nobody", 1.0)
-    assert host.status()["a"] == {
-        "num_calls": 2, "num_rows": 3, "num_forwards": 1, "num_faults": 0, "compute_ms": 500.0, "queue_s": 0.25
-    }  # fmt: skip
-    assert host.status()["b"]["num_calls"] == 0
+    a, b = host.experts["a"], host.experts["b"]
+    assert (a.num_calls, a.num_rows, a.num_forwards, a.num_faults) == (2, 3, 1, 0)
+    assert (a.compute_ms, a.queue_s) == (500.0, 0.25)
+    assert b.num_calls == 0

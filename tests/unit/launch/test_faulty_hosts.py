@@ -55,7 +55,8 @@ class InThreads:
     def __init__(self, stack):
         network = InProcessNetwork()
         self.router = stack.enter_context(contextlib.closing(network.router_transport()))
-        self.process = ExpertProcess(host_of(), open_transport=network.host_transport, num_threads=None)
+        self.transport = network.host_transport()
+        self.process = ExpertProcess(host_of(), open_transport=lambda: self.transport, num_threads=None)
         self.endpoint = self.process.start().endpoint
         stack.callback(self.process.stop)
 
@@ -173,28 +174,22 @@ def test_a_busy_expert_does_not_keep_its_host_from_saying_how_it_is(host, fault)
     assert (idle.num_requests, idle.num_waiting) == (1, 0)
 
 
-def test_health_and_status_of_a_host_that_was_not_started():
+def test_health_of_a_host_that_was_not_started():
     process = ExpertProcess(host_of(), open_transport=InProcessNetwork().host_transport, num_threads=None)
     health = process.health()
     assert health == HostHealth(rss_bytes=health.rss_bytes)
     assert health.rss_bytes > 0
-    assert process.status() == {}
 
 
-def test_status_counts_what_the_loop_its_experts_and_the_transport_did():
+def test_health_and_the_transport_count_what_was_asked_and_answered():
     with contextlib.ExitStack() as stack:
         host = InThreads(stack)
         ask(host, 1, (FAULTY, [1.0, 2.0]), (GOOD, [3.0]))
         ask(host, 2, (FAULTY, ["raise"]))
-        status = host.process.status()
-    assert {key: status[key] for key in ("host_id", "num_requests", "num_rows", "num_failed_segments", "unfit")} == {
-        "host_id": "l/faulty/0", "num_requests": 2, "num_rows": 4, "num_failed_segments": 1, "unfit": None
-    }  # fmt: skip
-    assert (status["num_skipped_late"], status["num_waiting"]) == (0, 0)
-    counts = {name: status["replicas"][FAULTY][name] for name in ("num_calls", "num_rows", "num_forwards")}
-    assert counts == {"num_calls": 2, "num_rows": 3, "num_forwards": 2}
-    assert status["replicas"][FAULTY]["compute_ms"] > 0
-    assert (status["transport"]["num_received"], status["transport"]["num_sent"]) == (2, 2)
+        health = host.health()
+        counters = host.transport.counters
+    assert (health.num_requests, health.num_waiting, health.unfit, health.inner) == (2, 0, None, {})
+    assert (counters.num_received, counters.num_sent) == (2, 2)
 
 
 def test_an_expert_that_ends_its_process_is_lost_by_its_death(in_process):

@@ -125,9 +125,12 @@ def test_the_answer_is_the_inner_layer_and_then_the_outer_one() -> None:
     with serve(config(), ray=False) as runtime, MoEClient(runtime.address) as client:
         result = client.forward(rows(9), layer="outer", timeout_s=LONG_S)
         [nested, _] = client.describe()["layers"]["outer"]["experts"]
+        inner = {host["host_id"]: host["health"]["inner"] for host in runtime.describe()["hosts"]}
     assert (result.report.num_served, result.report.num_dropped_failure) == (18, 0)
     torch.testing.assert_close(result.outputs, by_hand(config(), rows(9)), rtol=0, atol=1e-5)
     assert (nested["kind"], nested["replicas"][0]["weights_version"]) == ("moe", "moe:inner")
+    [counted] = [counts for counts in inner.values() if counts]
+    assert (counted["outer/nested/0"]["num_calls"], counted["outer/nested/0"]["num_served"]) == (1, 18)
 
 
 def test_three_levels_and_a_layer_that_two_others_share_give_what_they_give_by_hand() -> None:

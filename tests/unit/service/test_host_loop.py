@@ -454,18 +454,16 @@ def test_a_request_that_is_too_late_no_longer_waits_and_is_not_logged(caplog):
     assert caplog.records == []
 
 
-def test_status_tells_what_the_loop_has_done():
+def test_counters_tell_what_the_loop_has_done():
     with contextlib.closing(System(max_rows_per_run=1)) as system:
         for ticket in (1, 2):
             system.send(ticket, ("doubles", [1.0]))
         system.loop.serve_once(0.0)
         system.clock.time += 0.75
         system.loop.serve_once(0.0)
-        status = system.loop.status()
-        assert {name: status[name] for name in ("num_requests", "num_answered", "num_waiting", "num_rows")} == {
-            "num_requests": 2, "num_answered": 2, "num_waiting": 0, "num_rows": 2
-        }  # fmt: skip
-        assert system.host.status()["doubles"]["queue_s"] == 0.75
+        loop = system.loop
+        assert (loop.num_requests, loop.num_answered, loop.num_waiting, loop.num_rows) == (2, 2, 0, 2)
+        assert system.host.experts["doubles"].queue_s == 0.75
 
 
 def test_experts_may_know_for_how_long_somebody_waits_for_a_merged_forward(system):
