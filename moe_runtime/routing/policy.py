@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from moe_runtime.errors import InvalidRequestError, ShapeError
+from moe_runtime.routing.assignments import Assignments
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moe_runtime.routing.assignments import Assignments, WeightRule
+    from moe_runtime.routing.assignments import Grid, Pairs, WeightRule
 
 #: What a policy may need to know of each token beside its logits, by its name in ``TokenInfo``.
 RowFact = Literal["token_ids", "row_ids", "row_seeds"]
@@ -105,6 +106,30 @@ class Policy(ABC):
     @abstractmethod
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """``assign`` of logits that are at least float32 and finite, and of checked ``info``."""
+
+    def num_choices(self, info: TokenInfo) -> int:
+        """Choices that are made for every token: the one ``k`` of all, else ``max_k``, of which some may go unasked."""
+        return info.k if isinstance(info.k, int) else self.max_k
+
+    def assignments(
+        self,
+        choices: Grid | Pairs,
+        logits: Tensor,
+        *,
+        all_scores: Tensor | None = None,
+        preferences: Tensor | None = None,
+        left_out: Pairs | None = None,
+    ) -> Assignments:
+        """These choices for the tokens of ``logits``, by this policy's rules; see ``Assignments``."""
+        return Assignments(
+            choices=choices,
+            all_scores=all_scores,
+            num_tokens=logits.shape[0],
+            num_experts=self.num_experts,
+            weight_rule=self.weight_rule,
+            preferences=preferences,
+            left_out=left_out,
+        )
 
     def _check(self, router_logits: Tensor, info: TokenInfo) -> None:
         if router_logits.dim() != 2 or router_logits.shape[1] != self.num_logits:

@@ -23,11 +23,16 @@ def requested_choices(width: int, info: TokenInfo) -> Tensor | None:
     return requested if mask is None else requested & mask
 
 
-def only_requested(grid: Grid, requested: Tensor) -> Pairs:
-    """The choices of a grid that are asked for, in coordinate form.
+def only_requested(grid: Grid, requested: Tensor | None) -> Grid | Pairs:
+    """The choices of a grid that are asked for: in coordinate form, or the grid itself where that is all of them.
 
     Args:
         grid: All choices.
-        requested: Bool ``(num_tokens, k)``.
+        requested: Bool ``(num_tokens, k)``; None is all.
     """
-    return grid.pairs.at(requested.t().reshape(-1).nonzero().squeeze(1))
+    return grid if requested is None else chosen_pairs(grid, requested)
+
+
+def chosen_pairs(grid: Grid, chosen: Tensor) -> Pairs:
+    """Some choices of a grid in coordinate form, by a mask, bool ``(num_tokens, k)``."""
+    return grid.pairs.at(chosen.t().reshape(-1).nonzero().squeeze(1))

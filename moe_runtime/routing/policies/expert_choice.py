@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from moe_runtime.routing.assignments import Assignments, Pairs
+from moe_runtime.routing.assignments import Pairs
 from moe_runtime.routing.capacity import share_per_expert
 from moe_runtime.routing.places import positions_in_group
 from moe_runtime.routing.policy import Policy
@@ -15,6 +15,7 @@ from moe_runtime.routing.policy import Policy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policy import TokenInfo
 
 
@@ -45,13 +46,7 @@ class ExpertChoicePolicy(Policy):
         num_valid = logits.shape[0] if info.mask is None else int(info.mask.sum())
         capacity = share_per_expert(num_valid, factor=self.capacity_factor, num_experts=self.num_experts)
         taken = torch.topk(by_expert, min(capacity, num_valid), dim=-1)
-        return Assignments(
-            choices=_by_choice(taken.indices, taken.values, num_tokens=logits.shape[0]),
-            all_scores=None,
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
-        )
+        return self.assignments(_by_choice(taken.indices, taken.values, num_tokens=logits.shape[0]), logits)
 
 
 def _by_choice(taken: Tensor, scores: Tensor, *, num_tokens: int) -> Pairs:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Assignments, Grid
+from moe_runtime.routing.assignments import Grid
 from moe_runtime.routing.draws import uniform_draws
 from moe_runtime.routing.policies.choices import only_requested, requested_choices
 from moe_runtime.routing.policies.facts import required_fact, row_ids_of
@@ -17,6 +17,7 @@ from moe_runtime.routing.policy import Policy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policy import RowFact, TokenInfo
 
 # Of the draws of `random`; `hash` has its seed for one.
@@ -35,20 +36,12 @@ class GateFreePolicy(Policy):
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """The assignments that the tokens of a batch ask for; see ``Policy.assign``."""
         num_tokens = logits.shape[0]
-        width = info.k if isinstance(info.k, int) else self.max_k
+        width = self.num_choices(info)
         expert_ids = self._experts(num_tokens, info, device=logits.device)[:, :width]
         scores = logits.new_full((num_tokens, width), 1.0 / width)
         if isinstance(info.k, torch.Tensor):
             scores = (1.0 / info.k.to(scores).clamp(1, width))[:, None].expand(-1, width)
-        grid = Grid(expert_ids, scores)
-        requested = requested_choices(width, info)
-        return Assignments(
-            choices=grid if requested is None else only_requested(grid, requested),
-            all_scores=None,
-            num_tokens=num_tokens,
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
-        )
+        return self.assignments(only_requested(Grid(expert_ids, scores), requested_choices(width, info)), logits)
 
     @abstractmethod
     def _experts(self, num_tokens: int, info: TokenInfo, *, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Assignments, Grid
+from moe_runtime.routing.assignments import Grid
 from moe_runtime.routing.policies.choices import only_requested, requested_choices
 from moe_runtime.routing.policy import Policy
 from moe_runtime.routing.seats import balanced_experts
@@ -15,6 +15,7 @@ from moe_runtime.routing.seats import balanced_experts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policy import TokenInfo
     from moe_runtime.routing.seats import Solver
 
@@ -41,13 +42,7 @@ class GlobalAssignmentPolicy(Policy):
         else:
             expert_ids = torch.topk(logits, 1, dim=-1).indices
         grid = Grid(expert_ids, torch.sigmoid(logits.gather(1, expert_ids)))
-        return Assignments(
-            choices=grid if requested is None else only_requested(grid, requested),
-            all_scores=None,
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
-        )
+        return self.assignments(only_requested(grid, requested), logits)
 
     def _balanced(self, logits: Tensor, valid: Tensor | None) -> Tensor:
         """The expert of each token, int64 ``(num_tokens, 1)``; of padding, any."""

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Assignments, Grid
+from moe_runtime.routing.assignments import Grid
 from moe_runtime.routing.draws import uniform_draws
-from moe_runtime.routing.policies.choices import only_requested, requested_choices
+from moe_runtime.routing.policies.choices import chosen_pairs, only_requested, requested_choices
 from moe_runtime.routing.policy import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.config.policies import SecondExpert
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policy import TokenInfo
 
 _SECOND = 1
@@ -53,7 +54,7 @@ class GShardPolicy(Policy):
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """The assignments that the tokens of a batch ask for; see ``Policy.assign``."""
         all_scores = torch.softmax(logits, dim=-1)
-        width = info.k if isinstance(info.k, int) else self.max_k
+        width = self.num_choices(info)
         scores, expert_ids = torch.topk(all_scores, width, dim=-1)
         grid, requested = Grid(expert_ids, scores), requested_choices(width, info)
         kept = self._kept(scores.detach(), info) if width > 1 else None
@@ -61,15 +62,8 @@ class GShardPolicy(Policy):
         if kept is not None:
             asked = torch.ones_like(expert_ids, dtype=torch.bool) if requested is None else requested
             requested = asked & kept
-            left_out = only_requested(grid, asked & ~kept)
-        return Assignments(
-            choices=grid if requested is None else only_requested(grid, requested),
-            all_scores=all_scores,
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
-            left_out=left_out,
-        )
+            left_out = chosen_pairs(grid, asked & ~kept)
+        return self.assignments(only_requested(grid, requested), logits, all_scores=all_scores, left_out=left_out)
 
     def _kept(self, scores: Tensor, info: TokenInfo) -> Tensor | None:
         """Which of each pair are kept, bool ``(num_tokens, 2)``; None is both, of every token."""

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Assignments, Grid
-from moe_runtime.routing.policies.choices import only_requested, requested_choices
+from moe_runtime.routing.assignments import Grid
+from moe_runtime.routing.policies.choices import chosen_pairs, only_requested, requested_choices
 from moe_runtime.routing.policies.groups import by_group, only_in_groups
 from moe_runtime.routing.policy import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policy import TokenInfo
 
 #: Logits of the first level where it decides between the shared expert, which comes first, and the others.
@@ -54,15 +55,13 @@ class TreePolicy(Policy):
         all_scores = (groups[:, :, None] * inside).flatten(1)
         group_ids = torch.topk(groups, self.k_groups, dim=-1).indices
         candidates = _best_inside(inside.detach(), group_ids, k=self.k)
-        width = info.k if isinstance(info.k, int) else self.max_k
+        width = self.num_choices(info)
         scores, places = torch.topk(all_scores.gather(1, candidates), width, dim=-1)
-        grid, requested = Grid(candidates.gather(1, places), scores), requested_choices(width, info)
-        return Assignments(
-            choices=grid if requested is None else only_requested(grid, requested),
+        grid = Grid(candidates.gather(1, places), scores)
+        return self.assignments(
+            only_requested(grid, requested_choices(width, info)),
+            logits,
             all_scores=all_scores,
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
             preferences=only_in_groups(all_scores.detach(), group_ids, num_groups=self.num_groups),
         )
 
@@ -89,18 +88,16 @@ class SharedFirstPolicy(Policy):
         branches = torch.softmax(logits[:, :_FIRST_LEVEL], dim=-1)
         others = branches[:, 1:] * torch.softmax(logits[:, _FIRST_LEVEL:], dim=-1)
         takes_shared = (branches[:, 0] >= branches[:, 1])[:, None]
-        width = info.k if isinstance(info.k, int) else self.max_k
+        width = self.num_choices(info)
         scores, places = torch.topk(others, width, dim=-1)
         is_shared = takes_shared & (torch.arange(width, device=logits.device) == 0)
         grid = Grid((places + 1).masked_fill(is_shared, 0), torch.where(is_shared, branches[:, :1], scores))
         wanted = ~takes_shared | is_shared
         requested = requested_choices(width, info)
-        return Assignments(
-            choices=only_requested(grid, wanted if requested is None else wanted & requested),
+        return self.assignments(
+            chosen_pairs(grid, wanted if requested is None else wanted & requested),
+            logits,
             all_scores=torch.cat([branches[:, :1], others], dim=1),
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Assignments, Grid
+from moe_runtime.routing.assignments import Grid
 from moe_runtime.routing.draws import uniform_draws
 from moe_runtime.routing.policies.choices import only_requested, requested_choices
 from moe_runtime.routing.policies.facts import required_fact
@@ -16,6 +16,7 @@ from moe_runtime.routing.policy import Policy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policy import RowFact, TokenInfo
 
 _STREAM = 2
@@ -50,19 +51,12 @@ class ReinforcePolicy(Policy):
         Raises:
             InvalidRequestError: If it samples and the rows have no seeds.
         """
-        width = info.k if isinstance(info.k, int) else self.max_k
+        width = self.num_choices(info)
         scores = torch.softmax(logits, dim=-1)
         preferences = self._perturbed(logits.detach(), info) if info.training or self.samples else scores
         expert_ids = torch.topk(preferences, width, dim=-1).indices
         grid = Grid(expert_ids, scores.gather(1, expert_ids))
-        requested = requested_choices(width, info)
-        return Assignments(
-            choices=grid if requested is None else only_requested(grid, requested),
-            all_scores=scores,
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
-        )
+        return self.assignments(only_requested(grid, requested_choices(width, info)), logits, all_scores=scores)
 
     def _perturbed(self, logits: Tensor, info: TokenInfo) -> Tensor:
         """Logits plus Gumbel noise, float64 ``(num_tokens, num_experts)``."""

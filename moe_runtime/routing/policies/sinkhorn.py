@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Assignments, Grid
+from moe_runtime.routing.assignments import Grid
 from moe_runtime.routing.policies.choices import only_requested, requested_choices
 from moe_runtime.routing.policy import Policy
 from moe_runtime.routing.scaling import gaps_to_best, scale_columns
@@ -15,6 +15,7 @@ from moe_runtime.routing.scaling import gaps_to_best, scale_columns
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policy import TokenInfo
 
 
@@ -35,21 +36,14 @@ class SinkhornPolicy(Policy):
 
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """The assignments that the tokens of a batch ask for; see ``Policy.assign``."""
-        width = info.k if isinstance(info.k, int) else self.max_k
-        requested = requested_choices(width, info)
+        width = self.num_choices(info)
         preferences = logits
         if info.training or self.batch_coupled:
             preferences = self._scaled(logits.detach(), info.mask)
         expert_ids = torch.topk(preferences, width, dim=-1).indices
         scores = torch.sigmoid(logits) if self.max_k == 1 else torch.softmax(logits, dim=-1)
         grid = Grid(expert_ids, scores.gather(1, expert_ids))
-        return Assignments(
-            choices=grid if requested is None else only_requested(grid, requested),
-            all_scores=None,
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
-        )
+        return self.assignments(only_requested(grid, requested_choices(width, info)), logits)
 
     def _scaled(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         """Logits plus the price of each expert: their order in a row is that of the scaled matrix."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.assignments import Assignments, Grid, WeightRule
+from moe_runtime.routing.assignments import Grid, WeightRule
 from moe_runtime.routing.policies.choices import only_requested, requested_choices
 from moe_runtime.routing.policy import Policy
 from moe_runtime.routing.weights import near_softmax
@@ -15,6 +15,7 @@ from moe_runtime.routing.weights import near_softmax
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policy import TokenInfo
 
 
@@ -36,20 +37,14 @@ class SparseMixerPolicy(Policy):
 
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """The assignments that the tokens of a batch ask for; see ``Policy.assign``."""
-        width = info.k if isinstance(info.k, int) else self.max_k
+        width = self.num_choices(info)
         expert_ids = logits.argmax(dim=-1, keepdim=True)
         if width > 1:
             second = logits.scatter(1, expert_ids, -torch.inf).argmax(dim=-1, keepdim=True)
             expert_ids = torch.cat([expert_ids, second], dim=1)
         scores = [near_softmax(logits, chosen, limit=self.limit) for chosen in expert_ids.unbind(1)]
-        grid, requested = Grid(expert_ids, torch.stack(scores, dim=1)), requested_choices(width, info)
-        return Assignments(
-            choices=grid if requested is None else only_requested(grid, requested),
-            all_scores=logits,
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
-        )
+        grid = Grid(expert_ids, torch.stack(scores, dim=1))
+        return self.assignments(only_requested(grid, requested_choices(width, info)), logits, all_scores=logits)
 
 
 def sparsemixer_rule(limit: float) -> WeightRule:

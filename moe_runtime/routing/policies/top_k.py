@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from moe_runtime.errors import ShapeError
-from moe_runtime.routing.assignments import Assignments, Grid
+from moe_runtime.routing.assignments import Grid
 from moe_runtime.routing.policies.choices import only_requested, requested_choices
 from moe_runtime.routing.policy import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moe_runtime.routing.assignments import Assignments
     from moe_runtime.routing.policies.groups import GroupLimit
     from moe_runtime.routing.policy import TokenInfo
 
@@ -44,20 +45,17 @@ class TopKPolicy(Policy):
         """The assignments that the tokens of a batch ask for; see ``Policy.assign``."""
         all_scores = self._all_scores(logits)
         preferences = self._preferences(all_scores, info)
-        width = info.k if isinstance(info.k, int) else self.max_k
+        width = self.num_choices(info)
         scores, expert_ids = torch.topk(all_scores if preferences is None else preferences, width, dim=-1)
         if preferences is not None:
             scores = all_scores.gather(1, expert_ids)
         requested = requested_choices(width, info)
         if self.score == "softmax_after_topk":
             scores = _softmax_over(scores, requested)
-        grid = Grid(expert_ids, scores)
-        return Assignments(
-            choices=grid if requested is None else only_requested(grid, requested),
+        return self.assignments(
+            only_requested(Grid(expert_ids, scores), requested),
+            logits,
             all_scores=all_scores if self.can_reroute else None,
-            num_tokens=logits.shape[0],
-            num_experts=self.num_experts,
-            weight_rule=self.weight_rule,
             preferences=preferences,
         )
 
