@@ -29,4 +29,6 @@ def log_probabilities(router_logits: Tensor, *, score: ProbabilityScore = "softm
     """
     logits = at_least_float32(router_logits)
     # sigmoid(x) / sum(sigmoid(x)) is the softmax of log(sigmoid(x)), which does not underflow.
-    return torch.log_softmax(F.logsigmoid(logits) if score == "sigmoid" else logits, dim=-1)
+    logs = torch.log_softmax(F.logsigmoid(logits) if score == "sigmoid" else logits, dim=-1)
+    # Finite: the logarithm of a chance that underflows may be -inf, whose product with it would be NaN.
+    return logs.clamp_min(torch.finfo(logs.dtype).min)

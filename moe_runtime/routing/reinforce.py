@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_runtime.errors import ConfigError, ShapeError
+from moe_runtime.routing.losses import entropy_loss
 from moe_runtime.routing.policy import at_least_float32
 
 if TYPE_CHECKING:
@@ -56,10 +57,7 @@ def reinforce_loss(
     loss: Tensor = -(advantages * sampling_log_probs(logits, assignments)[valid]).sum() / num_valid
     if entropy_bonus == 0.0:
         return loss
-    # Finite: a chance of 0 has a logarithm of minus infinity in float32, and their product would be NaN.
-    log_probs = torch.log_softmax(logits[valid], dim=-1).clamp_min(torch.finfo(logits.dtype).min)
-    negative_entropy: Tensor = (log_probs.exp() * log_probs).sum() / num_valid
-    return loss + entropy_bonus * negative_entropy
+    return loss + entropy_bonus * entropy_loss(logits[valid])
 
 
 def sampling_log_probs(router_logits: Tensor, assignments: Assignments) -> Tensor:

@@ -128,6 +128,15 @@ def test_entropy_loss_runs_from_minus_the_log_of_the_experts_to_zero(score):
     assert entropy_loss(sure, score=score).item() == pytest.approx(0.0)
 
 
+def test_entropy_of_logits_as_far_apart_as_numbers_go_is_zero_and_has_a_gradient():
+    logits = torch.tensor([[3e38, -3e38, 0.0]], requires_grad=True)
+    loss = entropy_loss(logits)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[0.0, 0.0, 0.0]]
+
+
 def test_mutual_information_loss_by_hand():
     # P(T, E) = [[3, 1], [1, 3]] / 8, marginals 1/2: 3/4 log(3/2) + 1/4 log(1/2) = 0.130812.
     loss = mutual_information_loss(LOGITS[1:], torch.tensor([4, 9, 0]), mask=MASK[1:])
