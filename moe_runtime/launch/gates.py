@@ -21,20 +21,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.config.gates import GateConfig
+    from moe_runtime.config.models import SharedGate
     from moe_runtime.routing.gate import Gate
     from moe_runtime.routing.policy import Policy
 
 
-def gate_shape(policy: Policy, *, in_features: int, num_gated_shared: int) -> GateShape:
+def gate_shape(policy: Policy, *, in_features: int, num_shared: int, shared_gate: SharedGate) -> GateShape:
     """How wide the gate of a layer is.
 
     Args:
         policy: The layer's.
         in_features: Width of the gate's input.
-        num_gated_shared: Shared experts whose weight the gate scores.
+        num_shared: Shared experts of the layer.
+        shared_gate: What their weight is; the gate scores it unless it is 1.
     """
     num_biases = policy.num_experts if policy.uses_bias else 0
-    return GateShape(in_features, policy.num_logits, num_biases=num_biases, num_shared=num_gated_shared)
+    num_gated = 0 if shared_gate == "none" else num_shared
+    return GateShape(in_features, policy.num_logits, num_biases=num_biases, num_shared=num_gated)
 
 
 def gate_seed(seed: int, layer: str) -> int:

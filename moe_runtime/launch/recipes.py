@@ -108,11 +108,6 @@ class LayerRecipe:
         """Experts that the policy routes to."""
         return len(self.experts) - self.num_shared
 
-    @property
-    def num_gated_shared(self) -> int:
-        """Shared experts whose weight the gate scores."""
-        return 0 if self.shared_gate == "none" else self.num_shared
-
 
 @dataclass(frozen=True)
 class HostedExpert:

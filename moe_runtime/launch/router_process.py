@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from moe_runtime.experts.weights_store import WeightsStore
     from moe_runtime.launch.recipes import LayerRecipe, RouterRecipe
+    from moe_runtime.routing.gate import Gate
+    from moe_runtime.routing.policy import Policy
     from moe_runtime.service.ports import Transport
     from moe_runtime.service.routing_table import RoutingTable
 
@@ -45,14 +47,12 @@ def build_routed_layer(recipe: LayerRecipe, *, store: WeightsStore | None = None
         ConfigError: If the gate's weights or the policy do not work.
     """
     policy = build_policy(recipe.policy, num_experts=recipe.num_routed)
-    shape = gate_shape(policy, in_features=recipe.gate_features, num_gated_shared=recipe.num_gated_shared)
-    gate = load_gate(recipe.gate, shape, weights=recipe.gate_weights, seed=recipe.gate_seed, store=store)
     return RoutedLayer(
         name=recipe.name,
         item_shape=recipe.item_shape,
         out_shape=recipe.out_shape,
         dtype=getattr(torch, recipe.dtype),
-        gate=gate,
+        gate=_gate(recipe, policy, store),
         gate_features=recipe.gate_features,
         policy=policy,
         policy_kind=recipe.policy.kind,
@@ -86,6 +86,13 @@ def build_setup(recipe: RouterRecipe, *, store: WeightsStore | None = None) -> R
         ConfigError: If a gate cannot be built.
     """
     return RouterSetup({layer.name: build_routed_layer(layer, store=store) for layer in recipe.layers}, recipe.router)
+
+
+def _gate(recipe: LayerRecipe, policy: Policy, store: WeightsStore | None) -> Gate:
+    shape = gate_shape(
+        policy, in_features=recipe.gate_features, num_shared=recipe.num_shared, shared_gate=recipe.shared_gate
+    )
+    return load_gate(recipe.gate, shape, weights=recipe.gate_weights, seed=recipe.gate_seed, store=store)
 
 
 class RouterProcess:
