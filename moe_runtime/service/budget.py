@@ -168,11 +168,8 @@ class QueueBudget:
             }
 
     def _check_room(self, place: Place) -> None:
-        level, most_tokens, most_bytes = (
-            self._level(place),
-            self._router.max_queued_tokens,
-            self._router.max_queued_bytes,
-        )
+        level = self._level(place)
+        most_tokens, most_bytes = self._router.max_queued_tokens, self._router.max_queued_bytes
         if level.num_tokens + place.num_tokens > most_tokens:
             raise self._refusal(place, "tokens", _full("tokens", level.num_tokens, place.num_tokens, most_tokens))
         if level.num_bytes + place.num_bytes > most_bytes:
@@ -231,6 +228,7 @@ class QueueBudget:
         level = self._levels.get(place.level)
         if level is None:
             level = _LevelLoad(self._router.max_client_share, self._clock)
+            # A new dictionary: `num_tokens` and `num_bytes` read the old one without the lock.
             self._levels = {**self._levels, place.level: level}
         return level
 

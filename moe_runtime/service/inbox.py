@@ -90,7 +90,7 @@ class Inbox:
             if self._is_closed and not self._is_waited_for(level):
                 self._stats.refuse("draining")
                 raise UnavailableError("the router is shutting down; send the request to another one")
-            opened = self._levels.setdefault(level, _OpenOnLevel(self._levels[0].shares.anew()))
+            opened = self._on_level(level)
             self._check_room(opened, client, hint_ms)
             reserve()
             opened.num_open += 1
@@ -143,6 +143,14 @@ class Inbox:
         """Wait until no request is open; True if that happened in time."""
         with self._changed:
             return self._changed.wait_for(lambda: self.num_open == 0, timeout_s)
+
+    def _on_level(self, level: int) -> _OpenOnLevel:
+        opened = self._levels.get(level)
+        if opened is None:
+            opened = _OpenOnLevel(self._levels[0].shares.anew())
+            # A new dictionary: `num_open` reads the old one without the lock.
+            self._levels = {**self._levels, level: opened}
+        return opened
 
     def _is_waited_for(self, level: int) -> bool:
         """Whether an open request for a layer further out may have asked for one of this level."""

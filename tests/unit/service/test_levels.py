@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from fakes.service import FakeClock
@@ -76,6 +79,20 @@ def test_open_requests_are_counted_per_level() -> None:
     assert setting.inbox.num_open == 3
     setting.inbox.answered("", 0)
     setting.take_in(level=0)
+
+
+def test_open_requests_are_counted_while_the_first_of_other_levels_come_in() -> None:
+    setting, interval_s = Setting(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            taking = pool.submit(lambda: [setting.take_in(level=level) for level in range(500)])
+            while not taking.done():
+                assert 0 <= setting.inbox.num_open <= 500
+            taking.result()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert setting.inbox.num_open == 500
 
 
 def test_while_draining_what_an_open_request_may_wait_for_is_taken_in() -> None:
