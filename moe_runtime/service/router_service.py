@@ -13,7 +13,6 @@ import torch
 
 from moe_runtime.errors import (
     DeadlineExceededError,
-    InternalError,
     MoERuntimeError,
     OverloadedError,
     UnavailableError,
@@ -26,17 +25,16 @@ from moe_runtime.service.generations import Generations
 from moe_runtime.service.open_requests import OpenRequests
 from moe_runtime.service.pending import PendingRequest, Ticket
 from moe_runtime.service.ports import MonotonicClock
-from moe_runtime.service.report import BatchLedger, empty_report
+from moe_runtime.service.report import empty_report
 from moe_runtime.service.requests import LayerAnswer
+from moe_runtime.service.under_way import BatchesUnderWay
 from moe_runtime.service.validation import unused_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from moe_runtime.config.runtime import LimitsConfig, RouterConfig
-    from moe_runtime.service.batch import BatchResult
-    from moe_runtime.service.batcher import JoinedBatch
-    from moe_runtime.service.generations import Generation, RouterSetup
+    from moe_runtime.service.generations import RouterSetup
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.lineup import Lineup
     from moe_runtime.service.pending import OnDone
@@ -92,7 +90,7 @@ class RouterService:
         self._requests = OpenRequests(
             self._engine.stats, queue_stats=door.stats, clock=self._clock, on_answered=self._inbox.answered
         )
-        self._batches: dict[int, tuple[JoinedBatch, Generation]] = {}
+        self._under_way = BatchesUnderWay(self._engine, self._requests, clock=self._clock)
         self._keys = itertools.count(1)
         self._stopping = threading.Event()
         self._started_at = self._clock.now()
@@ -248,12 +246,12 @@ class RouterService:
         self._inbox.run_all()
         self._requests.expire()
         while (due := self._generations.next_batch()) is not None:
-            self._dispatch(*due)
+            self._under_way.dispatch(*due)
             # Routing it took its time; what has expired or was withdrawn meanwhile is in no further batch.
             self._inbox.run_all()
             self._requests.expire()
         for result in self._engine.poll(self._patience()):
-            self._finish(result)
+            self._under_way.finish(result)
         for generation in self._generations.take_finished():
             self._engine.let_go(generation.lineup)
 
@@ -288,46 +286,6 @@ class RouterService:
         report = empty_report(pending.request, table_version=self._engine.table.version, warnings=pending.warnings)
         outputs = pending.request.tokens.new_empty((0, *layer.out_shape))
         self._requests.answer(pending.request_key, LayerAnswer(outputs, report))
-
-    def _dispatch(self, joined: JoinedBatch, generation: Generation) -> None:
-        try:
-            batch_id = self._engine.submit(joined.batch, generation.lineup)
-        except Exception:
-            # A gate that raises must not take the other layers' requests with it.
-            _LOG.exception("layer %s: a batch could not be routed", joined.batch.layer)
-            generation.batcher.batch_done(joined.batch.layer)
-            error = InternalError("the batch could not be routed; see the router's log")
-            for part in joined.parts:
-                self._requests.fail(part.request_key, error)
-            return
-        self._batches[batch_id] = joined, generation
-        if _LOG.isEnabledFor(logging.DEBUG):
-            about = {"request_ids": joined.batch.request_ids, "layer": joined.batch.layer, "batch_id": batch_id}
-            _LOG.debug("dispatched a batch of %d tokens", joined.batch.tokens.shape[0], extra=about)
-
-    def _finish(self, result: BatchResult) -> None:
-        if result.batch_id not in self._batches:
-            # Its submission failed half-way, and its requests were answered then.
-            return
-        joined, generation = self._batches.pop(result.batch_id)
-        generation.batcher.batch_answered(joined)
-        generation.lineup.stats[joined.batch.layer].count_waits(joined)
-        ledger = BatchLedger(result, generation.lineup.layer(joined.batch.layer))
-        for place, part in enumerate(joined.parts):
-            if place in result.errors:
-                self._requests.fail(part.request_key, result.errors[place])
-            pending = self._requests.get(part.request_key)
-            if pending is None:
-                continue
-            last_row = part.offset + part.stop - part.start
-            report = ledger.part(
-                first_row=part.offset,
-                last_row=last_row,
-                queue_s=joined.joined_at - part.arrived_at,
-                return_routing=part.return_routing,
-            )
-            if pending.add_part(part.start, result.outputs[part.offset : last_row], report):
-                self._requests.answer(part.request_key, pending.answer(self._clock.now()))
 
     def _patience(self) -> float:
         waits = (self._generations.seconds_to_next(), self._requests.seconds_to_next_deadline())
