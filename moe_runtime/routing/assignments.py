@@ -5,7 +5,6 @@ What only a report or a rare rule asks for is worked out when it is asked for.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -282,14 +281,6 @@ class DispatchPlan:
     def expert_ids(self) -> Tensor:
         """Expert per planned row, int64 ``(num_planned,)``; ascending until rows are moved."""
         return self.admission.assignments.expert_ids[self.assignment_ids]
-
-    @cached_property
-    def expert_offsets(self) -> Tensor:
-        """Planned rows of expert ``e`` are ``[offsets[e], offsets[e + 1])``, int64 ``(num_experts + 1,)``.
-
-        Of a plan of which no rows were moved.
-        """
-        return torch.tensor([0, *itertools.accumulate(self.rows_per_expert)], device=self.token_ids.device)
 
 
 def count_per_expert(expert_ids: Tensor, *, num_experts: int) -> tuple[int, ...]:

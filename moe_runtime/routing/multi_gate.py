@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+#: Tasks that a message names.
+_MAX_NAMED = 8
+
 
 class MultiGate(Gate):
     """One linear gate per task (MMoE, https://dl.acm.org/doi/10.1145/3219819.3220007).
@@ -94,6 +97,6 @@ class MultiGate(Gate):
             )
 
 
-def _some(names: tuple[str, ...], *, at_most: int = 8) -> str:
-    listed = ", ".join(repr(name) for name in names[:at_most])
-    return listed if len(names) <= at_most else f"{listed} and {len(names) - at_most} more"
+def _some(names: tuple[str, ...]) -> str:
+    listed = ", ".join(repr(name) for name in names[:_MAX_NAMED])
+    return listed if len(names) <= _MAX_NAMED else f"{listed} and {len(names) - _MAX_NAMED} more"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -166,7 +166,6 @@ class Report:
 
 
 ROUTING_FIELDS = ("token_ids", "expert_ids", "expert_weights", "outcomes")
-REPORT_FIELDS = tuple(f.name for f in fields(Report))
 
 
 @dataclass(frozen=True)

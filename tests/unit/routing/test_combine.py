@@ -25,7 +25,7 @@ def test_plan_orders_rows_by_expert_then_token():
     plan = make_plan(normalize="none")
     assert plan.token_ids.tolist() == [0, 1, 0, 1]
     assert plan.expert_ids.tolist() == [0, 0, 1, 2]
-    assert plan.expert_offsets.tolist() == [0, 2, 3, 4]
+    assert plan.rows_per_expert == (2, 1, 1)
     assert plan.assignment_ids.tolist() == [0, 3, 2, 1]
     assert plan.weights.tolist() == pytest.approx([0.5, 0.3, 0.3, 0.6])
     assert plan.num_planned == 4

@@ -156,7 +156,7 @@ def test_fast_path_equals_the_slow_oracle_and_accounts_for_every_assignment(rout
     assert routed.outputs.isfinite().all()
 
     admission, plan = routed.plan.admission, routed.plan
-    per_expert = plan.expert_offsets.diff().tolist()
+    per_expert = list(plan.rows_per_expert)
     assert sum(per_expert) == plan.num_planned == int(admission.admitted.sum())
     if admission.capacity is not None:
         assert max(per_expert[:num_experts]) <= admission.capacity
