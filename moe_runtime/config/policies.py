@@ -37,7 +37,7 @@ class GroupsConfig(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _some_are_left_out(self) -> GroupsConfig:
+    def _no_more_than_there_are(self) -> GroupsConfig:
         if self.keep > self.count:
             raise ValueError(f"keep: expected at most the {self.count} groups, found {self.keep}")
         return self
@@ -139,7 +139,9 @@ class SinkhornPolicyConfig(StrictModel):
 
     kind: Literal["sinkhorn"]
     k: int = Field(1, ge=1, le=MAX_EXPERTS, description="Experts per token.")
-    tolerance: float = Field(1e-4, gt=0, lt=1, description="Scaling ends when the marginals move by less.")
+    tolerance: float = Field(
+        1e-4, gt=0, lt=1, description="Scaling ends when no load is further from the mean than this share of it."
+    )
     max_iterations: int = Field(100, ge=1, le=100_000, description="Scaling ends after so many rounds.")
     evaluation: Evaluation = Field("greedy", description="`greedy`: each token's best experts.")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.config.gates import MultiGateConfig
 from moe_runtime.config.hosts import is_loopback
 from moe_runtime.experts.view import resolve_view
-from moe_runtime.launch.nested.nesting import MOE_KIND
+from moe_runtime.launch.nested.nesting import MOE_KIND, REMOTE_KIND
 from moe_runtime.launch.nested.options import MoEOptions
 from moe_runtime.routing.policies.build import build_policy
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from moe_runtime.launch.expansion import ExpandedExpert
     from moe_runtime.launch.recipes import LayerRecipe
 
-_KINDS = (MOE_KIND, "remote")
 _FILES = ("token_file", "ca", "cert", "key")
 
 
@@ -32,7 +31,7 @@ def settle(expert: ExpandedExpert, loaded: LoadedConfig, inner_layers: Mapping[s
     Its files' paths are made absolute, it needs no GPU of its own, and it is told the shape of its layer's rows.
     """
     recipe = expert.recipe
-    if recipe.spec.kind not in _KINDS:
+    if recipe.spec.kind not in (MOE_KIND, REMOTE_KIND):
         return expert
     options: dict[str, Any] = dict(recipe.spec.options)
     for key in _FILES:

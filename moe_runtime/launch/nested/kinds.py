@@ -10,6 +10,7 @@ from moe_runtime.errors import ConfigError, InnerLayerError
 from moe_runtime.experts.protocol import ExpertContract, ExpertKind
 from moe_runtime.experts.registry import register_built_in
 from moe_runtime.launch.nested.asked_layer import AskedLayer, LayerCalls
+from moe_runtime.launch.nested.nesting import MOE_KIND, REMOTE_KIND
 from moe_runtime.launch.nested.options import MoEOptions, RemoteOptions
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ class MoEExpert(LayerExpert):
         return self._find_routers()
 
 
-REMOTE = ExpertKind("remote", RemoteOptions, RemoteExpert)
-MOE = ExpertKind("moe", MoEOptions, MoEExpert)
+REMOTE = ExpertKind(REMOTE_KIND, RemoteOptions, RemoteExpert)
+MOE = ExpertKind(MOE_KIND, MoEOptions, MoEExpert)
 
 
 def register_nested_kinds() -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: The kind of an expert that is another layer of its runtime.
 MOE_KIND = "moe"
+#: The kind of an expert that is a layer of another runtime.
+REMOTE_KIND = "remote"
 
 
 @dataclass(frozen=True)
