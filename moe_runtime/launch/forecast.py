@@ -208,7 +208,7 @@ def _weights_bytes(spec: ExpertSpec, known: dict[object, int]) -> int:
 
 def _assignments_per_token(layer: LayerRecipe) -> list[float]:
     """What each expert gets per token of the layer: shared ones every token, the others equal parts of the choices."""
-    choices = build_policy(layer.policy, num_experts=layer.num_routed).max_k
+    choices = build_policy(layer.policy, num_experts=layer.num_routed).mean_k
     return [choices / layer.num_routed] * layer.num_routed + [1.0] * layer.num_shared
 
 

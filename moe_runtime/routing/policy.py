@@ -81,6 +81,11 @@ class Policy(ABC):
         return self.num_experts
 
     @property
+    def mean_k(self) -> float:
+        """Experts that a token asks for on average, at most."""
+        return float(self.max_k)
+
+    @property
     def draws_in_evaluation(self) -> bool:
         """Whether the seeds of rows decide anything outside training."""
         return "row_seeds" in self.reads

@@ -37,6 +37,11 @@ class ExpertChoicePolicy(Policy):
     accepts_k: bool = False
     sets_capacity: bool = True
 
+    @property
+    def mean_k(self) -> float:
+        """Experts that a token gets on average, but for rounding."""
+        return min(self.capacity_factor, float(self.num_experts))
+
     def select(self, logits: Tensor, info: TokenInfo) -> Assignments:
         """The assignments that the experts of a batch ask for; see ``Policy.assign``."""
         scores = torch.softmax(logits, dim=-1) if self.score == "softmax" else torch.sigmoid(logits)

@@ -75,6 +75,12 @@ def test_a_shared_expert_gets_every_token_and_the_others_part_of_the_choices():
     }
 
 
+def test_an_expert_that_chooses_its_tokens_gets_its_capacity_of_them():
+    policy = {"kind": "expert_choice", "capacity_factor": 2.0}
+    result = plan(view(node("n1")), [{**FEED_FORWARD, "count": 8}], policy=policy)
+    assert [actor.tokens for actor in result.actors[1:]] == [0.25] * 8
+
+
 def test_weights_are_counted_per_device():
     shared = {**FEED_FORWARD, "count": 3, "resources": {"num_gpus": 0.5}}
     result = plan(view(node("n1", gpu_memory=GIB, GPU=2.0)), [shared], device="auto")
