@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fakes.draws import normal
 from moe_runtime.config.policies import GlobalAssignmentPolicyConfig
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
@@ -16,10 +17,6 @@ from moe_runtime.routing.seats import EXACT_UP_TO, balanced_experts
 SOLVERS = pytest.mark.parametrize("solver", ["exact", "auction", "auto"])
 # Everybody likes expert 0 better, by less and less.
 LOGITS = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def assign(logits, *, solver="auto", evaluation="greedy", **info):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fakes.draws import normal
 from moe_runtime.config.models import CapacityConfig
 from moe_runtime.config.policies import (
     ExpertChoicePolicyConfig,
@@ -25,11 +26,6 @@ from moe_runtime.routing.reference.route import RoutingRules
 NORMALIZE = st.sampled_from(["before_drop", "after_drop", "none"])
 EVALUATION = st.sampled_from(["greedy", "as_in_training"])
 INT64 = st.integers(-(2**63), 2**63 - 1)
-
-
-def normal(*shape, seed):
-    # float64: what is a tie in one of two computations must be one in the other.
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @st.composite

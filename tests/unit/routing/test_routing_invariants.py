@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fakes.draws import normal
 from moe_runtime.config.models import CapacityConfig
 from moe_runtime.config.policies import (
     GroupsConfig,
@@ -24,11 +25,6 @@ from moe_runtime.routing.reference.choices import RoutingInputs
 from moe_runtime.routing.reference.route import RoutingRules
 
 EXAMPLES = settings(max_examples=40, deadline=None)
-
-
-def normal(*shape, seed):
-    # float64: what is a tie in one of two computations must be one in the other.
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @given(seed=st.integers(0, 2**31), num_experts=st.integers(1, 8), score=st.sampled_from(["softmax", "sigmoid"]))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fakes.draws import normal
 from moe_runtime.config.models import CapacityConfig
 from moe_runtime.config.policies import (
     DensePolicyConfig,
@@ -29,11 +30,6 @@ from moe_runtime.routing.weights import requested_weights
 
 NORMALIZE = st.sampled_from(["before_drop", "after_drop", "none"])
 SECOND = st.sampled_from(["threshold", "proportional", "always", "never"])
-
-
-def normal(*shape, seed):
-    # float64: what is a tie in one of two computations must be one in the other.
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def divisors(number):

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fakes.driven_router import DrivenRouter
 from fakes.service import (
-    FakeClock,
-    FakeTransport,
     endpoint,
     logits_for,
     make_layer,
@@ -21,13 +20,10 @@ from moe_runtime.config.models import CapacityConfig, OnFailureConfig
 from moe_runtime.config.policies import DensePolicyConfig, TopKPolicyConfig
 from moe_runtime.errors import ExpertError
 from moe_runtime.routing.policies.build import build_policy
-from moe_runtime.service.batch import Batch, BatchResult
-from moe_runtime.service.engine import RouterEngine
+from moe_runtime.service.batch import BatchResult
 from moe_runtime.service.layer import RoutedLayer
 from moe_runtime.service.ports import Endpoint, HostLost, HostReply, HostRequest, SegmentResult
-from moe_runtime.service.report import BatchLedger
 from moe_runtime.service.routing_table import ReplicaState, RoutingTable
-from moe_runtime.wire.messages import Report
 
 #: Two experts with two replicas each: hosts 10 and 20 serve expert 0, hosts 11 and 21 expert 1.
 TWINS = RoutingTable(1, {("layer", e): (replica(e, 10 + e), replica(e, 20 + e, n=1)) for e in range(2)})
@@ -39,86 +35,42 @@ def order(*steps: str) -> OnFailureConfig:
     return OnFailureConfig(order=steps)
 
 
-class Router:
-    """An engine with its fakes; the host of expert e multiplies rows by e + 1."""
-
-    def __init__(self, layer: RoutedLayer, table: RoutingTable) -> None:
-        self.layer = layer
-        self.clock = FakeClock()
-        self.transport = FakeTransport()
-        self.engine = RouterEngine({"layer": layer}, self.transport, node="here", clock=self.clock)
-        self.engine.set_table(table)
-
-    def submit(self, tokens: torch.Tensor, logits: torch.Tensor, **options: object) -> int:
-        return self.engine.submit(Batch("layer", tokens, gate_input=logits, **options))
-
-    def sent_to(self, host: int) -> HostRequest:
-        """The oldest request that a host has; it has it no longer."""
-        for each in self.transport.sent:
-            if each[0] == endpoint(host):
-                self.transport.sent.remove(each)
-                return each[1]
-        raise AssertionError([where.incarnation for where, _ in self.transport.sent])
-
-    @property
-    def hosts(self) -> list[int]:
-        return [where.incarnation for where, _ in self.transport.sent]
-
-    def answer(self, request: HostRequest) -> None:
-        parts = request.rows.split([segment.num_rows for segment in request.segments])
-        scaled = [(int(s.replica_id.split("/")[1]) + 1) * p for s, p in zip(request.segments, parts, strict=True)]
-        results = tuple(SegmentResult(s.replica_id, s.num_rows, compute_ms=1.0) for s in request.segments)
-        self.transport.arrivals.append(HostReply(request.ticket, results, torch.cat(scaled)))
-
-    def finish(self) -> BatchResult:
-        """The result, after all hosts have answered what they have."""
-        while True:
-            while self.transport.sent:
-                self.answer(self.transport.sent.pop(0)[1])
-            results = self.engine.poll(0.0)
-            if results:
-                (result,) = results
-                return result
-
-    def report(self, result: BatchResult) -> Report:
-        last_row = result.outputs.shape[0]
-        ledger = BatchLedger(result, self.layer)
-        return ledger.part(first_row=0, last_row=last_row, queue_s=0.0, return_routing=True)
+def router_of(layer: RoutedLayer, table: RoutingTable) -> DrivenRouter:
+    return DrivenRouter(layer, table, scale=lambda expert: expert + 1, node="here")
 
 
-def lose(router: Router, request: HostRequest, where: Endpoint) -> str:
+def lose(router: DrivenRouter, request: HostRequest, where: Endpoint) -> str:
     del request
     router.transport.arrivals.append(HostLost(where, "it was lost", is_death=False))
     return "it was lost"
 
 
-def die(router: Router, request: HostRequest, where: Endpoint) -> str:
+def die(router: DrivenRouter, request: HostRequest, where: Endpoint) -> str:
     del request
     router.transport.arrivals.append(HostLost(where, "it died"))
     return "it died"
 
 
-def raise_error(router: Router, request: HostRequest, where: Endpoint) -> str:
+def raise_error(router: DrivenRouter, request: HostRequest, where: Endpoint) -> str:
     del where
-    results = tuple(SegmentResult(s.replica_id, s.num_rows, error="it raised") for s in request.segments)
-    router.transport.arrivals.append(HostReply(request.ticket, results, None))
+    router.fail(request)
     return "it raised"
 
 
-def send_other_rows(router: Router, request: HostRequest, where: Endpoint) -> str:
+def send_other_rows(router: DrivenRouter, request: HostRequest, where: Endpoint) -> str:
     del where
     router.transport.arrivals.append(HostReply(request.ticket, (), request.rows))
     return "its host answered for other rows than it was sent"
 
 
-def hang(router: Router, request: HostRequest, where: Endpoint) -> str:
+def hang(router: DrivenRouter, request: HostRequest, where: Endpoint) -> str:
     del request, where
     nothing_follows = router.layer.on_failure.order[:-1] == ()
     router.clock.advance(2.0 if nothing_follows else 1.0)
     return "no answer within " + ("" if nothing_follows else "its share of ") + "the layer's timeout_ms"
 
 
-def declare_out(router: Router, request: HostRequest, where: Endpoint) -> str:
+def declare_out(router: DrivenRouter, request: HostRequest, where: Endpoint) -> str:
     del request
     out = {
         key: tuple(
@@ -131,12 +83,12 @@ def declare_out(router: Router, request: HostRequest, where: Endpoint) -> str:
 
 
 FAILURES = [lose, die, raise_error, send_other_rows, hang, declare_out]
-Fail = Callable[[Router, HostRequest, Endpoint], str]
+Fail = Callable[[DrivenRouter, HostRequest, Endpoint], str]
 
 
 @pytest.mark.parametrize("fail", FAILURES)
 def test_rows_of_a_failed_replica_are_served_by_its_twin(fail: Fail) -> None:
-    router = Router(make_layer(on_failure=order("replica", "drop")), TWINS)
+    router = router_of(make_layer(on_failure=order("replica", "drop")), TWINS)
     tokens = tokens_of(3)
     router.submit(tokens, logits_for(0, 1, 0))
     reason = fail(router, router.sent_to(10), endpoint(10))
@@ -151,7 +103,7 @@ def test_rows_of_a_failed_replica_are_served_by_its_twin(fail: Fail) -> None:
     assert (stats[1].num_served, stats[1].num_retried, stats[1].num_failed_attempts) == (1, 0, 0)
 
 
-def hang_expert_0_only(router: Router) -> BatchResult:
+def hang_expert_0_only(router: DrivenRouter) -> BatchResult:
     """Let the other host answer in the nick of time."""
     router.answer(router.sent_to(11))
     assert router.engine.poll(0.0) == []
@@ -162,7 +114,7 @@ def hang_expert_0_only(router: Router) -> BatchResult:
 @pytest.mark.parametrize("fail", FAILURES)
 def test_rows_of_a_failed_expert_go_to_the_tokens_next_best(fail: Fail) -> None:
     layer = make_layer(3, on_failure=order("replica", "reroute", "drop"))
-    router = Router(layer, SINGLES)
+    router = router_of(layer, SINGLES)
     tokens = tokens_of(2)
     router.submit(tokens, torch.tensor([[9.0, 2, 1], [9.0, 1, 2]]), row_starts=(0, 1), request_ids=("a", "b"))
     reason = fail(router, router.sent_to(10), endpoint(10))
@@ -182,7 +134,7 @@ def test_rows_of_a_failed_expert_go_to_the_tokens_next_best(fail: Fail) -> None:
 
 @pytest.mark.parametrize("fail", FAILURES)
 def test_rows_of_a_failed_expert_are_left_to_the_residual(fail: Fail) -> None:
-    router = Router(make_layer(3, on_failure=order("drop"), residual="passthrough"), TWINS)
+    router = router_of(make_layer(3, on_failure=order("drop"), residual="passthrough"), TWINS)
     tokens = tokens_of(2)
     router.submit(tokens, logits_for(0, 1, num_experts=3))
     if fail is hang:
@@ -198,7 +150,7 @@ def test_rows_of_a_failed_expert_are_left_to_the_residual(fail: Fail) -> None:
 
 @pytest.mark.parametrize("fail", FAILURES)
 def test_the_requests_that_own_failed_rows_fail_and_their_batch_mates_do_not(fail: Fail) -> None:
-    router = Router(make_layer(3, on_failure=order("error")), TWINS)
+    router = router_of(make_layer(3, on_failure=order("error")), TWINS)
     tokens = tokens_of(4)
     router.submit(
         tokens, logits_for(1, 0, 1, 1, num_experts=3), row_starts=(0, 1, 2), request_ids=("first", "second", "third")
@@ -216,7 +168,7 @@ def test_the_requests_that_own_failed_rows_fail_and_their_batch_mates_do_not(fai
 
 
 def test_a_replica_that_cannot_be_sent_to_costs_nothing_where_it_has_a_twin() -> None:
-    router = Router(make_layer(), TWINS)
+    router = router_of(make_layer(), TWINS)
     router.transport.refusing.add(endpoint(10))
     router.submit(tokens_of(2), logits_for(0, 1))
     assert router.hosts == [11, 20]
@@ -224,7 +176,9 @@ def test_a_replica_that_cannot_be_sent_to_costs_nothing_where_it_has_a_twin() ->
 
 
 def test_an_expert_without_a_replica_is_rerouted_at_once() -> None:
-    router = Router(make_layer(3), RoutingTable(1, {("layer", 1): (replica(1, 11),), ("layer", 2): (replica(2, 12),)}))
+    router = router_of(
+        make_layer(3), RoutingTable(1, {("layer", 1): (replica(1, 11),), ("layer", 2): (replica(2, 12),)})
+    )
     router.submit(tokens_of(2), torch.tensor([[9.0, 2, 1], [1.0, 9, 2]]))
     assert router.hosts == [11, 11]
     report = router.report(router.finish())
@@ -233,7 +187,7 @@ def test_an_expert_without_a_replica_is_rerouted_at_once() -> None:
 
 
 def test_the_order_decides_whether_a_twin_or_another_expert_comes_first() -> None:
-    router = Router(make_layer(on_failure=order("reroute", "replica", "drop")), TWINS)
+    router = router_of(make_layer(on_failure=order("reroute", "replica", "drop")), TWINS)
     router.submit(tokens_of(1), logits_for(0))
     raise_error(router, router.sent_to(10), endpoint(10))
     router.engine.poll(0.0)
@@ -242,7 +196,7 @@ def test_the_order_decides_whether_a_twin_or_another_expert_comes_first() -> Non
 
 def test_an_assignment_tries_as_many_other_experts_as_the_layer_allows() -> None:
     layer = make_layer(4, capacity=CapacityConfig(max_reroutes=2))
-    router = Router(layer, table_of(1, 10, 11, 12, 13))
+    router = router_of(layer, table_of(1, 10, 11, 12, 13))
     router.submit(tokens_of(1), torch.tensor([[9.0, 8, 7, 6]]))
     for host in (10, 11, 12):
         raise_error(router, router.sent_to(host), endpoint(host))
@@ -256,7 +210,7 @@ def test_an_assignment_tries_as_many_other_experts_as_the_layer_allows() -> None
 
 
 def test_a_token_is_never_sent_to_an_expert_that_it_holds() -> None:
-    router = Router(make_layer(3, k=2), SINGLES)
+    router = router_of(make_layer(3, k=2), SINGLES)
     router.submit(tokens_of(1), torch.tensor([[9.0, 8, 7]]))
     raise_error(router, router.sent_to(10), endpoint(10))
     router.engine.poll(0.0)
@@ -270,7 +224,7 @@ def test_a_token_is_never_sent_to_an_expert_that_it_holds() -> None:
 def test_rows_are_not_moved_to_an_expert_that_is_full() -> None:
     # Two places each: expert 1 has one free, expert 2 two.
     layer = make_layer(3, capacity=CapacityConfig(factor=1.5, min=1))
-    router = Router(layer, SINGLES)
+    router = router_of(layer, SINGLES)
     router.submit(tokens_of(3), torch.tensor([[9.0, 2, 1], [9.0, 2, 1], [1.0, 9, 2]]))
     raise_error(router, router.sent_to(10), endpoint(10))
     router.engine.poll(0.0)
@@ -281,7 +235,7 @@ def test_rows_are_not_moved_to_an_expert_that_is_full() -> None:
 
 def test_a_policy_without_other_scores_skips_rerouting() -> None:
     layer = make_layer(policy=build_policy(DensePolicyConfig(kind="dense"), num_experts=2))
-    router = Router(layer, table_of(1, 10, 11))
+    router = router_of(layer, table_of(1, 10, 11))
     router.submit(tokens_of(1), torch.tensor([[0.0, 0.0]]))
     raise_error(router, router.sent_to(10), endpoint(10))
     assert router.report(router.finish()).num_dropped_failure == 1
@@ -290,7 +244,7 @@ def test_a_policy_without_other_scores_skips_rerouting() -> None:
 def test_weights_on_the_input_that_would_change_are_not_rerouted() -> None:
     policy = TopKPolicyConfig(k=2, normalize="before_drop")
     layer = make_layer(3, weight_on="input", policy=build_policy(policy, num_experts=3))
-    router = Router(layer, SINGLES)
+    router = router_of(layer, SINGLES)
     router.submit(tokens_of(1), torch.tensor([[2.0, 1.0, 0.0]]))
     raise_error(router, router.sent_to(10), endpoint(10))
     assert router.report(router.finish()).num_dropped_failure == 1
@@ -299,7 +253,7 @@ def test_weights_on_the_input_that_would_change_are_not_rerouted() -> None:
 def test_rerouted_rows_carry_the_weight_of_their_new_expert() -> None:
     policy = TopKPolicyConfig(k=1, normalize="none", score="sigmoid")
     layer = make_layer(2, weight_on="input", policy=build_policy(policy, num_experts=2))
-    router = Router(layer, table_of(1, 10, 11))
+    router = router_of(layer, table_of(1, 10, 11))
     tokens = tokens_of(1)
     router.submit(tokens, torch.tensor([[4.0, 0.0]]))
     raise_error(router, router.sent_to(10), endpoint(10))
@@ -309,7 +263,7 @@ def test_rerouted_rows_carry_the_weight_of_their_new_expert() -> None:
 
 
 def test_rows_that_fail_alone_go_on_alone() -> None:
-    router = Router(make_layer(), TWINS)
+    router = router_of(make_layer(), TWINS)
     tokens = tokens_of(4)
     router.submit(tokens, logits_for(0, 0, 0, 0))
     request = router.sent_to(10)
@@ -327,7 +281,7 @@ def test_rows_that_fail_alone_go_on_alone() -> None:
 
 
 def test_rows_that_fail_alone_and_are_dropped_leak_nothing() -> None:
-    router = Router(make_layer(on_failure=order("drop"), residual="add"), TWINS)
+    router = router_of(make_layer(on_failure=order("drop"), residual="add"), TWINS)
     tokens = tokens_of(3)
     router.submit(tokens, logits_for(0, 0, 0))
     request = router.sent_to(10)
@@ -340,7 +294,7 @@ def test_rows_that_fail_alone_and_are_dropped_leak_nothing() -> None:
 
 @pytest.mark.parametrize("failed_rows", [(4,), (0, 9)])
 def test_failed_rows_that_were_never_sent_are_the_hosts_fault(failed_rows: tuple[int, ...]) -> None:
-    router = Router(make_layer(on_failure=order("drop")), TWINS)
+    router = router_of(make_layer(on_failure=order("drop")), TWINS)
     router.submit(tokens_of(4), logits_for(0, 0, 0, 0))
     request = router.sent_to(10)
     result = SegmentResult("layer/0/0", 4, error="odd", failed_rows=failed_rows)
@@ -351,7 +305,7 @@ def test_failed_rows_that_were_never_sent_are_the_hosts_fault(failed_rows: tuple
 
 
 def test_an_exact_layer_asks_no_twin_for_a_part_of_a_product() -> None:
-    router = Router(make_layer(on_failure=order("replica", "drop"), exact=True), TWINS)
+    router = router_of(make_layer(on_failure=order("replica", "drop"), exact=True), TWINS)
     router.submit(tokens_of(3), logits_for(0, 0, 0))
     request = router.sent_to(10)
     result = SegmentResult("layer/0/0", 3, error="rows are not finite", failed_rows=(0,))
@@ -361,7 +315,7 @@ def test_an_exact_layer_asks_no_twin_for_a_part_of_a_product() -> None:
 
 def test_each_attempt_gets_half_of_what_remains_and_the_last_one_all() -> None:
     replicas = tuple(replica(0, 10 + n, n=n) for n in range(3))
-    router = Router(make_layer(1, on_failure=order("replica", "drop")), RoutingTable(1, {("layer", 0): replicas}))
+    router = router_of(make_layer(1, on_failure=order("replica", "drop")), RoutingTable(1, {("layer", 0): replicas}))
     router.submit(tokens_of(1), torch.zeros(1, 1))
     for host, timeout_s in ((10, 1.0), (11, 1.0)):
         assert router.sent_to(host).timeout_s == timeout_s
@@ -379,7 +333,7 @@ def test_each_attempt_gets_half_of_what_remains_and_the_last_one_all() -> None:
 
 def test_rows_that_two_experts_did_not_answer_in_time_are_not_moved_to_more() -> None:
     experts = {("layer", n): (replica(n, 10 + n),) for n in range(4)}
-    router = Router(make_layer(4, on_failure=order("reroute", "drop")), RoutingTable(1, experts))
+    router = router_of(make_layer(4, on_failure=order("reroute", "drop")), RoutingTable(1, experts))
     router.submit(tokens_of(1), torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
     router.clock.advance(1.0)
     assert router.engine.poll(0.0) == []
@@ -390,7 +344,7 @@ def test_rows_that_two_experts_did_not_answer_in_time_are_not_moved_to_more() ->
 
 
 def test_nothing_is_tried_after_the_layers_timeout() -> None:
-    router = Router(make_layer(on_failure=order("replica", "drop")), TWINS)
+    router = router_of(make_layer(on_failure=order("replica", "drop")), TWINS)
     router.submit(tokens_of(1), logits_for(0))
     router.clock.advance(2.0)
     (result,) = router.engine.poll(0.0)
@@ -399,7 +353,7 @@ def test_nothing_is_tried_after_the_layers_timeout() -> None:
 
 
 def test_a_late_answer_is_ignored_and_counted() -> None:
-    router = Router(make_layer(), TWINS)
+    router = router_of(make_layer(), TWINS)
     tokens = tokens_of(1)
     router.submit(tokens, logits_for(0))
     late = router.sent_to(10)

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fakes.service import FakeClock, FakeTransport, GivenLogits, endpoint, logits_for, make_layer, replica, tokens_of
+from fakes.driven_router import DrivenRouter
+from fakes.service import GivenLogits, endpoint, logits_for, make_layer, replica, tokens_of
 from moe_runtime.config.models import OnFailureConfig
 from moe_runtime.errors import ExpertError
 from moe_runtime.routing.policy import TokenInfo
-from moe_runtime.service.batch import Batch, BatchResult
 from moe_runtime.service.describe import describe_layer
-from moe_runtime.service.engine import RouterEngine
 from moe_runtime.service.layer import RoutedLayer
-from moe_runtime.service.ports import HostLost, HostReply, HostRequest, SegmentResult
+from moe_runtime.service.ports import HostLost
 from moe_runtime.service.report import BatchLedger, PartReport, merge_parts
 from moe_runtime.service.routing_table import RoutingTable
 from moe_runtime.wire.messages import Report
@@ -43,54 +42,8 @@ def shared_layer(*order: str, **changes: Any) -> RoutedLayer:
     return make_layer(4, num_shared=1, policy=make_layer(3).policy, gate_features=3, on_failure=on_failure, **changes)
 
 
-class Router:
-    """An engine with its fakes; the host of expert e multiplies rows by ten to the power of e."""
-
-    def __init__(self, layer: RoutedLayer, table: RoutingTable = TABLE) -> None:
-        self.layer = layer
-        self.clock = FakeClock()
-        self.transport = FakeTransport()
-        self.engine = RouterEngine({"layer": layer}, self.transport, clock=self.clock)
-        self.engine.set_table(table)
-
-    def submit(self, num_tokens: int, logits: torch.Tensor, **options: Any) -> torch.Tensor:
-        tokens = tokens_of(num_tokens)
-        self.engine.submit(Batch("layer", tokens, gate_input=logits, **options))
-        return tokens
-
-    @property
-    def hosts(self) -> list[int]:
-        return [where.incarnation for where, _ in self.transport.sent]
-
-    def take(self, host: int) -> HostRequest:
-        place = self.hosts.index(host)
-        return self.transport.sent.pop(place)[1]
-
-    def fail(self, host: int) -> None:
-        request = self.take(host)
-        results = tuple(SegmentResult(s.replica_id, s.num_rows, error="it raised") for s in request.segments)
-        self.transport.arrivals.append(HostReply(request.ticket, results, None))
-
-    def answer(self, request: HostRequest) -> None:
-        parts = request.rows.split([segment.num_rows for segment in request.segments])
-        rows = [10.0 ** int(s.replica_id.split("/")[1]) * part for s, part in zip(request.segments, parts, strict=True)]
-        results = tuple(SegmentResult(s.replica_id, s.num_rows, compute_ms=1.0) for s in request.segments)
-        self.transport.arrivals.append(HostReply(request.ticket, results, torch.cat(rows)))
-
-    def finish(self) -> BatchResult:
-        """The result, after all hosts have answered what they have."""
-        while True:
-            while self.transport.sent:
-                self.answer(self.transport.sent.pop(0)[1])
-            results = self.engine.poll(0.0)
-            if results:
-                (result,) = results
-                return result
-
-    def report(self, result: BatchResult, *, rows: range | None = None) -> Report:
-        rows = rows or range(result.outputs.shape[0])
-        ledger = BatchLedger(result, self.layer)
-        return ledger.part(first_row=rows.start, last_row=rows.stop, queue_s=0.0, return_routing=True)
+def router_of(layer: RoutedLayer, table: RoutingTable = TABLE) -> DrivenRouter:
+    return DrivenRouter(layer, table, scale=lambda expert: 10.0**expert)
 
 
 def shared_counts(report: Report) -> tuple[int, int]:
@@ -103,8 +56,8 @@ def approx(rows: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def test_every_token_goes_to_the_shared_expert_in_one_message_of_its_host() -> None:
-    router = Router(shared_layer())
-    tokens = router.submit(3, logits_for(0, 0, 2, num_experts=3))
+    router = router_of(shared_layer())
+    tokens = router.submit(tokens_of(3), logits_for(0, 0, 2, num_experts=3))
     assert router.hosts == [10, 12, 13]
     assert torch.equal(router.transport.sent[2][1].rows, tokens)
     result = router.finish()
@@ -119,9 +72,9 @@ def test_every_token_goes_to_the_shared_expert_in_one_message_of_its_host() -> N
 
 
 def test_the_gate_weighs_it_and_padding_is_not_sent_to_it() -> None:
-    router = Router(shared_layer(gate=GatesShared()))
+    router = router_of(shared_layer(gate=GatesShared()))
     logits = torch.tensor([[1.0, 0, 0], [0.5, 9, 0], [2.0, 0, 9]])
-    tokens = router.submit(3, logits, info=TokenInfo(mask=torch.tensor([True, False, True])))
+    tokens = router.submit(tokens_of(3), logits, info=TokenInfo(mask=torch.tensor([True, False, True])))
     result = router.finish()
     assert approx(result.outputs, tokens * torch.tensor([1 + 0.5 * 1000, 0.0, 100 + 1000.0])[:, None])
     report = router.report(result)
@@ -131,9 +84,9 @@ def test_the_gate_weighs_it_and_padding_is_not_sent_to_it() -> None:
 
 
 def test_a_failed_shared_expert_is_asked_at_its_other_replica() -> None:
-    router = Router(shared_layer())
-    tokens = router.submit(2, logits_for(0, 1, num_experts=3))
-    router.fail(13)
+    router = router_of(shared_layer())
+    tokens = router.submit(tokens_of(2), logits_for(0, 1, num_experts=3))
+    router.fail(router.sent_to(13))
     router.engine.poll(0.0)
     assert router.hosts == [10, 11, 23]
     result = router.finish()
@@ -148,9 +101,9 @@ def test_a_failed_shared_expert_is_asked_at_its_other_replica() -> None:
 
 @pytest.mark.parametrize("order", [("reroute", "drop"), ("replica", "reroute", "drop"), ("drop",)])
 def test_without_another_replica_it_is_dropped_and_never_rerouted(order: Sequence[str]) -> None:
-    router = Router(shared_layer(*order), ALONE)
-    tokens = router.submit(2, logits_for(0, 1, num_experts=3))
-    router.fail(13)
+    router = router_of(shared_layer(*order), ALONE)
+    tokens = router.submit(tokens_of(2), logits_for(0, 1, num_experts=3))
+    router.fail(router.sent_to(13))
     router.engine.poll(0.0)
     assert router.hosts == [10, 11]
     result = router.finish()
@@ -166,9 +119,9 @@ def test_without_another_replica_it_is_dropped_and_never_rerouted(order: Sequenc
 
 
 def test_where_the_order_ends_in_an_error_its_request_fails() -> None:
-    router = Router(shared_layer("reroute", "error"), ALONE)
-    router.submit(2, logits_for(0, 1, num_experts=3), row_starts=(0, 1), request_ids=("a", "b"))
-    router.fail(13)
+    router = router_of(shared_layer("reroute", "error"), ALONE)
+    router.submit(tokens_of(2), logits_for(0, 1, num_experts=3), row_starts=(0, 1), request_ids=("a", "b"))
+    router.fail(router.sent_to(13))
     result = router.finish()
     assert sorted(result.errors) == [0, 1]
     assert isinstance(result.errors[0], ExpertError)
@@ -176,8 +129,8 @@ def test_where_the_order_ends_in_an_error_its_request_fails() -> None:
 
 
 def test_an_unreachable_shared_expert_is_dropped_at_once() -> None:
-    router = Router(shared_layer(), RoutingTable(1, {("layer", e): (replica(e, 10 + e),) for e in range(3)}))
-    router.submit(2, logits_for(0, 1, num_experts=3))
+    router = router_of(shared_layer(), RoutingTable(1, {("layer", e): (replica(e, 10 + e),) for e in range(3)}))
+    router.submit(tokens_of(2), logits_for(0, 1, num_experts=3))
     assert router.hosts == [10, 11]
     report = router.report(router.finish())
     assert shared_counts(report) == (0, 2)
@@ -185,10 +138,10 @@ def test_an_unreachable_shared_expert_is_dropped_at_once() -> None:
 
 
 def test_a_failed_routed_expert_never_reroutes_to_a_shared_one() -> None:
-    router = Router(shared_layer(), ALONE)
-    tokens = router.submit(1, torch.tensor([[9.0, 8, 7]]))
+    router = router_of(shared_layer(), ALONE)
+    tokens = router.submit(tokens_of(1), torch.tensor([[9.0, 8, 7]]))
     for host in (10, 11, 12):
-        router.fail(host)
+        router.fail(router.sent_to(host))
         router.engine.poll(0.0)
     # Two other experts were tried, as many as the layer allows; the shared one has its own row alone.
     assert router.hosts == [13]
@@ -200,9 +153,9 @@ def test_a_failed_routed_expert_never_reroutes_to_a_shared_one() -> None:
 
 
 def test_a_rerouted_token_keeps_its_shared_expert_at_its_weight() -> None:
-    router = Router(shared_layer(gate=GatesShared()), ALONE)
-    tokens = router.submit(1, torch.tensor([[1.0, 0.5, 0.2]]))
-    router.fail(10)
+    router = router_of(shared_layer(gate=GatesShared()), ALONE)
+    tokens = router.submit(tokens_of(1), torch.tensor([[1.0, 0.5, 0.2]]))
+    router.fail(router.sent_to(10))
     router.engine.poll(0.0)
     result = router.finish()
     assert approx(result.outputs, tokens * (10.0 + 0.5 * 1000))
@@ -211,39 +164,39 @@ def test_a_rerouted_token_keeps_its_shared_expert_at_its_weight() -> None:
 
 
 def test_a_token_that_only_its_shared_expert_served_does_not_pass_through() -> None:
-    router = Router(shared_layer("drop", residual="passthrough"), ALONE)
-    tokens = router.submit(2, logits_for(0, 1, num_experts=3))
-    router.fail(10)
+    router = router_of(shared_layer("drop", residual="passthrough"), ALONE)
+    tokens = router.submit(tokens_of(2), logits_for(0, 1, num_experts=3))
+    router.fail(router.sent_to(10))
     assert approx(router.finish().outputs, tokens * torch.tensor([1000.0, 1010.0])[:, None])
 
 
 def test_a_token_that_nobody_served_passes_through() -> None:
-    router = Router(shared_layer("drop", residual="passthrough"), ALONE)
-    tokens = router.submit(2, logits_for(0, 1, num_experts=3))
-    router.fail(10)
-    router.fail(13)
+    router = router_of(shared_layer("drop", residual="passthrough"), ALONE)
+    tokens = router.submit(tokens_of(2), logits_for(0, 1, num_experts=3))
+    router.fail(router.sent_to(10))
+    router.fail(router.sent_to(13))
     assert approx(router.finish().outputs, tokens * torch.tensor([1.0, 10.0])[:, None])
 
 
 def test_time_is_kept_for_a_second_attempt_only_where_there_may_be_one() -> None:
     for table, timeout_s in ((TABLE, 1.0), (ALONE, 2.0)):
-        router = Router(shared_layer(), table)
-        router.submit(1, logits_for(0, num_experts=3))
+        router = router_of(shared_layer(), table)
+        router.submit(tokens_of(1), logits_for(0, num_experts=3))
         # The routed expert has others to go to; the shared one has a second replica, or nothing.
         assert {where.incarnation: each.timeout_s for where, each in router.transport.sent} == {10: 1.0, 13: timeout_s}
 
 
 def test_a_shared_expert_is_no_place_to_go_to_when_time_is_divided() -> None:
     table = RoutingTable(1, {("layer", e): (replica(e, 10 + e),) for e in (0, SHARED)})
-    router = Router(shared_layer(), table)
-    router.submit(1, logits_for(0, num_experts=3))
+    router = router_of(shared_layer(), table)
+    router.submit(tokens_of(1), logits_for(0, num_experts=3))
     assert [request.timeout_s for _, request in router.transport.sent] == [2.0, 2.0]
 
 
 def test_a_host_that_dies_of_shared_rows_is_no_reason_to_poison_the_batch() -> None:
-    router = Router(shared_layer())
-    tokens = router.submit(1, logits_for(0, num_experts=3))
-    router.take(13)
+    router = router_of(shared_layer())
+    tokens = router.submit(tokens_of(1), logits_for(0, num_experts=3))
+    router.sent_to(13)
     router.transport.arrivals.append(HostLost(endpoint(13), "it died"))
     router.engine.poll(0.0)
     assert router.hosts == [10, 23]
@@ -251,8 +204,8 @@ def test_a_host_that_dies_of_shared_rows_is_no_reason_to_poison_the_batch() -> N
 
 
 def test_the_balance_of_a_batch_is_that_of_its_routed_experts() -> None:
-    router = Router(shared_layer())
-    router.submit(3, logits_for(0, 1, 2, num_experts=3))
+    router = router_of(shared_layer())
+    router.submit(tokens_of(3), logits_for(0, 1, 2, num_experts=3))
     router.finish()
     stats = router.engine.stats.layers["layer"]
     assert stats.histograms.load_ratio.sum == 1.0
@@ -267,8 +220,8 @@ def test_a_layer_says_which_of_its_experts_are_shared() -> None:
 
 
 def test_requests_of_one_batch_get_the_shared_rows_of_their_own() -> None:
-    router = Router(shared_layer(gate=GatesShared()), ALONE)
-    router.submit(3, torch.tensor([[1.0, 0, 0], [1.5, 0, 0], [2.0, 0, 0]]))
+    router = router_of(shared_layer(gate=GatesShared()), ALONE)
+    router.submit(tokens_of(3), torch.tensor([[1.0, 0, 0], [1.5, 0, 0], [2.0, 0, 0]]))
     result = router.finish()
     first, rest = router.report(result, rows=range(1)), router.report(result, rows=range(1, 3))
     assert (shared_counts(first), shared_counts(rest)) == ((1, 0), (2, 0))
@@ -280,8 +233,8 @@ def test_requests_of_one_batch_get_the_shared_rows_of_their_own() -> None:
 
 
 def test_shared_counts_and_weights_of_a_split_request_are_joined() -> None:
-    router = Router(shared_layer(gate=GatesShared()), ALONE)
-    router.submit(2, torch.tensor([[1.0, 0, 0], [2.0, 0, 0]]))
+    router = router_of(shared_layer(gate=GatesShared()), ALONE)
+    router.submit(tokens_of(2), torch.tensor([[1.0, 0, 0], [2.0, 0, 0]]))
     result = router.finish()
     parts = [PartReport(row, router.report(result, rows=range(row, row + 1))) for row in range(2)]
     merged = merge_parts("r", parts, total_s=0.0)
