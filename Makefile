@@ -24,8 +24,8 @@ MIN_COVERAGE := 95
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## Train, serve and classify real digits with five kinds of experts on Ray.
-	$(BIN)/moe-runtime demo digits
+demo: $(STAMP)  ## Train, serve and classify real digits with five kinds of experts on Ray; DEMO=routers: by every policy.
+	$(BIN)/moe-runtime demo $(or $(DEMO),digits)
 
 test: $(STAMP)  ## Run every test but the soak tests and the lab's; gate the coverage of the core.
 	$(PYTEST) -m "not soak and not cluster" --cov --cov-report=

@@ -46,16 +46,18 @@ def show_machine(console: Console, machine: Mapping[str, Any]) -> None:
     console.print("[dim]" + ", ".join(f"{name} {value}" for name, value in machine.items()) + "[/]\n")
 
 
-def show_rows(console: Console, suite: Suite, rows: Sequence[Row]) -> None:
+def show_tables(console: Console, tables: Sequence[TextTable]) -> None:
+    """Tables that a suite has made of its rows."""
+    for table in tables:
+        console.print(f"\n{table.title}:", highlight=False)
+        console.print(_text_table(table))
+
+
+def show_rows(console: Console, rows: Sequence[Row]) -> None:
     """A suite's rows: medians in milliseconds with the middle half of the calls, and ratios.
 
-    Each sort of case, that is each set of keys, has a table of its own, unless the suite makes tables itself.
+    Each sort of case, that is each set of keys, has a table of its own.
     """
-    if suite.tables is not None:
-        for table in suite.tables([row.as_json() for row in rows]):
-            console.print(f"\n{table.title}:", highlight=False)
-            console.print(_text_table(table))
-        return
     sorts: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         sorts[tuple(row.case)].append(row)

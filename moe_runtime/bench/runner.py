@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.bench.errors import BenchError
 from moe_runtime.bench.machine import describe_machine
-from moe_runtime.bench.render import ShownStage, show_duration, show_machine, show_rows, show_title
+from moe_runtime.bench.render import ShownStage, show_duration, show_machine, show_rows, show_tables, show_title
 from moe_runtime.bench.results import SuiteRun, write_json
 from moe_runtime.bench.suite import BenchSettings
 from moe_runtime.bench.suites import SUITES
@@ -87,5 +87,8 @@ def _measure(suite: Suite, *, quick: bool, console: Console) -> list[Row]:
             return ShownStage(progress, progress.add_task(title, total=None))
 
         rows = list(suite.run(BenchSettings(quick=quick, begin=begin)))
-    show_rows(console, suite, rows)
+    if suite.tables is None:
+        show_rows(console, rows)
+    else:
+        show_tables(console, suite.tables([row.as_json() for row in rows]))
     return rows

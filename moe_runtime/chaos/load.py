@@ -99,6 +99,7 @@ class Load:
         self.askers = [Asker(client, ledger=ledger, reference=reference, lag=lag) for client in self._clients]
         self._may_ask = asyncio.Event()
         self._may_ask.set()
+        self._may_hurry = True
         self._stopping = False
 
     async def run(self) -> None:
@@ -112,6 +113,10 @@ class Load:
     def release(self) -> None:
         """Go on."""
         self._may_ask.set()
+
+    def calm_down(self) -> None:
+        """From now on give every request the time that its answer takes."""
+        self._may_hurry = False
 
     async def may_ask(self) -> None:
         """Return when traffic is not held."""
@@ -130,5 +135,5 @@ class Load:
         rng = np.random.default_rng([self._seed, index])
         while not self._stopping:
             await self._may_ask.wait()
-            await asker.ask(draw_question(rng))
+            await asker.ask(draw_question(rng, may_hurry=self._may_hurry))
             await asyncio.sleep(float(rng.uniform(0.0, _PAUSE_S)))

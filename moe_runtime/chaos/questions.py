@@ -49,12 +49,17 @@ class Question:
         return int(self.k.sum())
 
 
-def draw_question(rng: np.random.Generator) -> Question:
-    """An ordinary request: 1 to 512 rows, small ones more often, sometimes with options, sometimes in a hurry."""
+def draw_question(rng: np.random.Generator, *, may_hurry: bool = True) -> Question:
+    """An ordinary request: 1 to 512 rows, small ones more often, sometimes with options, sometimes in a hurry.
+
+    Args:
+        rng: Draws everything.
+        may_hurry: Whether its deadline may be one that the answer can miss.
+    """
     num_rows = int(np.exp(rng.uniform(0.0, np.log(MAX_ROWS + 1))))
     inputs = _draw_rows(rng, num_rows)
     options, k = _draw_options(rng, num_rows)
-    is_short = rng.random() < _SHORT_SHARE
+    is_short = rng.random() < _SHORT_SHARE and may_hurry
     return Question(
         inputs=inputs,
         k=k,

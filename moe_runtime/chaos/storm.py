@@ -29,6 +29,8 @@ SETTLE_EVERY_S = 15.0
 _SETTLE_WITHIN_S = 45.0
 #: How long the cluster may take to be whole again when the faults are over.
 _WHOLE_WITHIN_S = 60.0
+#: How long the load lasts after that, when nothing fails and counters and ledger have to be equal.
+_CALM_S = 8.0
 _TICK_S = 0.1
 _SHOW_EVERY_S = 0.5
 
@@ -109,6 +111,9 @@ class Storm:
             self.injector.stop()
             await faults
             await self._await_whole()
+            self._load.calm_down()
+            await self._settle()
+            await self._wait(_CALM_S)
             self._load.stop()
             await load
             self.load_s = time.monotonic() - started_at

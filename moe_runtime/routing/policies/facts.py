@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_runtime.routing.policy import RowFact, TokenInfo
 
 _PURPOSES: dict[RowFact, str] = {
-    "token_ids": "routes by them; give each token its id, such as its place in a vocabulary, or "
+    "token_ids": "routes by them; give each token its id, such as its place in a vocabulary, or "  # nosec B105  # no secret: tokens of text
     "routing.hashing.ids_of_rows(tokens)",
     "row_seeds": "draws experts by them; give each row a number of its own, and another one in every step of training",
 }

@@ -113,10 +113,10 @@ def test_gini_is_half_the_mean_absolute_difference_over_the_mean(load):
 
 
 @EXAMPLES
-@given(data=st.data(), load=st.lists(st.integers(0, 10**9), min_size=2, max_size=12).map(sorted))
-def test_moving_load_from_the_busier_to_the_idler_expert_is_seen_by_every_figure(data, load):
-    target, source = sorted(data.draw(st.lists(st.integers(0, len(load) - 1), min_size=2, max_size=2, unique=True)))
-    moved = data.draw(st.integers(0, min(10**6, (load[source] - load[target]) // 2)))
+@given(load=LOADS, share=st.floats(0, 1))
+def test_moving_load_from_the_busiest_to_the_idlest_expert_is_seen_by_every_figure(load, share):
+    source, target = load.index(max(load)), load.index(min(load))
+    moved = int(share * ((max(load) - min(load)) // 2))
     fairer = list(load)
     fairer[source] -= moved
     fairer[target] += moved
