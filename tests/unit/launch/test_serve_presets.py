@@ -57,9 +57,7 @@ def expected_outputs(config: RuntimeConfig, name: str, tokens: torch.Tensor) -> 
     layer = config.layers[name]
     policy = build_policy(layer.policy, num_experts=layer.num_experts)
     num_shared = sum(block.count for block in layer.shared_experts)
-    shape = gate_shape(
-        policy, in_features=HIDDEN_SIZE, num_gated_shared=num_shared if layer.shared_gate == "sigmoid" else 0
-    )
+    shape = gate_shape(policy, in_features=HIDDEN_SIZE, num_shared=num_shared, shared_gate=layer.shared_gate)
     gate = load_gate(layer.gate, shape, weights=None, seed=gate_seed(config.seed, name))
     with torch.no_grad():
         tasks = torch.zeros(len(tokens), dtype=torch.int64) if name == "mmoe" else None
