@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from moe_runtime.config.balance import BalanceConfig, LossesConfig
 from moe_runtime.config.experts import ExpertConfig
-from moe_runtime.config.gates import GateConfig, LinearGateConfig
+from moe_runtime.config.gates import GateConfig, LinearGateConfig, MultiGateConfig, NoisyGateConfig
 from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
 from moe_runtime.config.presets.catalogue import find_preset, with_preset
 from moe_runtime.config.strict import MAX_COUNT, MAX_ITEM_ELEMENTS, MAX_SECONDS, StrictModel
@@ -68,6 +68,8 @@ class HedgeConfig(StrictModel):
     max_share: float = Field(0.05, gt=0, le=1, description="Share of messages that may be hedged.")
 
 
+#: Policies without router logits.
+_ASK_NO_GATE = ("hash", "random", "round_robin")
 _NARROWER: dict[DTypeName, tuple[WireDTypeName, ...]] = {
     "float64": ("float32", "float16", "bfloat16"),
     "float32": ("float16", "bfloat16"),
@@ -136,7 +138,7 @@ class LayerConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _on_its_preset(cls, data: Any) -> Any:
-        return with_preset(data) if isinstance(data, Mapping) else data
+        return _with_default_kinds(with_preset(data)) if isinstance(data, Mapping) else data
 
     @field_validator("item_shape")
     @classmethod
@@ -208,11 +210,37 @@ class LayerConfig(StrictModel):
     def _bias_has_a_policy(self) -> LayerConfig:
         uses_bias = isinstance(self.policy, TopKPolicyConfig) and self.policy.expert_bias
         if self.balance.online_bias and not uses_bias:
-            raise ValueError("balance.online_bias: expected policy top_k with expert_bias true, found another policy")
+            found = "expert_bias false" if isinstance(self.policy, TopKPolicyConfig) else f"policy {self.policy.kind}"
+            raise ValueError(f"balance.online_bias: expected policy top_k with expert_bias true, found {found}")
         return self
 
     @model_validator(mode="after")
-    def _shared_gate_has_experts(self) -> LayerConfig:
-        if self.shared_gate != "none" and not self.shared_experts:
-            raise ValueError(f"shared_gate: expected none without shared_experts, found {self.shared_gate}")
+    def _losses_have_what_they_need(self) -> LayerConfig:
+        needs = {"load": (NoisyGateConfig, "a noisy gate"), "mutual_information": (MultiGateConfig, "a gate per task")}
+        for name, coefficient in self.losses:
+            gate_class, needed = needs.get(name, (LinearGateConfig, ""))
+            # Those of a preset are left alone where a layer has another gate than it: only training reads them.
+            if not coefficient or self.origin_of(f"losses.{name}"):
+                continue
+            if self.policy.kind in _ASK_NO_GATE:
+                needed = "a policy that asks the gate"
+            elif isinstance(self.gate, gate_class):
+                continue
+            raise ValueError(f"losses.{name}: expected 0 without {needed}, found {coefficient:g}")
         return self
+
+    @model_validator(mode="after")
+    def _tasks_are_of_use(self) -> LayerConfig:
+        if self.policy.kind in _ASK_NO_GATE and isinstance(self.gate, MultiGateConfig):
+            raise ValueError(f"gate.kind: expected linear, found multi: policy {self.policy.kind} asks no gate")
+        return self
+
+
+def _with_default_kinds(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A layer's block in which gate and policy name their kind, the default one where they name none."""
+    named = {
+        key: {"kind": kind, **layer[key]}
+        for key, kind in (("gate", "linear"), ("policy", "top_k"))
+        if isinstance(layer.get(key), Mapping) and "kind" not in layer[key]
+    }
+    return {**layer, **named} if named else layer

@@ -129,7 +129,8 @@ class GlobalAssignmentPolicyConfig(StrictModel):
     kind: Literal["global_assignment"]
     solver: Literal["auto", "exact", "auction"] = Field(
         "auto",
-        description="`exact`: scipy's; `auction`: close to it, and quicker in large batches; `auto`: by size.",
+        description="`exact`: scipy's, which holds up the router for seconds above 1000 tokens; `auction`: close to "
+        "it, and quicker in large batches; `auto`: by size.",
     )
     evaluation: Evaluation = Field("greedy", description="`greedy`: each token's best expert.")
 
@@ -142,7 +143,7 @@ class SinkhornPolicyConfig(StrictModel):
     tolerance: float = Field(
         1e-4, gt=0, lt=1, description="Scaling ends when no load is further from the mean than this share of it."
     )
-    max_iterations: int = Field(100, ge=1, le=100_000, description="Scaling ends after so many rounds.")
+    max_iterations: int = Field(100, ge=1, le=1000, description="Scaling ends after so many rounds.")
     evaluation: Evaluation = Field("greedy", description="`greedy`: each token's best experts.")
 
 

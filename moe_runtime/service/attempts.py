@@ -95,7 +95,8 @@ class Attempts:
         request_ids = (
             batch.request_ids if message.alone is None else batch.request_ids[message.alone : message.alone + 1]
         )
-        timeout_s = attempt.deadline - attempt.sent_at
+        # Less than the attempt gets where nobody waits for so long: the replica is not to blame for that.
+        timeout_s = max(0.0, min(attempt.deadline, batch.awaited_until) - attempt.sent_at)
         is_suspect = message.alone is not None
         request = HostRequest(ticket, message.wire_segments(), rows, timeout_s, request_ids, is_suspect)
         if is_suspect and not self._may_go(ticket, attempt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +33,7 @@ class Batch:
         tasks: The task of each token, for a gate with one part per task, int64 ``(num_tokens,)``.
         row_starts: First row of each request that the batch was joined from, ascending from 0.
         request_ids: The ids of these requests; none where nobody gave them any.
+        awaited_until: Clock time after which none of these requests waits for it any more.
     """
 
     layer: str
@@ -41,6 +43,7 @@ class Batch:
     tasks: Tensor | None = None
     row_starts: tuple[int, ...] = (0,)
     request_ids: tuple[str, ...] = ()
+    awaited_until: float = math.inf
 
 
 class StageTimes(NamedTuple):

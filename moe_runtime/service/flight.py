@@ -62,6 +62,11 @@ class Flight:
     rerouting: Rerouting | None = None
     _token_ids: list[int] = field(default_factory=list)
 
+    @property
+    def awaited_until(self) -> float:
+        """Clock time after which nobody waits for its rows."""
+        return min(self.deadline, self.batch.awaited_until)
+
     def log(self) -> BatchFailures:
         """Where what goes wrong is written down."""
         if self.failures is None:

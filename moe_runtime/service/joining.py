@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -56,6 +57,7 @@ def build_batch(taken: Sequence[tuple[LayerRequest, BatchPart]], layer: RoutedLa
         tasks=_cat([_task_rows(request, part, layer) for request, part in taken]) if layer.gate.tasks else None,
         row_starts=tuple([part.offset for _, part in taken]),
         request_ids=tuple([request.request_id for request in requests]),
+        awaited_until=max([math.inf if request.deadline is None else request.deadline for request in requests]),
     )
 
 

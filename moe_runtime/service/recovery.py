@@ -179,7 +179,7 @@ class Recovery:
         segment = _without_failed_requests(flight, segment)
         if not segment.rows:
             return
-        if self._clock.now() < flight.deadline and segment.history.num_timeouts < _MAX_TIMEOUTS:
+        if self._clock.now() < flight.awaited_until and segment.history.num_timeouts < _MAX_TIMEOUTS:
             for step in flight.layer.on_failure.order:
                 if step == "replica" and (twin := self._twin(flight, segment)) is not None:
                     yield self._to_twin(flight, segment, twin)

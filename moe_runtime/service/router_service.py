@@ -227,6 +227,7 @@ class RouterService:
             raise DeadlineExceededError(f"request {request.request_id}: its deadline passed before it was queued")
         key, layer = next(self._keys), generation.lineup.layer(request.layer)
         warnings = unused_options(request, layer)
+        request = dataclasses.replace(request, deadline=deadline)
         pending = PendingRequest(key, request, on_done, now, deadline, generation, warnings, layer.level)
         self._door.take_in(request, lambda: self._queue(pending), time_left_s=deadline - now, level=layer.level)
         return Ticket(pending.request_key)

@@ -153,7 +153,28 @@ def test_a_mistake_is_one_line_with_path_expectation_and_finding(change: dict[An
         ({"item_shape": [0]}, "item_shape: expected sizes of at least 1, found [0]"),
         ({"dtype": "int8"}, "dtype: expected float32, float64, float16 or bfloat16, found 'int8'"),
         ({"allow_non_finite": "perhaps"}, "allow_non_finite: expected true or false, found 'perhaps'"),
-        ({"gate": {"bias": True}}, "gate.kind: missing; expected one of linear, mlp, noisy, cosine, multi"),
+        ({"gate": {"kind": "linar"}}, "gate.kind: expected one of linear, mlp, noisy, cosine, multi, found 'linar'"),
+        ({"losses": {"load": 0.1}}, "losses.load: expected 0 without a noisy gate, found 0.1"),
+        (
+            {"losses": {"mutual_information": 1}},
+            "losses.mutual_information: expected 0 without a gate per task, found 1",
+        ),
+        (
+            {"policy": {"kind": "hash"}, "losses": {"z": 0.1}},
+            "losses.z: expected 0 without a policy that asks the gate, found 0.1",
+        ),
+        (
+            {"policy": {"kind": "hash"}, "gate": {"kind": "multi", "tasks": ["a"]}},
+            "gate.kind: expected linear, found multi: policy hash asks no gate",
+        ),
+        (
+            {"balance": {"online_bias": True}},
+            "balance.online_bias: expected policy top_k with expert_bias true, found expert_bias false",
+        ),
+        (
+            {"balance": {"online_bias": True}, "policy": {"kind": "switch"}},
+            "balance.online_bias: expected policy top_k with expert_bias true, found policy switch",
+        ),
         ({"gate": {"kind": "mlp"}}, "gate.hidden_features: missing; expected width of the hidden layer"),
         ({"gate": {"kind": "linear", "jitter_eps": 1}}, "gate.jitter_eps: expected less than 1.0, found 1"),
         (
@@ -366,3 +387,9 @@ def test_a_layer_without_replicas_cannot_hedge() -> None:
     assert mistakes(runtime(layers={"digits": layer(hedge={})})) == [
         "layers.digits.hedge: expected an expert with replicas above 1, which it would ask too, found none"
     ]
+
+
+def test_a_gate_and_a_policy_without_a_kind_are_of_the_default_kind() -> None:
+    config = load_config(runtime(layers={"digits": layer(gate={"bias": True}, policy={"k": 1})})).config
+    digits = config.layers["digits"]
+    assert (digits.gate, digits.policy) == (LinearGateConfig(bias=True), TopKPolicyConfig(k=1))

@@ -43,11 +43,14 @@ class Queue:
         layer: str = "layer",
         tokens: torch.Tensor | None = None,
         client: str = "",
+        deadline: float | None = None,
         **options,
     ) -> int:
         key = next(self.keys)
         rows = tokens_of(num_tokens) + 100 * key if tokens is None else tokens
-        request = LayerRequest(f"request-{key}", layer, rows, RequestOptions(**options), client=client)
+        request = LayerRequest(
+            f"request-{key}", layer, rows, RequestOptions(**options), deadline=deadline, client=client
+        )
         self.budget.reserve(Place(layer, client, num_tokens, rows.nbytes), time_left_s=60.0)
         self.batcher.add(QueuedRequest(key, request, self.clock.now()))
         return key
@@ -308,3 +311,18 @@ def test_every_row_leaves_exactly_once_and_in_order(sizes: list[int], isolated: 
         queue.batcher.batch_done("layer")
     assert all(rows == list(range(len(rows))) for rows in seen.values())
     assert queue.budget.num_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("deadlines", "awaited_until"), [([7.0], 7.0), ([5.0, 9.0, 8.0], 9.0), ([5.0, None], float("inf"))]
+)
+def test_a_batch_is_awaited_until_the_last_deadline_of_its_requests(
+    deadlines: list[float | None], awaited_until: float
+) -> None:
+    queue = Queue(make_layer())
+    queue.add(1)
+    queue.next()
+    for deadline in deadlines:
+        queue.add(1, deadline=deadline)
+    queue.batcher.batch_done("layer")
+    assert queue.next().batch.awaited_until == awaited_until

@@ -166,6 +166,23 @@ def test_a_late_expert_is_dropped_at_the_layers_timeout_and_its_answer_is_ignore
     assert bench.engine.stats.num_late_replies == 1
 
 
+def test_experts_are_not_asked_for_longer_than_the_last_request_waits() -> None:
+    bench = Bench(make_layer(timeout_s=2.0, on_failure=DROP), table_of(1, 10, 11))
+    bench.submit(tokens_of(2), logits_for(0, 1), awaited_until=bench.clock.now() + 0.25)
+    assert [request.timeout_s for _, request in bench.transport.sent] == [0.25, 0.25]
+
+
+def test_rows_that_fail_when_nobody_waits_any_more_are_not_tried_again() -> None:
+    bench = Bench(make_layer(timeout_s=2.0), table_of(1, 10, 11))
+    bench.submit(tokens_of(1), logits_for(0), awaited_until=bench.clock.now() + 0.25)
+    bench.clock.advance(0.5)
+    ((where, _),) = bench.transport.sent
+    bench.transport.sent.clear()
+    bench.transport.arrivals.append(HostLost(where, "its process ended", is_death=False))
+    (result,) = bench.engine.poll(0.0)
+    assert (bench.transport.sent, result.served.tolist()) == ([], [False])
+
+
 def test_a_lost_host_is_given_up_at_once() -> None:
     bench = Bench(make_layer(on_failure=DROP), table_of(1, 10, 11))
     bench.submit(tokens_of(2), logits_for(0, 1))
