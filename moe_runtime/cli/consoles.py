@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from rich.console import Console
 from rich.text import Text
+
+#: Columns of what goes to a file or a pipe, so that tables keep their headings; the environment's COLUMNS wins.
+WIDTH_WITHOUT_TERMINAL = 120
 
 
 def stdout_console() -> Console:
     """The console for results; plain where stdout is no terminal."""
-    return Console(highlight=False)
+    has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(highlight=False, width=None if has_width else WIDTH_WITHOUT_TERMINAL)
 
 
 def report_error(error: Exception) -> None:

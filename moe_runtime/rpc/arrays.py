@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_runtime.errors import InvalidRequestError
+from moe_runtime.errors import DTypeError, InvalidRequestError
 from moe_runtime.wire.tensors import from_numpy, to_numpy
 
 if TYPE_CHECKING:
@@ -16,19 +16,30 @@ if TYPE_CHECKING:
 
     from moe_runtime.wire.messages import WireTensor
 
+#: What a caller may give, in the words of errors.
+ARRAY = "a numpy array or a torch tensor"
 
-def to_wire(array: Any) -> WireTensor:
+
+def to_wire(array: Any, *, name: str = "inputs", expected: str = ARRAY) -> WireTensor:
     """A numpy array or torch tensor as it travels.
+
+    Args:
+        array: The caller's.
+        name: What it is to the caller, for errors.
+        expected: What the caller should give, for errors.
 
     Raises:
         InvalidRequestError: If it is neither.
         DTypeError: If the protocol has no such dtype.
     """
-    if isinstance(array, np.ndarray):
-        return from_numpy(array)
-    if _is_torch(array):
-        return _torch_tensors().from_torch(array)  # type: ignore[no-any-return]  # the module is loaded by name
-    raise InvalidRequestError(f"expected a numpy array or a torch tensor, found {type(array).__name__}")
+    try:
+        if isinstance(array, np.ndarray):
+            return from_numpy(array)
+        if _is_torch(array):
+            return _torch_tensors().from_torch(array)  # type: ignore[no-any-return]  # the module is loaded by name
+    except DTypeError as exc:
+        raise DTypeError(f"{name}: {exc}") from exc
+    raise InvalidRequestError(f"{name}: expected {expected}, found {type(array).__name__}")
 
 
 def converter_like(array: Any) -> Callable[[WireTensor], Any]:

@@ -24,6 +24,7 @@ from moe_runtime.rpc.arrays import converter_like, to_wire
 from moe_runtime.rpc.balancing import AddressPool, addresses_of
 from moe_runtime.rpc.methods import DESCRIBE, FORWARD, FORWARD_STREAM, STATUS, UNARY_BYTES
 from moe_runtime.rpc.retries import RetryBudget, RetryPolicy
+from moe_runtime.rpc.wishes import options_to_wire
 from moe_runtime.wire.codec import decode_info, decode_reply, encode_info, encode_request
 from moe_runtime.wire.messages import ForwardRequest, ForwardResult, RequestOptions
 
@@ -98,7 +99,7 @@ class ClientCore:
             request_id=uuid.uuid4().hex,
             layer=layer,
             inputs=to_wire(inputs),
-            options=options.map_arrays(to_wire),
+            options=options_to_wire(options),
             return_routing=return_routing,
         )
         body = encode_request(request)

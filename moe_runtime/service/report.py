@@ -188,8 +188,10 @@ def merge_parts(
     )
 
 
-def empty_report(request: LayerRequest, *, table_version: int, warnings: tuple[str, ...]) -> Report:
-    """The report on a request without rows."""
+def empty_report(
+    request: LayerRequest, *, table_version: int, warnings: tuple[str, ...], num_shared: int = 0
+) -> Report:
+    """The report on a request without rows, to a layer with so many shared experts."""
     asked = request.return_routing
     return Report(
         request_id=request.request_id,
@@ -206,6 +208,7 @@ def empty_report(request: LayerRequest, *, table_version: int, warnings: tuple[s
         expert_ids=np.empty(0, np.int64) if asked else None,
         expert_weights=np.empty(0, np.float32) if asked else None,
         outcomes=np.empty(0, np.uint8) if asked else None,
+        shared_weights=np.empty((0, num_shared), np.float32) if asked and num_shared else None,
     )
 
 

@@ -284,7 +284,8 @@ class RouterService:
 
     def _answer_empty(self, pending: PendingRequest) -> None:
         layer = pending.generation.lineup.layer(pending.request.layer)
-        report = empty_report(pending.request, table_version=self._engine.table.version, warnings=pending.warnings)
+        version, warnings = self._engine.table.version, pending.warnings
+        report = empty_report(pending.request, table_version=version, warnings=warnings, num_shared=layer.num_shared)
         outputs = pending.request.tokens.new_empty((0, *layer.out_shape))
         self._requests.answer(pending.request_key, LayerAnswer(outputs, report))
 

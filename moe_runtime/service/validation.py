@@ -150,7 +150,8 @@ def _check_k(request: LayerRequest, layer: RoutedLayer) -> None:
         smallest, largest = int(k.min()), int(k.max())
     if smallest < 1 or largest > most:
         found = smallest if smallest < 1 else largest
-        raise InvalidRequestError(f"layer {layer.name}: expected k of 1 to {most}, found {found}")
+        allowed = "1" if most == 1 else f"1 to {most}"
+        raise InvalidRequestError(f"layer {layer.name}: expected k of {allowed}, found {found}")
 
 
 def _why_whole(request: LayerRequest, layer: RoutedLayer) -> str:

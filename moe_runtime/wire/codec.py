@@ -144,7 +144,7 @@ def _options_from_fields(options: Fields) -> RequestOptions[WireTensor]:
         gate_input=options.optional_tensor("gate_input"),
         token_ids=options.optional_tensor("token_ids"),
         task=options.text("task", high=MAX_NAME_CHARS) if options.has("task") else None,
-        k=_int_or_tensor(options, "k") if options.has("k") else None,
+        k=_int_or_tensor(options, "k", low=1) if options.has("k") else None,
         seed=options.integer("seed") if options.has("seed") else None,
         mask=options.optional_tensor("mask"),
         isolated=options.flag("isolated"),
@@ -153,5 +153,5 @@ def _options_from_fields(options: Fields) -> RequestOptions[WireTensor]:
     return read
 
 
-def _int_or_tensor(options: Fields, name: str) -> int | WireTensor:
-    return options.tensor(name) if options.is_map(name) else options.integer(name)
+def _int_or_tensor(options: Fields, name: str, *, low: int) -> int | WireTensor:
+    return options.tensor(name) if options.is_map(name) else options.integer(name, low=low)

@@ -117,6 +117,7 @@ def field_cases() -> Iterator[tuple[str, bytes]]:
     yield "k that is a bool", options(k=True)
     yield "k that is a float", options(k=1.0)
     yield "a negative k", options(k=-1)
+    yield "a k of 0", options(k=0)
     yield "k above 64 bits signed", options(k=2**63)
     yield "a negative seed", options(seed=-1)
     yield "a seed that is a float", options(seed=0.5)

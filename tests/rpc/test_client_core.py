@@ -200,10 +200,8 @@ def test_reply_that_is_no_reply_is_a_protocol_error() -> None:
 
 
 def test_inputs_that_are_no_array_are_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="found list"):
+    with pytest.raises(InvalidRequestError, match=r"^inputs: expected a numpy array or a torch tensor, found list$"):
         Setting().call(inputs=[[1.0]])
-    with pytest.raises(InvalidRequestError, match="found tuple"):
-        Setting().call(mask=(True, False))
 
 
 def test_array_of_a_dtype_that_the_wire_lacks_is_refused() -> None:

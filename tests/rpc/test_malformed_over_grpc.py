@@ -84,7 +84,7 @@ REFUSED_BY_THE_LAYER = {
     "one dtype labelled as another of its size": (inputs(dtype="int32"), DTypeError),
     "a mask of the wrong length": (options(mask=tensor_map(np.ones(3, bool))), ShapeError),
     "a mask of integers": (options(mask=tensor_map(np.ones(2, np.int8))), DTypeError),
-    "a k of 0": (options(k=0), InvalidRequestError),
+    "a k of 0 for a row": (options(k=tensor_map(np.array([0, 1]))), InvalidRequestError),
     "a k above the layer's": (options(k=3), InvalidRequestError),
     "a wrong gate input": (options(gate_input=tensor_map(np.ones((2, 3), np.float32))), ShapeError),
 }

@@ -42,6 +42,7 @@ def test_the_python_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.
     # In one process: unit tests start no Ray.
     exec(code.replace('serve("config.yaml")', 'serve("config.yaml", ray=False)'), names)
     assert names["result"].outputs.shape == (16, 10)  # type: ignore[attr-defined]
+    assert names["masked"].report.num_assignments == 12  # type: ignore[attr-defined]
 
 
 def test_the_changelog_has_a_section_for_what_is_not_released() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +13,7 @@ from moe_runtime.cli.presets_page import with_table
 from moe_runtime.config.gates import GateConfig
 from moe_runtime.config.policies import PolicyConfig
 from moe_runtime.routing.policies.build import build_policy
+from moe_runtime.wire.messages import Report, RequestOptions
 
 PAGE = Path(__file__).parents[3] / "docs" / "routers.md"
 
@@ -51,3 +54,27 @@ def test_the_table_of_policies_says_what_they_do() -> None:
             ", ".join(readings[fact] for fact in sorted(policy.reads)),
             yes_or_no[policy.can_reroute],
         ]
+
+
+def asking() -> str:
+    """The section on what a request may ask for."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition("\n## What a request may ask for\n")
+    return rest.partition("\n## ")[0]
+
+
+def test_every_option_of_a_request_has_its_row() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", asking(), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(field.name for field in dataclasses.fields(RequestOptions))
+
+
+def test_the_python_code_on_the_page_runs_and_gives_what_it_says() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", asking(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    report = names["report"]
+    assert isinstance(report, Report)
+    assert report.token_ids is not None
+    assert report.expert_ids is not None
+    assert report.token_ids.tolist() == [0, 1, 1, 2, 2]
+    assert report.expert_ids[0] == report.expert_ids[1]
+    assert report.warnings == ("option seed has no effect: nothing in layer mixer is drawn at random",)

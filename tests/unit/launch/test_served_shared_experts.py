@@ -139,6 +139,14 @@ def in_one_process(tokens: torch.Tensor, served: dict[str, Any]) -> torch.Tensor
         return outputs
 
 
+def test_a_request_without_rows_gets_a_weight_column_for_each_shared_expert() -> None:
+    with moe.serve(config(), ray=False) as runtime, moe.MoEClient(runtime.address) as client:
+        report = client.forward(random_tokens(0), layer="layer", return_routing=True, timeout_s=20).report
+        bare = client.forward(random_tokens(0), layer="layer", timeout_s=20).report
+    assert report.shared_weights.shape == (0, NUM_SHARED)
+    assert bare.shared_weights is None
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_an_exact_layer_with_shared_experts_gives_the_bits_of_one_process() -> None:
     served = config(exact=True, shared_gate="sigmoid", residual="none")

@@ -112,4 +112,14 @@ def test_a_request_without_rows_has_an_empty_report() -> None:
     assert (report.num_tokens, report.num_assignments, report.table_version) == (0, 0, 4)
     assert report.token_ids is not None
     assert report.token_ids.shape == (0,)
+    assert report.shared_weights is None
     assert empty_report(LayerRequest("r", "layer", torch.zeros(0, 3)), table_version=0, warnings=()).token_ids is None
+
+
+def test_the_empty_report_of_a_layer_with_shared_experts_has_their_weights_if_the_routing_was_asked_for() -> None:
+    asked = LayerRequest("r", "layer", torch.zeros(0, 3), return_routing=True)
+    report = empty_report(asked, table_version=4, warnings=(), num_shared=2)
+    assert report.shared_weights is not None
+    assert (report.shared_weights.shape, report.shared_weights.dtype) == ((0, 2), np.float32)
+    bare = empty_report(LayerRequest("r", "layer", torch.zeros(0, 3)), table_version=4, warnings=(), num_shared=2)
+    assert bare.shared_weights is None

@@ -83,6 +83,12 @@ def test_a_wrong_request_is_refused(tokens: torch.Tensor, options, error: type[M
         check(tokens, **options)
 
 
+def test_the_k_of_a_layer_that_allows_one_alone_is_told_as_one() -> None:
+    layer = make_layer(3, k=1, gate_features=3)
+    with pytest.raises(InvalidRequestError, match=r"expected k of 1, found 2$"):
+        check(tokens_of(2), layer=layer, k=2)
+
+
 def test_more_bytes_than_the_queue_holds_are_refused() -> None:
     wide = make_layer(item_shape=(400,), gate_features=2)
     with pytest.raises(RequestTooLargeError, match="at most 384 bytes of tokens in a request, found 1600"):

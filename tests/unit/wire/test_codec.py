@@ -94,7 +94,7 @@ def test_request_with_nothing_optional_sends_nothing_optional() -> None:
 
 
 def test_one_k_for_all_rows_is_a_plain_number() -> None:
-    assert decode_request(options(k=0)).options.k == 0
+    assert decode_request(options(k=1)).options.k == 1
 
 
 def test_converting_the_arrays_of_options_leaves_the_rest_as_it_is() -> None:
