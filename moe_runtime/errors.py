@@ -22,7 +22,7 @@
     ├── UnauthenticatedError              the router does not know the caller: no token, or not one of its own
     ├── PermissionDeniedError             the router knows the caller and does not let it do this
     ├── ExpertError                       an expert raised or answered with the wrong rows
-    │   ├── InnerLayerError               an expert that is a layer itself got no answer from it
+    │   ├── InnerLayerError               an expert that is a layer itself got nothing from it
     │   └── PoisonedRequestError          expert hosts died of this request, twice
     ├── TransportError                    a message could not be sent to an expert host
     ├── StartError                        the runtime, or a part of it, did not start
@@ -121,7 +121,10 @@ class ExpertError(MoERuntimeError):
 
 
 class InnerLayerError(ExpertError):
-    """An expert that is a layer itself got no answer from it; the message has the reason. Raised in expert hosts."""
+    """An expert that is a layer itself got no answer from it, or nothing but residuals, since its experts failed.
+
+    The message has the reason. Raised in expert hosts.
+    """
 
 
 class PoisonedRequestError(ExpertError):

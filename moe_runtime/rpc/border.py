@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 #: What is told of an expert's failure in place of its own words, by what those begin with or hold.
 _KINDS = (
+    (re.compile(r"\bInnerLayerError: layer \S+: served none of \d"), "its inner layer served nothing"),
     (re.compile(r"\bInnerLayerError\b"), "its inner layer gave no answer"),
     (re.compile(r"no replica is ready"), "no replica is ready"),
     (re.compile(r"finite"), "its output was not finite"),

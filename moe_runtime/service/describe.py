@@ -28,6 +28,7 @@ def describe_layer(layer: RoutedLayer, table: RoutingTable) -> dict[str, Any]:
         "gate_features": layer.gate_features,
         "residual": layer.residual,
         "capacity_factor": layer.capacity.factor,
+        "batch_coupled": layer.is_batch_coupled,
         "num_shared": layer.num_shared,
         "tasks": list(layer.gate.tasks),
         "default_task": layer.gate.default_task,

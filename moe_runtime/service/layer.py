@@ -110,9 +110,14 @@ class RoutedLayer:
         return self.weight_on == "output" or not weights_depend
 
     @property
+    def is_batch_coupled(self) -> bool:
+        """Whether rows that share a batch change each other's answers, and the layer does not allow it of requests."""
+        return self.policy.batch_coupled and not self.allow_batch_coupled
+
+    @property
     def isolates_requests(self) -> bool:
         """Whether a request must be a batch of its own."""
-        return self.exact or (self.policy.batch_coupled and not self.allow_batch_coupled)
+        return self.exact or self.is_batch_coupled
 
     @property
     def splits_requests(self) -> bool:

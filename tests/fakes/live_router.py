@@ -57,7 +57,7 @@ class LiveRouter:
         layers = {name: _layer(name, **changes) for name, changes in LAYER_CHANGES.items()}
         self.service = RouterService(layers, network.router_transport(), router=router, limits=limits)
         self.server = RpcServer(self.service, address=address, limits=limits, info={"name": "live"}, security=security)
-        replicas: dict[tuple[str, int], tuple[Replica, ...]] = {}
+        self.replicas: dict[tuple[str, int], tuple[Replica, ...]] = {}
         self._threads: dict[str, threading.Thread] = {}
         self._loops: dict[str, HostLoop] = {}
         self._transports = []
@@ -66,11 +66,11 @@ class LiveRouter:
             self._transports.append(transport)
             experts = {f"{layer.name}/{i}/0": build_expert(_spec(layer, i)) for i in range(NUM_EXPERTS)}
             for i, replica_id in enumerate(experts):
-                replicas[layer.name, i] = (Replica(replica_id, transport.endpoint),)
+                self.replicas[layer.name, i] = (Replica(replica_id, transport.endpoint),)
             loop = HostLoop(ExpertHost(experts, device="cpu"), transport)
             self._loops[layer.name] = loop
             self._threads[layer.name] = threading.Thread(target=loop.run, daemon=True)
-        self.service.set_table(RoutingTable(1, replicas))
+        self.service.set_table(RoutingTable(1, self.replicas))
         self.address = ""
 
     def start(self) -> LiveRouter:

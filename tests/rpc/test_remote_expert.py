@@ -24,6 +24,7 @@ from moe_runtime.launch.nested.asked_layer import AskedLayer, LayerCalls
 from moe_runtime.launch.nested.kinds import register_nested_kinds
 from moe_runtime.launch.nested.options import AccessOptions
 from moe_runtime.launch.recipes import HostedExpert, HostSpec
+from moe_runtime.rpc.border import failure_kind
 from moe_runtime.rpc.certificates import make_certificates
 from moe_runtime.service.ports import HostReply, HostRequest, Segment
 from moe_runtime.service.routing_table import RoutingTable
@@ -150,15 +151,44 @@ def test_what_the_inner_layer_loses_is_counted_and_logged_once_in_a_while(
 ) -> None:
     router = start_router()
     expert = load(router.address)
-    # Of a table without replicas nothing is served, and the residual rule of the layer is none.
-    router.service.set_table(RoutingTable(2, {}))
+    # Each row's other expert is served.
+    table = router.service.describe()["table_version"] + 1
+    router.service.set_table(RoutingTable(table, {("vectors", 1): router.replicas["vectors", 1]}))
     with caplog.at_level(logging.WARNING, logger="moe_runtime.launch.nested"):
         for _ in range(3):
-            assert expert.module(rows(2)).tolist() == [[0.0] * WIDTH] * 2
+            assert expert.module(rows(2)).shape == (2, WIDTH)
     counts = expert.module.counts()
-    assert (counts["num_dropped_failure"], counts["num_served"]) == (12, 0)
+    assert (counts["num_dropped_failure"], counts["num_served"]) == (6, 6)
+    assert "num_failed_calls" not in counts
     [line] = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"layer {router.address}/vectors: 4 of 4 assignments lost: expert expert-0: no replica is")
+    assert line.startswith(f"layer {router.address}/vectors: 2 of 4 assignments lost: expert expert-0: no replica is")
+
+
+def test_an_inner_layer_that_lost_everything_fails_the_call_and_its_residual_is_no_answer(
+    start_router: StartRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    router = start_router()
+    expert = load(router.address)
+    host = ExpertHost({"outer/far/0": expert})
+    router.service.set_table(RoutingTable(2, {}))
+    with caplog.at_level(logging.WARNING):
+        outcomes = host.run([ExpertCall("outer/far/0", rows(1)), ExpertCall("outer/far/0", rows(3))])
+    assert [outcome.rows for outcome in outcomes] == [None, None]
+    lost = f"InnerLayerError: layer {router.address}/vectors: served none of 8 assignments: expert expert-0: no replica"
+    assert lost in str(outcomes[0].error)
+    assert failure_kind(str(outcomes[1].error)) == "its inner layer served nothing"
+    assert expert.module.counts() == {
+        "num_calls": 1,
+        "num_failed_calls": 1,
+        "num_assignments": 8,
+        "num_served": 0,
+        "num_dropped_capacity": 0,
+        "num_dropped_failure": 8,
+        "num_rerouted": 0,
+    }
+    # Once, by the host, and not tried again in halves.
+    assert [lost in record.getMessage() for record in caplog.records] == [True]
+    assert host.experts["outer/far/0"].num_forwards == 1
 
 
 def test_a_router_that_cannot_be_reached_is_this_expert_s_failure_and_it_serves_when_it_is_back(

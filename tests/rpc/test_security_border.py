@@ -139,6 +139,11 @@ def test_text_of_an_error_is_one_line_of_bounded_length() -> None:
     [
         ("no replica is ready", "no replica is ready"),
         (f"l/e/0: raised ValueError: {SECRET}", "it raised"),
+        (
+            f"l/e/0: raised InnerLayerError: layer in: served none of 8 assignments: {SECRET}",
+            "its inner layer served nothing",
+        ),
+        (f"l/e/0: raised InnerLayerError: layer in: UnavailableError: {SECRET}", "its inner layer gave no answer"),
         ("l/e/0: expected finite outputs, found NaN or infinity in 1 of 2 rows", "its output was not finite"),
         ("l/e/0: expected output of shape [2, 3], found [2, 4]", "its output was wrong"),
         ("its host sent no rows, expected 2", "its output was wrong"),

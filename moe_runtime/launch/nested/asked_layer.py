@@ -19,7 +19,7 @@ from moe_runtime.errors import (
     UnavailableError,
 )
 from moe_runtime.experts.deadline import time_left_s
-from moe_runtime.launch.nested.tally import InnerTally
+from moe_runtime.launch.nested.tally import InnerTally, total_loss
 from moe_runtime.rpc.client import MoEClient
 from moe_runtime.rpc.retries import RetryPolicy
 
@@ -71,6 +71,13 @@ class AskedLayer:
         width, found = math.prod(self.in_shape), layer.get("gate_features")
         if found != width:
             return f"gate_features: expected {width}, since the gate is given the rows and nothing else, found {found}"
+        # A router of an older version does not say.
+        if layer.get("batch_coupled", False):
+            return (
+                f"allow_batch_coupled: expected true in the layer's configuration, found false: its policy, "
+                f"{layer.get('policy')}, lets the rows of a batch change each other's answers, and rows of several "
+                "requests share a call"
+            )
         return None
 
 
@@ -120,7 +127,8 @@ class LayerCalls:
 
         Raises:
             InvalidRequestError: If it is for its rows that the request is refused.
-            InnerLayerError: If there is no answer in time, for whatever other reason.
+            InnerLayerError: If there is no answer in time, for whatever other reason, or one that holds nothing but
+                residuals, since the layer's experts failed.
         """
         deadline = self._now() + self._timeout_s()
         try:
@@ -134,6 +142,9 @@ class LayerCalls:
             self._tally.failed(exc)
             raise InnerLayerError(f"{self._layer.where}: {type(exc).__name__}: {exc}") from exc
         self._tally.answered(result.report)
+        loss = total_loss(result.report)
+        if loss is not None:
+            raise InnerLayerError(f"{self._layer.where}: {loss}")
         outputs: Tensor = result.outputs
         return outputs
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moe_runtime.experts.spec import ExpertSpec
     from moe_runtime.launch.expansion import ExpandedExpert
     from moe_runtime.launch.recipes import LayerRecipe
+    from moe_runtime.routing.policy import Policy
 
 _FILES = ("token_file", "ca", "cert", "key")
 
@@ -64,8 +65,15 @@ def inner_mistakes(
     for key, found, expected in _compared(spec, inner, options):
         if found != expected:
             yield f"{expert.key}.{key}: expected {expected}, as layer {inner.name} has it, found {found}"
-    for reason in _needs(inner):
+    policy = build_policy(inner.policy, num_experts=inner.num_routed)
+    for reason in _needs(inner, policy):
         yield f"{expert.key}.options.layer: expected a layer whose gate needs nothing but the rows, found {reason}"
+    if policy.batch_coupled and not inner.allow_batch_coupled:
+        yield (
+            f"{expert.key}.options.layer: expected a layer whose rows do not change each other's answers, since rows "
+            f"of several requests share a call, found {inner.name}, whose policy {inner.policy.kind} couples those of "
+            f"a batch; layers.{inner.name}.allow_batch_coupled: true allows it"
+        )
     if spec.exact and not inner.exact:
         yield f"{expert.key}.options.layer: expected an exact layer in an exact one, found {inner.name}, which is not"
     for mistake in _access_mistakes(options, config):
@@ -85,13 +93,13 @@ def _compared(spec: ExpertSpec, inner: LayerRecipe, options: MoEOptions) -> Iter
     yield "options.layer: rows of dtype", spec.dtype, inner.dtype
 
 
-def _needs(inner: LayerRecipe) -> Iterator[str]:
+def _needs(inner: LayerRecipe, policy: Policy) -> Iterator[str]:
     """What the gate or the policy of a layer needs that no expert passes on."""
     if inner.gate_features != math.prod(inner.item_shape):
         yield f"{inner.name}, whose gate sees a gate_input, {inner.gate_features} wide"
     if isinstance(inner.gate, MultiGateConfig) and inner.gate.default_task is None:
         yield f"{inner.name}, whose gate needs a task and has no default_task"
-    if "token_ids" in build_policy(inner.policy, num_experts=inner.num_routed).reads:
+    if "token_ids" in policy.reads:
         yield f"{inner.name}, whose policy needs token_ids"
 
 

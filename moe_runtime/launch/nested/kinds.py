@@ -57,7 +57,7 @@ class LayerExpert(nn.Module):
 
         Raises:
             InvalidRequestError: If they refuse the rows.
-            InnerLayerError: If there is no answer.
+            InnerLayerError: If there is no answer, or none of its experts had a part in it.
         """
         return self._calls.forward(rows)
 

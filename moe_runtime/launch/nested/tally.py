@@ -18,6 +18,14 @@ SAY_AGAIN_AFTER_S = 10.0
 _COUNTED = ("num_assignments", "num_served", "num_dropped_capacity", "num_dropped_failure", "num_rerouted")
 
 
+def total_loss(report: Report) -> str | None:
+    """What became of a call of which experts failed and none, shared or not, served anything; None of all others."""
+    num_failed = report.num_dropped_failure + report.num_shared_dropped
+    if not num_failed or report.num_served or report.num_shared_served:
+        return None
+    return f"served none of {report.num_assignments + report.num_shared_dropped} assignments: {_reasons(report)}"
+
+
 class InnerTally:
     """Counters of one expert, and their log. Used by its host's thread; ``counts`` may be called from any.
 
@@ -38,13 +46,14 @@ class InnerTally:
         return dict(self._counts)
 
     def answered(self, report: Report) -> None:
-        """A call was answered."""
+        """A call was answered; where nothing was served, that fails it, and its host logs the error."""
         self._counts["num_calls"] += 1
         for name in _COUNTED:
             self._counts[name] += getattr(report, name)
-        if report.num_dropped_failure:
-            reasons = "; ".join(report.warnings[:3]) or "no reason given"
-            text = f"{report.num_dropped_failure} of {report.num_assignments} assignments lost: {reasons}"
+        if total_loss(report) is not None:
+            self._counts["num_failed_calls"] += 1
+        elif report.num_dropped_failure:
+            text = f"{report.num_dropped_failure} of {report.num_assignments} assignments lost: {_reasons(report)}"
             self._tell("dropped_failure", text)
 
     def failed(self, error: BaseException) -> None:
@@ -61,3 +70,7 @@ class InnerTally:
         more = f" (and {self._num_unsaid[kind]} times more since the last time)" if self._num_unsaid[kind] else ""
         self._said_at[kind], self._num_unsaid[kind] = now, 0
         _LOG.warning("%s: %s%s", self._where, text, more)
+
+
+def _reasons(report: Report) -> str:
+    return "; ".join(report.warnings[:3]) or "no reason given"

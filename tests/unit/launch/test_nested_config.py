@@ -136,6 +136,34 @@ def test_an_expert_that_cannot_be_the_layer_that_it_names_is_a_mistake(
     assert [line.startswith(f"layers.outer.experts.0{expected}") for line in lines] == [True], lines
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"kind": "expert_choice"},
+        {"kind": "global_assignment", "evaluation": "as_in_training"},
+        {"kind": "sinkhorn", "evaluation": "as_in_training"},
+    ],
+    ids=lambda policy: policy["kind"],
+)
+def test_a_layer_whose_rows_change_each_other_s_answers_has_to_allow_it_to_be_an_expert(policy: dict[str, Any]) -> None:
+    def data(**changes: Any) -> dict[str, Any]:
+        inner = layer({**FEED_FORWARD, "count": 2}, policy=policy, **changes)
+        return config(outer=layer(FEED_FORWARD, shared_experts=[moe("inner")]), inner=inner)
+
+    assert mistakes(data()) == [
+        "layers.outer.shared_experts.0.options.layer: expected a layer whose rows do not change each other's answers, "
+        f"since rows of several requests share a call, found inner, whose policy {policy['kind']} couples those of a "
+        "batch; layers.inner.allow_batch_coupled: true allows it"
+    ]
+    assert build_layers(load_config(data(allow_batch_coupled=True)))
+
+
+def test_policies_that_couple_rows_in_training_alone_are_those_of_any_expert() -> None:
+    greedy = {"kind": "sinkhorn", "evaluation": "greedy"}
+    inner = layer({**FEED_FORWARD, "count": 2}, policy=greedy)
+    assert build_layers(load_config(config(outer=layer(moe("inner")), inner=inner)))
+
+
 def test_an_exact_layer_asks_exact_layers_alone() -> None:
     data = config(outer=layer(moe("inner"), exact=True), inner=layer(FEED_FORWARD))
     assert mistakes(data) == [
