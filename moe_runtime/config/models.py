@@ -215,6 +215,12 @@ class LayerConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _shared_gate_has_experts(self) -> LayerConfig:
+        if self.shared_gate != "none" and not self.shared_experts:
+            raise ValueError(f"shared_gate: expected none without shared_experts, found {self.shared_gate}")
+        return self
+
+    @model_validator(mode="after")
     def _losses_have_what_they_need(self) -> LayerConfig:
         needs = {"load": (NoisyGateConfig, "a noisy gate"), "mutual_information": (MultiGateConfig, "a gate per task")}
         for name, coefficient in self.losses:

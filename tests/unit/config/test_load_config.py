@@ -153,7 +153,7 @@ def test_a_mistake_is_one_line_with_path_expectation_and_finding(change: dict[An
         ({"item_shape": [0]}, "item_shape: expected sizes of at least 1, found [0]"),
         ({"dtype": "int8"}, "dtype: expected float32, float64, float16 or bfloat16, found 'int8'"),
         ({"allow_non_finite": "perhaps"}, "allow_non_finite: expected true or false, found 'perhaps'"),
-        ({"gate": {"kind": "linar"}}, "gate.kind: expected one of linear, mlp, noisy, cosine, multi, found 'linar'"),
+        ({"gate": {"kind": "lineal"}}, "gate.kind: expected one of linear, mlp, noisy, cosine, multi, found 'lineal'"),
         ({"losses": {"load": 0.1}}, "losses.load: expected 0 without a noisy gate, found 0.1"),
         (
             {"losses": {"mutual_information": 1}},
