@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +42,10 @@ WIRE_DTYPES = {
     "bool": WireDType(1, np.dtype("?")),
 }
 MAX_DIMS = 8
-#: A tensor without elements may claim any sizes; beyond these, no library could hold its shape.
+#: A tensor without elements may claim any sizes; beyond these, no library could hold its shape. In bytes, as numpy
+#: counts, and half of what it can hold: bfloat16 takes twice its bytes there.
 MAX_SIZE = 2**31 - 1
-MAX_ELEMENTS_OF_NONZERO_SIZES = 2**62
+MAX_BYTES_OF_NONZERO_SIZES = 2**62 - 1
 
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
@@ -75,7 +75,7 @@ def checked_tensor(dtype: object, shape: object, data: object, *, where: str) ->
     # type() and not isinstance(): True is an int to Python, and no size
     if any(type(size) is not int or not 0 <= size <= MAX_SIZE for size in shape):
         raise ProtocolError(f"{where}.shape: expected integers of 0 to {MAX_SIZE}, found {_brief(shape)}")
-    if math.prod(size for size in shape if size) > MAX_ELEMENTS_OF_NONZERO_SIZES:
+    if num_bytes(dtype, [size for size in shape if size]) > MAX_BYTES_OF_NONZERO_SIZES:
         raise ProtocolError(f"{where}.shape: expected sizes whose product is a tensor's, found {_brief(shape)}")
     if not isinstance(data, bytes):
         raise ProtocolError(f"{where}.data: expected bytes, found {type(data).__name__}")

@@ -141,6 +141,7 @@ def tensor_cases() -> Iterator[tuple[str, bytes]]:
     yield "an overflowing shape", inputs(shape=[2**33, 2**33, 2])
     yield "no elements of a size beyond any tensor's", inputs(shape=[2**62, WIDTH, 0], data=b"")
     yield "no elements whose other sizes overflow", inputs(shape=[2**31 - 1, 2**31 - 1, 2**31 - 1, 0], data=b"")
+    yield "no elements whose other sizes overflow in bytes", inputs(shape=[2**31 - 1, 2**31 - 1, 1, 0], data=b"")
     yield "a shape that overflows to the right size", inputs(shape=[2**62, 2, 2, 2, 2, WIDTH])
     yield "a long shape", inputs(shape=[1] * 8 + [2 * WIDTH])
     yield "a shape above the array limit", inputs(shape=[1] * 65)

@@ -122,3 +122,11 @@ def test_size_in_bytes_does_not_overflow() -> None:
 def test_tensor_that_is_wrong_is_refused_in_words(dtype: object, shape: object, data: object, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         checked_tensor(dtype, shape, data, where="inputs")
+
+
+@pytest.mark.parametrize(("dtype", "small"), [("float32", 2**28 - 1), ("bfloat16", 2**29 - 1), ("int8", 2**30)])
+def test_a_tensor_without_elements_claims_no_more_than_numpy_can_hold(dtype: str, small: int) -> None:
+    shape = [2**31 - 1, small, 1, 0]
+    assert to_numpy(checked_tensor(dtype, shape, b"", where="inputs")).shape == tuple(shape)
+    with pytest.raises(ProtocolError, match="expected sizes whose product is a tensor's"):
+        checked_tensor(dtype, [2**31 - 1, 2**31 - 1, 4, 0], b"", where="inputs")
