@@ -148,8 +148,9 @@ class RayCluster:
         expected = num_nodes if num_nodes is not None else 1 + len(self.workers)
         arguments = (str(expected), str(within_s))
         done = self.on(self.head, LIST_NODES, *arguments, timeout_s=within_s + PROGRAM_TIMEOUT_S)
-        # Ray may have printed what it has to say about a node that was lost before.
-        listed: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+        # Ray may print what it has to say about a node that was lost, before and after.
+        printed = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+        listed: list[dict[str, Any]] = json.loads(printed[-1])
         if len(listed) != expected:
             log = self.head.run(
                 ["bash", "-c", "tail -n 100 /tmp/ray/session_latest/logs/monitor.*"], check=False
