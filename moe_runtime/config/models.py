@@ -222,18 +222,21 @@ class LayerConfig(StrictModel):
 
     @model_validator(mode="after")
     def _losses_have_what_they_need(self) -> LayerConfig:
-        needs = {"load": (NoisyGateConfig, "a noisy gate"), "mutual_information": (MultiGateConfig, "a gate per task")}
         for name, coefficient in self.losses:
-            gate_class, needed = needs.get(name, (LinearGateConfig, ""))
+            missing = self._missing_for_loss(name)
             # Those of a preset are left alone where a layer has another gate than it: only training reads them.
-            if not coefficient or self.origin_of(f"losses.{name}"):
-                continue
-            if self.policy.kind in _ASK_NO_GATE:
-                needed = "a policy that asks the gate"
-            elif isinstance(self.gate, gate_class):
-                continue
-            raise ValueError(f"losses.{name}: expected 0 without {needed}, found {coefficient:g}")
+            if coefficient and missing and not self.origin_of(f"losses.{name}"):
+                raise ValueError(f"losses.{name}: expected 0 without {missing}, found {coefficient:g}")
         return self
+
+    def _missing_for_loss(self, name: str) -> str | None:
+        if self.policy.kind in _ASK_NO_GATE:
+            return "a policy that asks the gate"
+        if name == "load" and not isinstance(self.gate, NoisyGateConfig):
+            return "a noisy gate"
+        if name == "mutual_information" and not isinstance(self.gate, MultiGateConfig):
+            return "a gate per task"
+        return None
 
     @model_validator(mode="after")
     def _tasks_are_of_use(self) -> LayerConfig:
