@@ -187,19 +187,23 @@ class Host:
                     processes[int(folder.name)] = words
         return processes
 
-    def link_bytes(self, *, peer: Host | None = None, ports: tuple[int, int] | None = None) -> Traffic:
+    def link_bytes(
+        self, *, peer: Host | None = None, ports: tuple[int, int] | None = None, is_own: bool = False
+    ) -> Traffic:
         """What crossed the host's network link since this was asked for the first time; then it is zero.
 
         Args:
             peer: Only what is from or for this host.
             ports: Only TCP from or for these ports, the last one included, at either end.
+            is_own: At this host's end only: what it says as the one who was called, not as a caller.
 
         Raises:
             LabError: If the counters could not be made or read.
         """
-        name = f"lab-{peer.name if peer else 'any'}-{'-'.join(map(str, ports or ('any',)))}"
+        end = "own" if is_own else "either"
+        name = f"lab-{peer.name if peer else 'any'}-{end}-{'-'.join(map(str, ports or ('any',)))}"
         if name not in self._counters:
-            self._count(name, peer=peer, ports=ports)
+            self._count(name, peer=peer, ports=ports, is_own=is_own)
         rules = self.in_network(["iptables-save", "--counters", "--table", "filter"])
         sent = re.search(rf"^\[\d+:(\d+)\] -A OUTPUT .*--comment {name}( |$)", rules, re.MULTILINE)
         received = re.search(rf"^\[\d+:(\d+)\] -A INPUT .*--comment {name}( |$)", rules, re.MULTILINE)
@@ -215,15 +219,16 @@ class Host:
         """
         return run_here([*enter(self._network_pid, "--net"), *argv])
 
-    def _count(self, name: str, *, peer: Host | None, ports: tuple[int, int] | None) -> None:
-        matches = ["-m", "comment", "--comment", name]
-        if ports is not None:
-            first, last = ports
-            matches += ["-p", "tcp", "-m", "multiport", "--ports", str(first) if first == last else f"{first}:{last}"]
+    def _count(self, name: str, *, peer: Host | None, ports: tuple[int, int] | None, is_own: bool) -> None:
         sending, receiving = (["-d", peer.address], ["-s", peer.address]) if peer else ([], [])
+        if ports is not None:
+            of_source, of_target = ("--source-ports", "--destination-ports") if is_own else ("--ports", "--ports")
+            chosen = ["-p", "tcp", "-m", "multiport"]
+            span = ":".join(str(port) for port in dict.fromkeys(ports))
+            sending, receiving = [*sending, *chosen, of_source, span], [*receiving, *chosen, of_target, span]
         # A rule without a target counts and does nothing else. Loopback is no link.
         for chain in (["OUTPUT", "-o", "eth0", *sending], ["INPUT", "-i", "eth0", *receiving]):
-            self.in_network(["iptables", "--wait", "-A", *chain, *matches])
+            self.in_network(["iptables", "--wait", "-A", *chain, "-m", "comment", "--comment", name])
         self._counters.add(name)
 
     def _init_pid(self, machine: subprocess.Popen[bytes]) -> int:

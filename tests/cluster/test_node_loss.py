@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pytest
 
 from cluster.host import Host
 from cluster.served import DATA_PORTS, LAYER, ROUTER_PORT, Ledger, Line, Served, actors, eventually
@@ -20,8 +21,14 @@ STALE_END_WITHIN_S = 60.0
 REJOIN_WITHIN_S = 120.0
 #: Clients that still reach it are to be served by those who know the present table.
 STALE_ROUTER_ENDS_WITHIN_S = 10.0
-#: Acknowledgements and resets of connections that were open when the host was cut off.
+#: What experts say on connections that were open when the host was cut off, before they are told that these are gone.
 FAREWELL_BYTES = 20_000
+
+
+@pytest.fixture(autouse=True)
+def what_runs_now(served: Served) -> None:
+    """A test that fails leaves the description of what ran before it."""
+    served.look()
 
 
 def test_the_controller_is_on_the_head(served: Served) -> None:
@@ -45,7 +52,7 @@ def test_a_worker_that_is_cut_off_costs_its_assignments_and_no_request(served: S
             # Nobody tells it: it goes on, and would answer whoever reached it.
             assert actors(victim).keys() == stale.keys()
             assert is_listening(victim, ROUTER_PORT)
-            to_stale_experts = victim.link_bytes(ports=DATA_PORTS)
+            to_stale_experts = victim.link_bytes(ports=DATA_PORTS, is_own=True)
         finally:
             victim.heal()
         healed_at = time.monotonic()
@@ -53,7 +60,7 @@ def test_a_worker_that_is_cut_off_costs_its_assignments_and_no_request(served: S
         figures["stale_router_gone_s"] = time.monotonic() - healed_at
         eventually(lambda: not actors(victim).keys() & stale.keys(), within_s=STALE_END_WITHIN_S)
         figures["stale_processes_gone_s"] = time.monotonic() - healed_at
-        spoken = victim.link_bytes(ports=DATA_PORTS)
+        spoken = victim.link_bytes(ports=DATA_PORTS, is_own=True)
     served.cluster.nodes(within_s=REJOIN_WITHIN_S)
     figures["node_back_s"] = time.monotonic() - healed_at
     check(ledger.lines(), since=cut_at)

@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cluster.host import Host
 from cluster.served import (
@@ -51,6 +52,12 @@ stranger.send(replica.endpoint, HostRequest(1, (Segment(replica.replica_id, 1),)
 for event in stranger.poll(10.0):
     print(type(event).__name__, event.reason)
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_runs_now(served: Served) -> None:
+    """Tests that lose nodes come before, and leave the description of what ran then."""
+    served.look()
 
 
 @dataclass(frozen=True)
