@@ -34,6 +34,7 @@ from moe_runtime.errors import (
     UnauthenticatedError,
     UnavailableError,
     UnknownLayerError,
+    UnsupportedModelError,
     WeightsError,
 )
 
@@ -82,6 +83,7 @@ __all__ = [
     "UnauthenticatedError",
     "UnavailableError",
     "UnknownLayerError",
+    "UnsupportedModelError",
     "WeightsError",
     "attach",
     "restart",

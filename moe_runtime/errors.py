@@ -5,6 +5,7 @@
     MoERuntimeError
     ├── ConfigError (ValueError)          a configuration that cannot work
     │   ├── PlugInError                   a plug-in is missing, of another version, or broken
+    │   ├── UnsupportedModelError         a Hugging Face model whose experts cannot live in actors
     │   └── WeightsError                  a weight file is missing, corrupt or does not fit
     ├── InvalidRequestError (ValueError)  the request is wrong and will stay wrong
     │   ├── UnknownLayerError
@@ -42,6 +43,10 @@ class ConfigError(MoERuntimeError, ValueError):
 
 class PlugInError(ConfigError):
     """An expert plug-in is missing, has another version than the configuration asks for, or cannot load."""
+
+
+class UnsupportedModelError(ConfigError):
+    """A Hugging Face model without experts, of a family whose experts cannot live in actors, or used as it cannot be."""
 
 
 class WeightsError(ConfigError):

@@ -13,7 +13,7 @@ from moe_runtime.config.experts import ExpertConfig
 from moe_runtime.config.gates import GateConfig, LinearGateConfig, MultiGateConfig, NoisyGateConfig
 from moe_runtime.config.policies import PolicyConfig, TopKPolicyConfig
 from moe_runtime.config.presets.catalogue import find_preset, with_preset
-from moe_runtime.config.strict import MAX_COUNT, MAX_ITEM_ELEMENTS, MAX_SECONDS, StrictModel
+from moe_runtime.config.strict import MAX_COUNT, MAX_ITEM_ELEMENTS, MAX_SECONDS, Name, StrictModel
 
 DTypeName = Literal["float32", "float64", "float16", "bfloat16"]
 WireDTypeName = Literal["float32", "float16", "bfloat16"]
@@ -69,7 +69,7 @@ class HedgeConfig(StrictModel):
 
 
 #: Policies without router logits.
-_ASK_NO_GATE = ("hash", "random", "round_robin")
+_ASK_NO_GATE = ("hash", "random", "round_robin", "caller")
 _NARROWER: dict[DTypeName, tuple[WireDTypeName, ...]] = {
     "float64": ("float32", "float16", "bfloat16"),
     "float32": ("float16", "bfloat16"),
@@ -117,6 +117,11 @@ class LayerConfig(StrictModel):
         None, description="Of rows on their way to experts and back; `dtype` when not given. Halves their bytes."
     )
     experts_per_actor: int = Field(1, ge=1, le=65536, description="Neighbouring experts that share an actor.")
+    actor_group: Name | None = Field(
+        None,
+        description="Layers of one group share actors: an actor of the first has the experts of the same places in all "
+        "of them. Needs as many experts, and equal `experts_per_actor`, `replicas`, `resources` and `strategy`.",
+    )
     strategy: Strategy = Field(
         "spread", description="`spread`: its actors over as many nodes as there are; `pack`: on as few as will do."
     )

@@ -178,6 +178,15 @@ class ReinforcePolicyConfig(StrictModel):
     normalize: Normalize = Field("before_drop", description="Which assignments the weights are normalised over.")
 
 
+class CallerPolicyConfig(StrictModel):
+    """The program that uses the layer as a library routes its tokens itself, and sums what experts answer.
+
+    Such a layer is not served to clients: `router.replicas` is 0.
+    """
+
+    kind: Literal["caller"]
+
+
 PolicyConfig = Annotated[
     DensePolicyConfig
     | TopKPolicyConfig
@@ -191,6 +200,7 @@ PolicyConfig = Annotated[
     | HashPolicyConfig
     | RandomPolicyConfig
     | RoundRobinPolicyConfig
-    | ReinforcePolicyConfig,
+    | ReinforcePolicyConfig
+    | CallerPolicyConfig,
     Field(discriminator="kind"),
 ]

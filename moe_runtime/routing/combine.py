@@ -32,7 +32,7 @@ class Combined:
     """What a batch's tokens become.
 
     Attributes:
-        outputs: ``(num_tokens, *out_shape)`` in the dtype of the expert outputs.
+        outputs: ``(num_tokens, *out_shape)`` in the dtype of the expert outputs; or what ``rows_by_choice`` gives.
         plan: The plan whose rows were summed.
         served: Bool ``(num_planned,)``: which of them; None is all.
     """
@@ -112,6 +112,23 @@ def combine(
     sums = sum_rows(expert_outputs, answered, plan=plan, weighted=weight_on == "output")
     outputs = _with_residual(sums, tokens, answered, residual=residual, plan=plan)
     return Combined(outputs=outputs.to(expert_outputs.dtype), plan=plan, served=served)
+
+
+def rows_by_choice(expert_outputs: Tensor, plan: DispatchPlan, *, served: Tensor | None = None) -> Combined:
+    """The experts' rows as they answered, for a caller that weighs and sums them itself.
+
+    Args:
+        expert_outputs: Rows in plan order, ``(num_planned, *out_shape)``.
+        plan: The plan that the rows were made for.
+        served: Bool ``(num_planned,)``: which rows an expert answered; None is all.
+
+    Returns:
+        Outputs ``(num_planned, *out_shape)``, by token, then by choice; zeros where no expert answered.
+    """
+    if served is not None:
+        # Rows that nobody answered hold anything, NaN included.
+        expert_outputs = expert_outputs.where(_as_column(served, expert_outputs.dim()), 0.0)
+    return Combined(outputs=expert_outputs[plan.rows_by_token], plan=plan, served=served)
 
 
 @dataclass(frozen=True)

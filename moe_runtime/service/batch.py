@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.errors import MoERuntimeError
-    from moe_runtime.routing.assignments import DispatchPlan
+    from moe_runtime.routing.assignments import Assignments, DispatchPlan
     from moe_runtime.routing.combine import Combined
     from moe_runtime.service.failures import BatchFailures
 
@@ -34,6 +34,8 @@ class Batch:
         row_starts: First row of each request that the batch was joined from, ascending from 0.
         request_ids: The ids of these requests; none where nobody gave them any.
         awaited_until: Clock time after which none of these requests waits for it any more.
+        assignments: What its caller has routed it to; gate and policy are not asked then, nothing is dropped for
+            capacity, and the result's outputs are the experts' rows (``rows_by_choice``) for the caller to combine.
     """
 
     layer: str
@@ -44,6 +46,7 @@ class Batch:
     row_starts: tuple[int, ...] = (0,)
     request_ids: tuple[str, ...] = ()
     awaited_until: float = math.inf
+    assignments: Assignments | None = None
 
 
 class StageTimes(NamedTuple):
@@ -88,7 +91,7 @@ class BatchResult:
 
     @property
     def outputs(self) -> Tensor:
-        """``(num_tokens, *out_shape)`` in the layer's dtype."""
+        """``(num_tokens, *out_shape)`` in the layer's dtype; of a batch that its caller routed, ``rows_by_choice``."""
         return self.combined.outputs
 
     @property

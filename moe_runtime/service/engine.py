@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.experts.outputs import non_finite_rows
-from moe_runtime.routing.capacity import admit
-from moe_runtime.routing.combine import combine
+from moe_runtime.routing.combine import combine, rows_by_choice
 from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.service.attempts import Attempt, Attempts
 from moe_runtime.service.batch import BatchResult, StageTimes
@@ -21,6 +20,7 @@ from moe_runtime.service.lineup import Lineup
 from moe_runtime.service.ports import HostLost, MonotonicClock
 from moe_runtime.service.recovery import Recovery
 from moe_runtime.service.replica_choice import ReplicaChoice
+from moe_runtime.service.route import route
 from moe_runtime.service.row_buffers import ExpertRows, RowBuffers
 from moe_runtime.service.stats import RouterStats
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.routing.assignments import DispatchPlan
+    from moe_runtime.routing.combine import Combined
     from moe_runtime.service.batch import Batch
     from moe_runtime.service.dispatch import HostMessage, PlannedSegment
     from moe_runtime.service.layer import RoutedLayer
@@ -121,15 +122,7 @@ class RouterEngine:
             The batch's id, which comes back in its result.
         """
         started_at, lineup = self._clock.now(), lineup or self.lineup
-        layer = lineup.layers[batch.layer]
-        gate_input = batch.tokens.flatten(1) if batch.gate_input is None else batch.gate_input
-        router_logits = layer.gate(gate_input, tasks=batch.tasks)
-        info = lineup.selection_bias.give(batch.info, layer, lineup.table)
-        assignments = layer.policy.assign(router_logits, info)
-        lineup.stats[layer.name].count_asked(assignments)
-        admission = admit(assignments, layer.capacity, row_seeds=batch.info.row_seeds)
-        admission = layer.add_shared(admission, gate_input, mask=batch.info.mask)
-        plan = plan_dispatch(admission)
+        plan = plan_dispatch(route(batch, lineup))
         flight = self._take_off(batch, lineup, plan, started_at)
         self._dispatch(flight)
         return flight.batch_id
@@ -266,15 +259,7 @@ class RouterEngine:
 
     def _finish(self, flight: Flight) -> BatchResult:
         layer, answered_at = flight.layer, self._clock.now()
-        combined = combine(
-            flight.batch.tokens,
-            flight.expert_rows.collect(),
-            flight.present_plan(),
-            residual=layer.residual,
-            weight_on=layer.weight_on,
-            served=flight.served(),
-            exact=layer.exact,
-        )
+        combined = _combined(flight)
         times = StageTimes(
             gate_s=flight.gate_s,
             experts_s=answered_at - flight.dispatched_at,
@@ -292,3 +277,18 @@ class RouterEngine:
         )
         flight.stats.count_batch(result)
         return result
+
+
+def _combined(flight: Flight) -> Combined:
+    layer, rows, plan, served = flight.layer, flight.expert_rows.collect(), flight.present_plan(), flight.served()
+    if flight.batch.assignments is not None:
+        return rows_by_choice(rows, plan, served=served)
+    return combine(
+        flight.batch.tokens,
+        rows,
+        plan,
+        residual=layer.residual,
+        weight_on=layer.weight_on,
+        served=served,
+        exact=layer.exact,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moe_runtime.config.policies import (
+    CallerPolicyConfig,
     DensePolicyConfig,
     ExpertChoicePolicyConfig,
     GlobalAssignmentPolicyConfig,
@@ -21,6 +22,7 @@ from moe_runtime.config.policies import (
 )
 from moe_runtime.errors import ConfigError
 from moe_runtime.routing.assignments import WeightRule
+from moe_runtime.routing.policies.caller import CallerPolicy
 from moe_runtime.routing.policies.expert_choice import ExpertChoicePolicy
 from moe_runtime.routing.policies.gate_free import HashPolicy, RandomPolicy, RoundRobinPolicy
 from moe_runtime.routing.policies.global_assignment import GlobalAssignmentPolicy
@@ -189,6 +191,10 @@ def _reinforce(config: ReinforcePolicyConfig, num_experts: int) -> Policy:
     )
 
 
+def _caller(_config: CallerPolicyConfig, num_experts: int) -> Policy:
+    return CallerPolicy(num_experts=num_experts, max_k=num_experts, weight_rule=_UNNORMALIZED)
+
+
 def _check_divides(key: str, count: int, num_experts: int) -> None:
     if num_experts % count:
         raise ConfigError(f"{key}: expected a divisor of the layer's {num_experts} experts, found {count}")
@@ -213,4 +219,5 @@ _BUILDERS: dict[type, Callable[[Any, int], Policy]] = {
     RandomPolicyConfig: _random,
     RoundRobinPolicyConfig: _round_robin,
     ReinforcePolicyConfig: _reinforce,
+    CallerPolicyConfig: _caller,
 }

@@ -180,7 +180,7 @@ def test_a_mistake_is_one_line_with_path_expectation_and_finding(change: dict[An
         (
             {"policy": {"kind": "topk"}},
             "policy.kind: expected one of dense, top_k, switch, gshard_top2, sparsemixer, hierarchical, expert_choice, "
-            "global_assignment, sinkhorn, hash, random, round_robin, reinforce, found 'topk'",
+            "global_assignment, sinkhorn, hash, random, round_robin, reinforce, caller, found 'topk'",
         ),
         ({"policy": 3}, "policy: expected a mapping, found 3"),
         ({"policy": {"kind": "top_k", "k": 3}}, "policy.k: expected at most 2, the layer's experts, found 3"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fakes.service import FakeTransport, GivenLogits, make_layer, table_of, tokens_of
 from moe_runtime.config.models import CapacityConfig
 from moe_runtime.config.policies import (
+    CallerPolicyConfig,
     GShardPolicyConfig,
     PolicyConfig,
     RandomPolicyConfig,
@@ -74,7 +75,7 @@ CURIOUS = CuriousPolicy(
 
 def every_uncoupled_policy() -> list[Policy]:
     """One of each kind that there is, and the one above."""
-    kinds = get_args(get_args(PolicyConfig)[0])
+    kinds = [kind for kind in get_args(get_args(PolicyConfig)[0]) if kind is not CallerPolicyConfig]
     configs = [kind(kind=kind.model_fields["kind"].annotation.__args__[0]) for kind in kinds]
     policies = [build_policy(config, num_experts=NUM_EXPERTS) for config in configs]
     return [CURIOUS, *(policy for policy in policies if not policy.batch_coupled)]
