@@ -80,7 +80,7 @@ class LayerRows:
         self._dtype = dtype
 
     # A compiled model calls its experts as they are: what they do is no graph.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say
     def __call__(self, hidden: Tensor, expert_ids: Tensor) -> Tensor:
         """Each token's experts' outputs, without weights.
 

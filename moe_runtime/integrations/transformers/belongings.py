@@ -1,4 +1,4 @@
-"""What a model's experts hold of this machine is given back once: when they are closed, forgotten, or the process ends."""
+"""What a model's experts hold of this machine is given back once: closed, forgotten, or at the end of the process."""
 
 from __future__ import annotations
 

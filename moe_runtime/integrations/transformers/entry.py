@@ -104,14 +104,13 @@ def load(  # noqa: PLR0913  # each argument is a choice of its own
     place = _device(device)
     chosen = _auto_class(path) if auto_class is None else auto_class
     with used(provider, placement):
-        model: PreTrainedModel = chosen.from_pretrained(
-            path, experts_implementation=IMPLEMENTATION, dtype=dtype, **(options or {})
-        )
-    return model.to(place)
+        model = chosen.from_pretrained(path, experts_implementation=IMPLEMENTATION, dtype=dtype, **(options or {}))
+    moved: PreTrainedModel = model.to(place)
+    return moved
 
 
 @contextmanager
-def use(  # noqa: PLR0913  # each argument is a choice of its own
+def use(
     runtime: Runtime,
     *,
     experts_per_actor: int = 1,

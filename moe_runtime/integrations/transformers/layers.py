@@ -117,11 +117,10 @@ def present_layers(source: Source, config: RuntimeConfig) -> dict[str, str]:
     }
     found: dict[str, str] = {}
     for name, block in config.layers.items():
-        blocks = block.experts
-        module = blocks[0].options.get("module")
-        if module in wanted and all(expert.kind == KIND and expert.count == 1 for expert in blocks):
-            if [_identity(expert.options) for expert in blocks] == wanted[module]:
-                found.setdefault(module, name)
+        module = block.experts[0].options.get("module")
+        is_plain = all(expert.kind == KIND and expert.count == 1 for expert in block.experts)
+        if is_plain and [_identity(expert.options) for expert in block.experts] == wanted.get(module):
+            found.setdefault(module, name)
     return found if len(found) == len(wanted) else {}
 
 

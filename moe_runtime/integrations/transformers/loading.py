@@ -19,6 +19,7 @@ from moe_runtime.integrations.transformers.layers import Source
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    import torch
     from transformers import PreTrainedModel
 
     from moe_runtime.integrations.transformers.placement import Placement
@@ -71,7 +72,8 @@ def load_model(
     with _ONE_AT_A_TIME, _unasked_for_experts(source, model_class), without_experts(source.checkpoint.expert_classes):
         built = build(path, **_dequantised(source, options))
     model: PreTrainedModel = built[0] if isinstance(built, tuple) else built
-    dtypes = dict.fromkeys((layer.module for layer in source.checkpoint.layers), model.config.dtype)
+    dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]  # what it was loaded in, by now
+    dtypes = dict.fromkeys((layer.module for layer in source.checkpoint.layers), dtype)
     with kept_unless_it_fails() as stack:
         bind_experts(model, source, provider=provider, placement=placement, dtypes=dtypes, stack=stack)
     return built

@@ -72,7 +72,7 @@ def make_known() -> None:
 
         return load_model(build, cls, path, options=options, provider=use.provider, placement=use.placement)
 
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    setattr(PreTrainedModel, original.__name__, classmethod(from_pretrained))
 
 
 def _is_asked_for(options: dict[str, Any]) -> bool:
