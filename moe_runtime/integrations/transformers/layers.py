@@ -41,8 +41,8 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The checkpoint's, absolute: processes elsewhere open it too."""
-        return self.checkpoint.folder.resolve()
+        """The checkpoint's, absolute: processes elsewhere open it too, maybe through other links."""
+        return self.checkpoint.folder.absolute()
 
     def expert_options(self, layer: ExpertLayer) -> list[dict[str, Any]]:
         """The options of the kind ``transformers`` for each expert of a layer."""
