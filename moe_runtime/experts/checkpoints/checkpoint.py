@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_runtime.errors import UnsupportedModelError
-from moe_runtime.experts.checkpoints.families import Family, expert_modules
+from moe_runtime.experts.checkpoints.families import Family, expert_modules, twin_on_meta
 from moe_runtime.experts.checkpoints.filling import Destination, fill
 from moe_runtime.experts.checkpoints.folder import check_folder, file_of_each_key, stamp, version_of
 from moe_runtime.experts.checkpoints.internals import model_class_named, model_on_meta
@@ -53,10 +53,12 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, architecture: str | None = None) -> None:
+        check_folder(folder)
         self.folder = folder
         self.config = _configuration(folder)
         self.model_class = _model_class(self.config, architecture)
         self._lock = RLock()
+        self._bare: dict[str, nn.Module] = {}
         #: Bytes of tensors that were read here, and the names of those tensors, in order.
         self.bytes_read = 0
         self.keys_read: list[str] = []
@@ -93,19 +95,23 @@ class Checkpoint:
             ExpertLayer(name, family.num_experts(module), family.hidden_size(module)) for name, family, module in found
         )
 
+    @cached_property
+    def _layer_by_module(self) -> Mapping[str, ExpertLayer]:
+        return {layer.module: layer for layer in self.layers}
+
     def layer(self, module: str) -> ExpertLayer:
         """The layer of that path.
 
         Raises:
             UnsupportedModelError: If no module of that path holds experts.
         """
-        for layer in self.layers:
-            if layer.module == module:
-                return layer
-        raise UnsupportedModelError(
-            f"{self.folder}: expected a module that holds experts, one of {self.layers[0].module} to "
-            f"{self.layers[-1].module}, found {module!r}"
-        )
+        found = self._layer_by_module.get(module)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{self.folder}: expected a module that holds experts, one of {self.layers[0].module} to "
+                f"{self.layers[-1].module}, found {module!r}"
+            )
+        return found
 
     def bare_expert(self, module: str) -> nn.Module:
         """One expert's module with its parameters on the meta device; ``load_expert`` fills it.
@@ -114,7 +120,10 @@ class Checkpoint:
             UnsupportedModelError: If no module of that path holds experts.
         """
         self.layer(module)
-        return self.families[module].single(self.model.get_submodule(module))
+        with self._lock:
+            if module not in self._bare:
+                self._bare[module] = self.families[module].single(self.model.get_submodule(module))
+        return twin_on_meta(self._bare[module])
 
     def expert(self, module: str, index: int, *, dtype: torch.dtype | None = None) -> nn.Module:
         """One expert, with its parameters read from the checkpoint, on the CPU.
@@ -183,7 +192,6 @@ def open_checkpoint(path: str | Path, *, architecture: str | None = None) -> Che
         UnsupportedModelError: If it is of a model that transformers does not have.
     """
     folder = Path(path).expanduser().absolute()
-    check_folder(folder)
     return _opened(folder, architecture, stamp(folder))
 
 

@@ -208,6 +208,19 @@ def expert_modules(model: nn.Module) -> dict[str, Family]:
     return found
 
 
+def twin_on_meta(module: nn.Module) -> nn.Module:
+    """Another module like one on the meta device, with parameters of its own; all else of the two is the same."""
+    twin = copy.copy(module)
+    parameters = {
+        name: None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+        for name, parameter in module._parameters.items()
+    }
+    children = {name: child and twin_on_meta(child) for name, child in module._modules.items()}
+    # Not by attributes: torch looks at each value that is set.
+    vars(twin).update(_parameters=parameters, _buffers=dict(module._buffers), _modules=children)
+    return twin
+
+
 def _linear(experts: Any, name: str, rows: Tensor) -> Tensor:
     weight = getattr(experts, name)[0]
     outputs = torch.mm(rows.to(weight.dtype), weight if experts.is_transposed else weight.t())

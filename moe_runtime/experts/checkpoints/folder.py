@@ -66,8 +66,7 @@ def file_of_each_key(folder: Path) -> dict[str, str]:
 
 def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of change of the files that say what the folder holds; changes when they do."""
-    files = (folder / name for name in (CONFIG, INDEX, SINGLE))
-    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+    return tuple(found for name in (CONFIG, INDEX, SINGLE) if (found := _stat(folder / name)) is not None)
 
 
 def version_of(folder: Path) -> str:
@@ -76,8 +75,15 @@ def version_of(folder: Path) -> str:
     No tensor is read for it, so that a copy that did not keep the times counts as another version.
     """
     shards = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors")
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in shards]
-    return hashlib.sha256(repr((stamp(folder), stats)).encode()).hexdigest()
+    return hashlib.sha256(repr((stamp(folder), [_stat(shard) for shard in shards])).encode()).hexdigest()
+
+
+def _stat(file: Path) -> tuple[str, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return file.name, found.st_size, found.st_mtime_ns
 
 
 def _inside(name: str) -> str:
