@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moe_runtime.errors import UnsupportedModelError, WeightsError
+from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.families import Family, expert_modules
+from moe_runtime.experts.checkpoints.filling import Destination, fill
+from moe_runtime.experts.checkpoints.folder import check_folder, file_of_each_key, stamp, version_of
 from moe_runtime.experts.checkpoints.internals import model_class_named, model_on_meta
 from moe_runtime.experts.checkpoints.plan import ParameterPlan, plan_parameters
-from moe_runtime.experts.checkpoints.reader import ShardReader, fill
+from moe_runtime.experts.checkpoints.reader import ShardReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
-
-_INDEX, _WEIGHTS, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, architecture: str | None = None) -> None:
         self.folder = folder
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.config = _configuration(folder)
         self.model_class = _model_class(self.config, architecture)
         self._lock = RLock()
         #: Bytes of tensors that were read here, and the names of those tensors, in order.
@@ -138,16 +135,20 @@ class Checkpoint:
         return bare
 
     def load_expert(self, bare: nn.Module, module: str, index: int) -> None:
-        """Read the parameters of one expert into a ``bare_expert``, in the dtypes that it has."""
-        family = self.families[module]
-        owned = family.parameters(self.model.get_submodule(module), index)
-        with ShardReader(self.folder) as reader, torch.no_grad():
+        """Read the parameters of one expert into a ``bare_expert``, in the dtypes that it has, on the CPU.
+
+        Raises:
+            WeightsError: If a tensor of it is missing, broken or of another shape.
+        """
+        owned = self.families[module].parameters(self.model.get_submodule(module), index)
+        with ShardReader(self.folder) as reader:
             for name, rows in owned.items():
-                bounds = None if rows.start is None or rows.stop is None else (rows.start, rows.stop)
-                holder = bare.get_submodule(name.rpartition(".")[0])
-                parameter = torch.empty_like(bare.get_parameter(name), device="cpu")
-                fill(parameter, self.plan[f"{module}.{rows.parameter}"], reader, rows=bounds, module=holder)
-                holder._parameters[name.rpartition(".")[2]] = torch.nn.Parameter(parameter, requires_grad=False)
+                owner, _, parameter = name.rpartition(".")
+                holder = bare.get_submodule(owner)
+                tensor = torch.empty_like(holder.get_parameter(parameter), device="cpu", requires_grad=False)
+                plan = self.plan[f"{module}.{rows.parameter}"]
+                fill(Destination(tensor, holder, parameter), plan, reader, rows=rows.rows)
+                holder._parameters[parameter] = torch.nn.Parameter(tensor, requires_grad=False)
         with self._lock:
             self.bytes_read += reader.bytes_read
             self.keys_read += reader.keys_read
@@ -162,12 +163,12 @@ class Checkpoint:
             for expert in range(family.num_experts(module))
             for rows in family.parameters(module, expert).values()
         }
-        return plan_parameters(_files_of_keys(self.folder), self.model, wanted)
+        return plan_parameters(file_of_each_key(self.folder), self.model, wanted)
 
     @cached_property
     def version(self) -> str:
-        """Stands for the content: sha256 over the names, sizes and times of change of its files."""
-        return hashlib.sha256(repr(_signature(self.folder)).encode()).hexdigest()
+        """Stands for the content of its files; see ``folder.version_of``."""
+        return version_of(self.folder)
 
 
 def open_checkpoint(path: str | Path, *, architecture: str | None = None) -> Checkpoint:
@@ -179,23 +180,24 @@ def open_checkpoint(path: str | Path, *, architecture: str | None = None) -> Che
 
     Raises:
         WeightsError: If it is no such folder.
-        UnsupportedModelError: If it is a model of a class that transformers does not have.
+        UnsupportedModelError: If it is of a model that transformers does not have.
     """
-    folder = Path(path).expanduser()
-    return _opened(folder, architecture, _signature(folder))
+    folder = Path(path).expanduser().absolute()
+    check_folder(folder)
+    return _opened(folder, architecture, stamp(folder))
 
 
 @lru_cache(maxsize=8)
-def _opened(folder: Path, architecture: str | None, signature: tuple[tuple[str, int, int], ...]) -> Checkpoint:
+def _opened(folder: Path, architecture: str | None, _: object) -> Checkpoint:
     return Checkpoint(folder, architecture)
 
 
-def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    if not (folder / _CONFIG).is_file():
-        raise WeightsError(f"{folder}: expected a checkpoint's folder with {_CONFIG}, found none")
-    files = sorted(file for file in folder.iterdir() if file.suffix in {".json", ".safetensors"})
-    stats = ((file.name, file.stat()) for file in files)
-    return tuple((name, found.st_size, found.st_mtime_ns) for name, found in stats)
+def _configuration(folder: Path) -> PretrainedConfig:
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as exc:
+        raise UnsupportedModelError(f"{folder}: expected a configuration that transformers knows: {exc}") from exc
+    return config
 
 
 def _model_class(config: PretrainedConfig, architecture: str | None) -> type[PreTrainedModel]:
@@ -204,17 +206,10 @@ def _model_class(config: PretrainedConfig, architecture: str | None) -> type[Pre
         found = model_class_named(name)
         if found is not None:
             return found
-    if names:
-        raise UnsupportedModelError(f"expected a model class of transformers, found {names[0]!r}")
-    found = AutoModelForCausalLM._model_mapping[type(config)]
-    return found
-
-
-def _files_of_keys(folder: Path) -> dict[str, str]:
-    if (folder / _INDEX).is_file():
-        return dict(json.loads((folder / _INDEX).read_text())["weight_map"])
-    try:
-        with safe_open(folder / _WEIGHTS, framework="pt") as file:
-            return dict.fromkeys(file.keys(), _WEIGHTS)
-    except (OSError, SafetensorError) as exc:
-        raise WeightsError(f"{folder / _WEIGHTS}: expected a safetensors file, found none or a broken one: {exc}") from exc
+    if not names and type(config) in AutoModelForCausalLM._model_mapping:
+        causal: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        return cast("type[PreTrainedModel]", causal)
+    raise UnsupportedModelError(
+        f"expected a model class of transformers for a configuration of type {config.model_type!r}, "
+        f"found {names[0] if names else 'none'}"
+    )

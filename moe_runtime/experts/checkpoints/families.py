@@ -41,6 +41,11 @@ class ParameterRows:
     start: int | None = None
     stop: int | None = None
 
+    @property
+    def rows(self) -> slice | None:
+        """The rows of dimension 0; None for all of them."""
+        return None if self.start is None else slice(self.start, self.stop)
+
 
 class Family(ABC):
     """One way in which modules of transformers hold experts.
@@ -120,7 +125,8 @@ class DecoratedFamily(Family):
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             return weighted_sum(rows(hidden_states, top_k_index), top_k_weights, dtype=hidden_states.dtype)
 
-        module.forward = forward  # type: ignore[method-assign]  # of this module, not of its class
+        # Of this module, not of its class.
+        module.forward = forward
 
 
 class DecoratedExpert(nn.Module):
@@ -144,7 +150,9 @@ class DecoratedExpert(nn.Module):
         inner = _linear(experts, outer, rows)
         inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
         outputs = _linear(experts, "down_proj", inner)
-        return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs  # type: ignore[no-any-return]
+        if experts.has_post_expert_norm:
+            outputs = experts.post_expert_norm(outputs)
+        return outputs
 
 
 def weighted_sum(rows: Tensor, weights: Tensor, *, dtype: torch.dtype) -> Tensor:

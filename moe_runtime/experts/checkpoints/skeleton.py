@@ -25,8 +25,9 @@ def without_experts(module_classes: Iterable[type[nn.Module]]) -> Iterator[None]
     """
     with ExitStack() as restoring:
         for module_class in set(module_classes):
-            restoring.callback(setattr, module_class, "__init__", module_class.__init__)
-            module_class.__init__ = _then_dropping(module_class.__init__, module_class)  # type: ignore[misc]
+            init: Any = module_class.__init__
+            restoring.callback(setattr, module_class, "__init__", init)
+            setattr(module_class, "__init__", _then_dropping(init, module_class))  # noqa: B010  a method, to mypy
         yield
 
 
