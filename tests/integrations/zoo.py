@@ -190,7 +190,7 @@ def families() -> tuple[str, ...]:
 def tiny(family: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """A configuration of a few ten thousand parameters, and the class of the model."""
     model_class = _head(family)
-    return _shrunk(model_class.config_class, CHANGES.get(family, {})), model_class
+    return shrunk(model_class.config_class, CHANGES.get(family, {})), model_class
 
 
 def built(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -240,7 +240,8 @@ def _head(family: str) -> type[PreTrainedModel]:
     raise LookupError(f"{family}: no head for generation; name one in HEADS")
 
 
-def _shrunk(config_class: type[PreTrainedConfig], changes: Mapping[str, Any]) -> PreTrainedConfig:
+def shrunk(config_class: type[PreTrainedConfig], changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration with ``SIZES`` where it has such fields, and with changes; so are those inside of it."""
     fields = {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in SIZES.items() if name in fields}
     if "kv_lora_rank" in fields:
@@ -249,7 +250,7 @@ def _shrunk(config_class: type[PreTrainedConfig], changes: Mapping[str, Any]) ->
     for name, sub_class in inner.items():
         given = changes.get(name, {})
         if "model_type" not in given and dataclasses.is_dataclass(sub_class):
-            values[name] = _shrunk(sub_class, given)
+            values[name] = shrunk(sub_class, given)
         elif given:
             values[name] = dict(given)
     return config_class(**{**values, **{name: value for name, value in changes.items() if name not in inner}})
