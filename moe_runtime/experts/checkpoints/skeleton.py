@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def without_experts(module_classes: Iterable[type[nn.Module]]) -> Iterator[None]:
-    """Within it, modules of these classes come up without the parameters of their experts.
+    """Within it, modules of these classes that this thread makes come up without the parameters of their experts.
 
-    It changes the classes for the whole process, and restores them when it is left; one at a time.
+    It changes the classes for the whole process, and restores them when it is left; one at a time. Other threads, which
+    may build whole models meanwhile, are left alone.
 
     Args:
         module_classes: Classes that hold experts, as ``Checkpoint.expert_classes`` lists them.
@@ -50,11 +52,13 @@ def drop_experts(module: nn.Module) -> None:
 
 
 def _then_dropping(init: Any, module_class: type[nn.Module]) -> Any:
+    maker = threading.get_ident()
+
     @wraps(init)
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         # A subclass's own constructor may still add to it.
-        if type(self) is module_class:
+        if type(self) is module_class and threading.get_ident() == maker:
             drop_experts(self)
 
     return build
