@@ -15,6 +15,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_runtime.experts.checkpoints.families import DecoratedFamily, expert_modules
+
 MODELS = Path(transformers.__file__).parent / "models"
 
 #: What every configuration gets, of the fields that it has.
@@ -211,6 +213,23 @@ def built(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 def save(family: str, folder: Path, *, dtype: torch.dtype) -> None:
     """Write the family's model as a checkpoint."""
     built(family, dtype=dtype).save_pretrained(folder)
+
+
+def reference(family: str, folder: Path) -> PreTrainedModel:
+    """The checkpoint's model in one process, with ``grouped_mm`` where the family has a choice.
+
+    Its experts' matrices are moved to memory that torch allocated. Those that transformers does not convert lie in the
+    file as it was mapped, at any multiple of 8 bytes, and the product of a matrix with one row depends on that.
+    """
+    _, model_class = tiny(family)
+    model = model_class.from_pretrained(folder)
+    for path, holder in expert_modules(model).items():
+        module = model.get_submodule(path)
+        if isinstance(holder, DecoratedFamily) and module.config._experts_implementation != "grouped_mm":
+            raise LookupError(f"{family}: expected grouped_mm to be what transformers takes")
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
