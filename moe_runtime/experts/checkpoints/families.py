@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.internals import is_decorated
+from moe_runtime.experts.checkpoints.unknown import refuse_unknown_experts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -182,11 +183,7 @@ def families() -> Sequence[Family]:
 
 
 def family_of(module_class: type[nn.Module]) -> Family | None:
-    """The family of a class of modules; None if its modules hold no experts that are known.
-
-    Raises:
-        UnsupportedModelError: If the class is known to hold experts that cannot live in other processes.
-    """
+    """The family of a class of modules; None if its modules hold no experts that are known."""
     return next((family for family in families() if family.matches(module_class)), None)
 
 
@@ -201,6 +198,7 @@ def expert_modules(model: nn.Module) -> dict[str, Family]:
         family = family_of(type(module))
         if family is not None and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = family
+    refuse_unknown_experts(model, found)
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected a model with experts of a supported family, found none in its modules"

@@ -31,6 +31,7 @@ from transformers.core_model_loading import (  # noqa: E402
 )
 from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts as _ERNIE  # noqa: E402, N814
 from transformers.initialization import no_init_weights  # noqa: E402
+from transformers.integrations.moe import use_experts_implementation  # noqa: E402
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize  # noqa: E402
 from transformers.integrations.mxfp4 import Mxfp4Dequantize  # noqa: E402
 from transformers.quantizers.auto import AutoHfQuantizer  # noqa: E402
@@ -63,7 +64,9 @@ def natural_order(key: str) -> Any:
 
 def is_decorated(module_class: type[nn.Module]) -> bool:
     """Whether a class of experts was made by ``@use_experts_implementation``."""
-    return hasattr(module_class, "_apply_gate")
+    # Its name and module are those of the forward that it wraps, and ``_apply_gate`` may be a class's own.
+    made_in = getattr(module_class.forward, "__globals__", {}).get("__name__")
+    return hasattr(module_class, "_apply_gate") and made_in == use_experts_implementation.__module__
 
 
 class KeyMap:
