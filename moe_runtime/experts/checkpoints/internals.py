@@ -74,9 +74,13 @@ class KeyMap:
 
     Args:
         model: The whole model, on the meta device.
+
+    Attributes:
+        tied: By the name of a parameter that is another one's, the name of that.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.tied: Mapping[str, str] = dict(model.all_tied_weights_keys)
         quantizer = _dequantizer(model.config)
         mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
