@@ -1,0 +1,1 @@
+"""The runtime inside other libraries: their models, with the experts in actors."""
