@@ -169,7 +169,7 @@ def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], No
     hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
     session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
     session.start(on_progress)
-    return Runtime(session, drain_s=config.router.drain_s)
+    return Runtime(session, config=config, drain_s=config.router.drain_s)
 
 
 def _serve_on_ray(
@@ -199,7 +199,9 @@ def _serve_on_ray(
 
         plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=detach)
         session = launch(plan, on_progress=on_progress)
-        return Runtime(session, cluster=cluster, detached=detach, drain_s=router.drain_s)
+        return Runtime(
+            session, config=loaded.config, cluster=cluster, detached=detach, drain_s=loaded.config.router.drain_s
+        )
     except BaseException:
         cluster.disconnect()
         raise

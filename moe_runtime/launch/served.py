@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moe_runtime.errors import StartError
+from moe_runtime.errors import StartError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.ray_backend.cluster import Cluster
+    from moe_runtime.service.membership import Membership
 
 #: How long requests in flight may take when a runtime is closed whose configuration is not at hand.
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
+#: As the configuration's default, for the same.
+DEFAULT_START_TIMEOUT_S = 60.0
 
 
 class Session(Protocol):
@@ -25,6 +29,10 @@ class Session(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Layers, hosts and routers, as plain values."""
+        ...
+
+    def join(self) -> Membership:
+        """A place for this program among those who route, beside or instead of the routers."""
         ...
 
     def when_lost(self, callback: Callable[[str], None]) -> None:
@@ -43,6 +51,7 @@ class Runtime:
         self,
         session: Session,
         *,
+        config: RuntimeConfig | None = None,
         cluster: Cluster | None = None,
         detached: bool = False,
         drain_s: float = DEFAULT_DRAIN_TIMEOUT_S,
@@ -50,19 +59,53 @@ class Runtime:
         """Take over what ``serve`` started."""
         self._drain_s = drain_s
         self._session = session
+        self._config = config
         self._cluster = cluster
         self._detached = detached
         self._addresses = tuple(session.addresses())
 
     @property
     def address(self) -> str:
-        """``host:port`` of the first router."""
+        """``host:port`` of the first router.
+
+        Raises:
+            UnavailableError: If the runtime has none, as with ``router.replicas: 0``.
+        """
+        if not self._addresses:
+            raise UnavailableError(
+                "expected a runtime with routers, found router.replicas 0: no client can reach it; programs use its "
+                "layers through moe_runtime.launch.library.LayerCaller"
+            )
         return self._addresses[0]
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """``host:port`` of every router."""
+        """``host:port`` of every router; empty with ``router.replicas: 0``."""
         return self._addresses
+
+    @property
+    def config(self) -> RuntimeConfig:
+        """What it was served with.
+
+        Raises:
+            StartError: If it was attached to.
+        """
+        if self._config is None:
+            raise StartError("config: expected a runtime that was served here, found one that was attached to")
+        return self._config
+
+    @property
+    def start_timeout_s(self) -> float:
+        """How long actors of it may take to be placed, and to start."""
+        return DEFAULT_START_TIMEOUT_S if self._config is None else self._config.start_timeout_s
+
+    def join(self) -> Membership:
+        """A place for this program among those who route for the runtime: what ``LayerCaller`` is built on.
+
+        Raises:
+            StartError: If the runtime's controller does not answer.
+        """
+        return self._session.join()
 
     def describe(self) -> dict[str, Any]:
         """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.
