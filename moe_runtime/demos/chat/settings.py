@@ -41,7 +41,6 @@ class ChatSettings:
         system: The system prompt; None is ``SYSTEM_PROMPT`` for the model that is fetched, and none for others.
         sampling: How answers are drawn.
         checks: Whether the tokens are held against the dense model's before the chat.
-        fresh: Fetch and upcycle again even if the cache has the model.
     """
 
     prompt: str | None = None
@@ -51,7 +50,6 @@ class ChatSettings:
     system: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     checks: bool = True
-    fresh: bool = False
 
     def check(self) -> None:
         """Find out before anything takes time, not after.
