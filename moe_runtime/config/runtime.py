@@ -182,7 +182,8 @@ class RuntimeConfig(StrictModel):
     def _routers_have_layers(self) -> RuntimeConfig:
         if self.router.replicas and not self.layers:
             raise ValueError(
-                f"layers: expected 1 or more entries with router.replicas {self.router.replicas}, found an empty mapping"
+                f"layers: expected 1 or more entries with router.replicas {self.router.replicas}, "
+                "found an empty mapping"
             )
         return self
 

@@ -96,6 +96,10 @@ class InProcessSession:
         self._routes.post(self._table, self._layers)
         return LocalMember(self._routes, self._network.router_transport(), node=self._node)
 
+    def dismiss(self, reason: str) -> None:
+        """End the memberships of this program, whose callers are told the reason."""
+        self._routes.close(reason)
+
     def when_lost(self, callback: Callable[[str], None]) -> None:
         """Threads of this process are not lost before it is: the callback is never called."""
 
@@ -103,7 +107,7 @@ class InProcessSession:
         """Drain, then stop everything; whether every request was answered. Safe to call twice."""
         if self._balance is not None:
             self._balance.stop()
-        self._routes.close()
+        self.dismiss("it was closed")
         # Side by side: one that waits for its last request would leave the others no time.
         with ThreadPoolExecutor(max(1, len(self._routers))) as drains:
             drained = list(drains.map(lambda router: router.drain(drain_timeout_s), self._routers))

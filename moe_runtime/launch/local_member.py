@@ -29,7 +29,7 @@ class RoutesBoard:
         self._changed = threading.Condition()
         self._newest: Routes | None = None
         self._uses: dict[LocalMember, int] = {}
-        self._is_over = False
+        self._end: str | None = None
 
     def post(self, table: RoutingTable, layers: Mapping[str, RoutedLayer]) -> None:
         """Have every member route by these from now on."""
@@ -37,10 +37,10 @@ class RoutesBoard:
             self._newest = Routes(table, layers)
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Tell every member that the runtime has ended."""
+    def close(self, reason: str) -> None:
+        """Tell every member that there will be no more news, and why."""
         with self._changed:
-            self._is_over = True
+            self._end = self._end or reason
             self._changed.notify_all()
 
     def await_let_go(self, version: int, *, timeout_s: float) -> bool:
@@ -55,8 +55,8 @@ class RoutesBoard:
                 self._uses[member] = oldest_used
                 self._changed.notify_all()
             self._changed.wait_for(lambda: self._is_news(member, known), timeout_s)
-            if self._is_over:
-                raise UnavailableError(f"runtime {self._name}: it was closed")
+            if self._end is not None:
+                raise UnavailableError(f"runtime {self._name}: {self._end}")
             if member.has_left:
                 raise UnavailableError(f"runtime {self._name}: expected a member of it, found one that has left")
             newest = self._newest
@@ -70,7 +70,7 @@ class RoutesBoard:
 
     def _is_news(self, member: LocalMember, known: int) -> bool:
         is_newer = self._newest is not None and self._newest.table.version > known
-        return is_newer or self._is_over or member.has_left
+        return is_newer or self._end is not None or member.has_left
 
 
 class LocalMember:

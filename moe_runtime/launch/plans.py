@@ -77,7 +77,7 @@ def _routers_plan(recipe: RouterRecipe, weights: WeightsRecipe, *, node_id: str,
         node_labels=router.node_labels,
         revision=routers_revision(recipe, listed=weights.listed),
         fixed=_fixed(recipe),
-        let_go_s=recipe.limits.max_timeout_s + max(layer.timeout_s for layer in recipe.layers),
+        let_go_s=recipe.limits.max_timeout_s + max((layer.timeout_s for layer in recipe.layers), default=0.0),
     )
 
 

@@ -19,12 +19,16 @@ from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 from moe_runtime.ray_backend.ports import check_ports
 
+#: Reservations, not cores.
+_LIBRARY_CPUS = 64.0
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
+    from moe_runtime.launch.recipes import RouterRecipe
     from moe_runtime.logs import LogSettings
     from moe_runtime.ray_backend.changes import Restarted
     from moe_runtime.ray_backend.cluster import Cluster
@@ -191,8 +195,7 @@ def _serve_on_ray(
     if starts_ray and is_loopback(split_address(router.address)[0]):
         # On an existing cluster later: there, a runtime of this name may hold the ports.
         check_ports(router.address, router.replicas)
-    demands = [expert.resources.num_cpus for layer in recipe.layers for expert in layer.experts]
-    cluster = connect(ray_address, total_cpus=sum(demands))
+    cluster = connect(ray_address, total_cpus=_cpus_wanted(loaded.config, recipe))
     try:
         # Not before: Ray reads how to authenticate when it is imported.
         from moe_runtime.ray_backend.session import launch
@@ -205,6 +208,13 @@ def _serve_on_ray(
     except BaseException:
         cluster.disconnect()
         raise
+
+
+def _cpus_wanted(config: RuntimeConfig, recipe: RouterRecipe) -> float:
+    """What a cluster that is started for a runtime should have."""
+    wanted = sum(expert.resources.num_cpus * expert.replicas for layer in recipe.layers for expert in layer.experts)
+    # Layers may be added, and hosts that get some more stand beside those that they replace for a while.
+    return wanted if config.router.replicas else max(2 * wanted, _LIBRARY_CPUS)
 
 
 def _with_changes(loaded: LoadedConfig, *, address: str | None, logging: LogSettings | None) -> LoadedConfig:

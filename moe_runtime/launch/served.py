@@ -35,6 +35,10 @@ class Session(Protocol):
         """A place for this program among those who route, beside or instead of the routers."""
         ...
 
+    def dismiss(self, reason: str) -> None:
+        """End the memberships of this program, whose callers are told the reason."""
+        ...
+
     def when_lost(self, callback: Callable[[str], None]) -> None:
         """Have a callback called when everything is gone for good, with the reason; see ``Runtime.when_lost``."""
         ...
@@ -161,5 +165,7 @@ class Runtime:
             self.close()
 
     def _disconnect(self) -> None:
+        # Ray must not be used any more when it is shut down.
+        self._session.dismiss("it was left")
         if self._cluster is not None:
             self._cluster.disconnect()

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.fleet import Keeper
     from moe_runtime.ray_backend.host_keeper import HostKeeper
-    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.plan import CallerNews, CallerNote, RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
     from moe_runtime.ray_backend.spawner import AsyncClock, Spawner
+    from moe_runtime.service.routing_table import RoutingTable
 
 _LOG = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class Controller:
         """Drain the routers, then end every actor of the runtime; whether every request was answered."""
         for task in self._tasks:
             task.cancel()
+        self._board.callers.end(f"runtime {self.plan.name}: it was closed")
         # An upgrade that is under way first ends what is new.
         await asyncio.gather(*self._tasks, return_exceptions=True)
         fleet, bounded = self._fleet, self._board.bounded
@@ -165,6 +167,14 @@ class Controller:
         await asyncio.gather(*(stray.end() for strays in self._strays() for stray in strays))
         self._ended.set()
         return drained
+
+    def caller_left(self, caller: str) -> None:
+        """A program that routed for itself does so no longer."""
+        self._board.callers.leave(caller)
+
+    async def caller_news(self, note: CallerNote, *, timeout_s: float) -> CallerNews | None:
+        """What a program that routes for itself does not know yet; see ``Callers.news``."""
+        return await self._board.callers.news(note, timeout_s=timeout_s)
 
     def progress(self) -> tuple[int, int]:
         """Number of actors that are ready, and of all; during an upgrade, of those that there will be."""
@@ -185,12 +195,18 @@ class Controller:
             **self._fleet.describe(),
             "upgrade": self._changes.describe(),
             "balance": self._board.bias.describe(),
+            "callers": self._board.callers.describe(),
         }
 
     @property
     def plan(self) -> RuntimePlan:
         """The desired state: that of the last upgrade, if there was one."""
         return self._fleet.plan
+
+    @property
+    def table(self) -> RoutingTable:
+        """The newest one."""
+        return self._board.snapshot.table
 
     @property
     def _tasks(self) -> list[asyncio.Task[Any]]:
@@ -229,6 +245,7 @@ class Controller:
     def _supervise(self) -> None:
         self.watch(self._fleet.keepers)
         self._run(self._board.publish_changes())
+        self._run(self._board.callers.forget())
         self._run(Balancing(self._board, self._clock).run())
         if self.plan.lease_s is not None:
             self._run(self._watch_lease())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import threading
 import time
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
@@ -15,19 +17,22 @@ from moe_runtime.errors import AlreadyRunningError, ConfigError, MoERuntimeError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
 from moe_runtime.ray_backend.depot import start_depot
 from moe_runtime.ray_backend.head_watch import HeadWatch, patience_s
+from moe_runtime.ray_backend.member import RayMember
 from moe_runtime.ray_backend.names import NAMESPACE, controller_name
 from moe_runtime.ray_backend.node_watch import RayView
 from moe_runtime.ray_backend.nodes import on_head
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
 from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
+from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.deployment import DepotPlan
-    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.plan import RoutersPlan, RuntimePlan
+    from moe_runtime.ray_backend.processes import RouterFactory
     from moe_runtime.ray_backend.roll import Upgraded
 
 _LOG = logging.getLogger(__name__)
@@ -54,6 +59,7 @@ class RaySession:
         self._controller = controller
         self._closed = threading.Event()
         self._on_lost: Callable[[str], None] | None = None
+        self._members: WeakSet[RayMember] = WeakSet()
         self._renewing: threading.Thread | None = None
         if renews_lease:
             self._renewing = threading.Thread(target=self._renew, name="moe-lease", daemon=True)
@@ -82,7 +88,23 @@ class RaySession:
             StartError: If the controller does not answer.
         """
         description: dict[str, Any] = self._ask("describe")
+        if not description["routers"]:
+            # The controller knows of layers what routers say, and has no torch to say it itself.
+            factory = self._router_factory()
+            description |= factory.describe(self._ask("table"))
         return description
+
+    def join(self) -> RayMember:
+        """A place for this program among those who route.
+
+        Raises:
+            StartError: If the controller does not answer.
+        """
+        location = locate()
+        transport = self._router_factory().open_transport(location)
+        member = RayMember(self._controller, transport, name=self.name, node=location.node)
+        self._members.add(member)
+        return member
 
     def upgrade(self, plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None = None) -> Upgraded:
         """Roll the runtime to another plan while requests go on, and return when nothing else of the old one is left.
@@ -126,6 +148,7 @@ class RaySession:
         """Drain and end the runtime; whether every request was answered. Safe to call twice."""
         if self._closed.is_set():
             return True
+        self.dismiss("it was closed")
         try:
             return bool(self._ask("close", drain_timeout_s, timeout_s=drain_timeout_s + _SPARE_S))
         except StartError as exc:
@@ -135,11 +158,21 @@ class RaySession:
             self.detach()
             end_actors(self.name)
 
+    def dismiss(self, reason: str) -> None:
+        """End the memberships of this program, whose callers are told the reason."""
+        for member in list(self._members):
+            member.dismiss(reason)
+
     def detach(self) -> None:
         """Stop renewing the lease, and leave the runtime to itself."""
         self._closed.set()
         if self._renewing is not None:
             self._renewing.join()
+
+    def _router_factory(self) -> RouterFactory:
+        plan: RoutersPlan = self._ask("routers_plan")
+        factory: RouterFactory = pickle.loads(plan.factory)  # nosec B301  # from the controller, by Ray
+        return factory
 
     def _renew(self) -> None:
         is_renewed = True

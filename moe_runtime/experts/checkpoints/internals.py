@@ -170,8 +170,8 @@ class Conversion:
             for tensor in found:
                 converter.add_tensor(name, pattern, pattern, tensor)
         (made,) = converter.convert(name, model=module, config=self._config).values()
-        tensor: Tensor = made[0] if isinstance(made, list) else made
-        return tensor
+        parameter: Tensor = made[0] if isinstance(made, list) else made
+        return parameter
 
 
 def _keeps_rows(operation: ConversionOps) -> bool:

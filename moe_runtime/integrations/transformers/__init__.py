@@ -5,6 +5,7 @@ from moe_runtime.experts.checkpoints.requirement import check_transformers
 check_transformers()
 
 # Below the check, which explains what a failing import would not.
+from moe_runtime.integrations.transformers.adopting import adopt  # noqa: E402
 from moe_runtime.integrations.transformers.entry import close, config, experts, load, use  # noqa: E402
 from moe_runtime.integrations.transformers.looking import ActorView, ExpertsView, ExpertView, LayerView  # noqa: E402
 from moe_runtime.integrations.transformers.using import make_known  # noqa: E402
@@ -14,6 +15,7 @@ __all__ = [
     "ExpertView",
     "ExpertsView",
     "LayerView",
+    "adopt",
     "close",
     "config",
     "experts",

@@ -16,7 +16,8 @@ from moe_runtime.integrations.transformers.loading import checkpoint_folder
 from moe_runtime.integrations.transformers.looking import view_of
 from moe_runtime.integrations.transformers.placement import Placement
 from moe_runtime.integrations.transformers.providing import GivenRuntime, OwnRuntime, library_config
-from moe_runtime.integrations.transformers.using import IMPLEMENTATION, used
+from moe_runtime.integrations.transformers.refusals import IMPLEMENTATION
+from moe_runtime.integrations.transformers.using import used
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -13,6 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.integrations.transformers.loading import load_model
+from moe_runtime.integrations.transformers.refusals import IMPLEMENTATION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
     from moe_runtime.integrations.transformers.placement import Placement
     from moe_runtime.integrations.transformers.providing import Provider
-
-#: What ``experts_implementation`` is to be.
-IMPLEMENTATION = "moe_runtime"
 
 _WHAT_TO_DO = (
     "load it inside `with moe_runtime.integrations.transformers.use(runtime):`, in the same thread, or by that "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -104,8 +105,10 @@ def upcycle(
 
 def _locate(path: Path) -> Path:
     """The GGUF file or the folder of safetensors files that a path means."""
-    if not path.exists():
-        raise WeightsError(f"{path}: expected a checkpoint's folder or a GGUF file, found nothing there")
+    if not os.path.exists(path):  # Path.exists raises where a folder on the way cannot be read
+        raise WeightsError(
+            f"{path}: expected a checkpoint's folder or a GGUF file on this machine, found nothing there"
+        )
     if path.is_file():
         if path.suffix != ".gguf":
             raise WeightsError(f"{path}: expected a checkpoint's folder or a GGUF file, found another file")
@@ -119,7 +122,7 @@ def _locate(path: Path) -> Path:
 
 
 def _check_target(target: Path, *, force: bool) -> None:
-    if not target.exists():
+    if not os.path.exists(target):
         return
     was_made_here = (target / NOTE_NAME).is_file()
     if not force:

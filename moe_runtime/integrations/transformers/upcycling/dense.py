@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from moe_runtime.errors import UnsupportedModelError, WeightsError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedConfig
@@ -95,6 +95,18 @@ def check_family(path: Path, model_type: str, fields: Mapping[str, Any]) -> None
             raise UnsupportedModelError(f"{path}: {expected}; found a mixture already: {model_type} with {key} {num}")
     if model_type not in FAMILIES:
         raise UnsupportedModelError(f"{path}: {expected}; found model_type {model_type!r}")
+
+
+def read_config(path: Path, read: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
+    """What transformers makes of a configuration.
+
+    Raises:
+        WeightsError: If transformers refuses it; says why.
+    """
+    try:
+        return read()
+    except Exception as exc:  # its validators raise errors of many classes
+        raise WeightsError(f"{path}: expected a configuration that transformers can read; it says: {exc}") from exc
 
 
 def tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

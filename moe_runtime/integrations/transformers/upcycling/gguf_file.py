@@ -11,7 +11,7 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, dequantize,
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from moe_runtime.errors import UnsupportedModelError, WeightsError
-from moe_runtime.integrations.transformers.upcycling.dense import check_family, tensor_shapes
+from moe_runtime.integrations.transformers.upcycling.dense import check_family, read_config, tensor_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +42,7 @@ class GgufFile:
     shapes: Mapping[str, tuple[int, ...]]
     _tensors: Mapping[str, Any] = field(repr=False)
     _interleaves_heads: bool
+    _has_tokenizer: bool
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, float32 unless the file has it in a float type that torch has too."""
@@ -58,7 +59,14 @@ class GgufFile:
 
     def save_companions(self, folder: Path) -> None:
         """Convert the file's tokenizer and chat template, and write its special tokens as generation config."""
-        AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder)
+        if self._has_tokenizer:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            except (
+                Exception
+            ) as exc:  # whatever transformers, or a package that it lacks, says of this kind of tokenizer
+                raise WeightsError(f"{self.path}: its tokenizer cannot be converted: {exc}") from exc
+            tokenizer.save_pretrained(folder)
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
 
 
@@ -78,7 +86,7 @@ def open_gguf(path: Path) -> GgufFile:
     }
     architecture = str(fields.get("general.architecture"))
     _check_fields(path, architecture, fields)
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = read_config(path, lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
     for key, attribute in _TOKEN_IDS.items():
         if (token_id := fields.get(f"tokenizer.ggml.{key}")) is not None:
             setattr(config, attribute, int(token_id))
@@ -91,6 +99,7 @@ def open_gguf(path: Path) -> GgufFile:
         shapes={name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()},
         _tensors=tensors,
         _interleaves_heads=architecture == "llama",
+        _has_tokenizer="tokenizer.ggml.model" in fields,
     )
 
 

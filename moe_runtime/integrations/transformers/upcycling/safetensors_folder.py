@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from moe_runtime.errors import UnsupportedModelError, WeightsError
-from moe_runtime.integrations.transformers.upcycling.dense import EMBEDDING, read_model_type
+from moe_runtime.integrations.transformers.upcycling.dense import EMBEDDING, read_config, read_model_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +66,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
     """
     text = _read_text(path / _CONFIG)
     read_model_type(path, text)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = read_config(path / _CONFIG, lambda: AutoConfig.from_pretrained(path, local_files_only=True))
     _check_config(path, config)
     readers, files = _open_files(path)
     slices = {name: reader.get_slice(name) for name, reader in readers.items()}
