@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -25,24 +27,39 @@ from moe_runtime.transport.in_process import InProcessNetwork
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from moe_runtime.config.load import LoadedConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.ray_backend.plan import HostReport, RouterReport
+    from moe_runtime.service.generations import RouterSetup
     from moe_runtime.service.layer import RoutedLayer
 
 
-class InProcessSession:
-    """Hosts and routers as threads. Nothing is supervised: what fails stays failed."""
+#: Whether routers use an older table.
+_LOOK_EVERY_S = 0.02
 
-    def __init__(self, recipe: RouterRecipe, hosts: Sequence[HostSpec], *, num_threads: int | None) -> None:
+
+class InProcessSession:
+    """Hosts and routers as threads. Nothing is supervised: what fails stays failed.
+
+    Attributes:
+        loaded: The configuration, as it is now.
+        changing: Held by whoever changes it.
+    """
+
+    def __init__(self, loaded: LoadedConfig, recipe: RouterRecipe, hosts: Sequence[HostSpec]) -> None:
         """Keep what to run.
 
         Args:
+            loaded: The configuration.
             recipe: What the routers serve.
             hosts: The expert hosts.
-            num_threads: Torch threads of this process; None leaves them as they are.
         """
+        self.loaded = loaded
+        self.changing = threading.Lock()
+        self._closing = threading.Event()
         self._recipe = recipe
-        self._num_threads = num_threads
+        threads = loaded.config.threads
+        self._num_threads = None if threads == "auto" else threads
         self._node = socket.gethostname()
         self._network = InProcessNetwork()
         self._routes = RoutesBoard(recipe.runtime)
@@ -100,11 +117,53 @@ class InProcessSession:
         """End the memberships of this program, whose callers are told the reason."""
         self._routes.close(reason)
 
+    def change(
+        self,
+        loaded: LoadedConfig,
+        recipe: RouterRecipe,
+        specs: Sequence[HostSpec],
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Run by another configuration, which has the same routers; hosts that are the same in both are left alone.
+
+        Args:
+            loaded: The configuration.
+            recipe: What the routers serve.
+            specs: The expert hosts.
+            on_progress: Called with the number of hosts that are ready, and of all that there will be.
+
+        Raises:
+            ConfigError: If an expert cannot be built; then nothing has changed.
+            StartError: If it is to run on a GPU and there is none; then, too.
+        """
+        present = {host.spec.host_id: host for host in self._hosts}
+        hosts = [
+            host if (host := present.get(spec.host_id)) is not None and host.spec == spec else self._host(spec)
+            for spec in specs
+        ]
+        new, old = ([host for host in a if host not in b] for a, b in ((hosts, self._hosts), (self._hosts, hosts)))
+        try:
+            setup = build_setup(recipe)
+            for num_ready, host in enumerate(new, start=len(hosts) - len(new) + 1):
+                host.start()
+                (on_progress or _ignore)(num_ready, len(hosts))
+        except BaseException:
+            for host in new:
+                host.process.stop()
+            raise
+        self.loaded, self._recipe, self._hosts = loaded, recipe, hosts
+        self._follow(setup)
+        self._await_let_go()
+        for host in old:
+            host.process.stop()
+
     def when_lost(self, callback: Callable[[str], None]) -> None:
         """Threads of this process are not lost before it is: the callback is never called."""
 
     def close(self, *, drain_timeout_s: float) -> bool:
         """Drain, then stop everything; whether every request was answered. Safe to call twice."""
+        self._closing.set()
         if self._balance is not None:
             self._balance.stop()
         self.dismiss("it was closed")
@@ -127,9 +186,35 @@ class InProcessSession:
         for router, address in zip(self._routers, addresses, strict=True):
             self._reports.append(router.start(address))
             router.set_table(self._table)
+        self._start_balance()
+        on_progress(num_actors, num_actors)
+
+    def _start_balance(self) -> None:
         self._balance = LocalBalance(bias_rules(self._recipe.layers), routers=self._routers, table=self._table)
         self._balance.start()
-        on_progress(num_actors, num_actors)
+
+    def _follow(self, setup: RouterSetup) -> None:
+        """Have everybody route by the present hosts, and what a new setup says."""
+        if self._balance is not None:
+            self._balance.stop()
+            self._table = self._balance.table
+        # Biases start anew, as after a restart.
+        self._table = _table(self._table.version + 1, self._hosts)
+        for router in self._routers:
+            router.replace_setup(setup, self._table)
+        self._layers = setup.layers
+        self._routes.post(self._table, setup.layers)
+        self._start_balance()
+
+    def _await_let_go(self) -> None:
+        """Return when nobody uses an older table than the present one, or has not let go of it in time."""
+        version = self._table.version
+        let_go_s = max((layer.timeout_s for layer in self._recipe.layers), default=0.0)
+        self._routes.await_let_go(version, timeout_s=let_go_s)
+        give_up_at = time.monotonic() + let_go_s
+        for router in self._routers:
+            while router.oldest_table_version() < version and time.monotonic() < give_up_at:
+                self._closing.wait(_LOOK_EVERY_S)
 
     def _host(self, spec: HostSpec) -> _LocalHost:
         process = ExpertProcess(

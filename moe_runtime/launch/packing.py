@@ -47,8 +47,8 @@ def group_mistakes(layers: Iterable[LayerRecipe]) -> Iterator[str]:
         for layer in others:
             for key, expected, found in _differences(first, layer):
                 yield (
-                    f"layers.{layer.name}.{key}: expected {expected} as in layer {first.name}, with which it shares the "
-                    f"actors of actor_group {layer.actor_group}, found {found}"
+                    f"layers.{layer.name}.{key}: expected {expected} as in layer {first.name}, with which it shares "
+                    f"actors as actor_group {layer.actor_group}, found {found}"
                 )
 
 

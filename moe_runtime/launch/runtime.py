@@ -19,9 +19,6 @@ from moe_runtime.ray_backend.addresses import split_address
 from moe_runtime.ray_backend.cluster import connect, existing_address, is_initialised
 from moe_runtime.ray_backend.ports import check_ports
 
-#: Reservations, not cores.
-_LIBRARY_CPUS = 64.0
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
@@ -33,6 +30,9 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.changes import Restarted
     from moe_runtime.ray_backend.cluster import Cluster
     from moe_runtime.ray_backend.roll import Upgraded
+
+#: Reservations, not cores, of a cluster that is started for a runtime without routers.
+_LIBRARY_CPUS = 64.0
 
 
 def serve(
@@ -103,7 +103,7 @@ def upgrade(
         from moe_runtime.ray_backend.session import attach as attach_session
 
         session = attach_session(loaded.config.name)
-        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=True)
+        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=True, source=loaded)
         return session.upgrade(plan, on_progress=on_progress)
     finally:
         cluster.disconnect()
@@ -171,9 +171,9 @@ def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], No
     recipe = build_router(loaded)
     check_ports(config.router.address, config.router.replicas)
     hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
-    session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
+    session = InProcessSession(loaded, recipe, hosts)
     session.start(on_progress)
-    return Runtime(session, config=config, drain_s=config.router.drain_s)
+    return Runtime(session, drain_s=config.router.drain_s)
 
 
 def _serve_on_ray(
@@ -200,11 +200,9 @@ def _serve_on_ray(
         # Not before: Ray reads how to authenticate when it is imported.
         from moe_runtime.ray_backend.session import launch
 
-        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=detach)
+        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=detach, source=loaded)
         session = launch(plan, on_progress=on_progress)
-        return Runtime(
-            session, config=loaded.config, cluster=cluster, detached=detach, drain_s=loaded.config.router.drain_s
-        )
+        return Runtime(session, cluster=cluster, detached=detach, drain_s=loaded.config.router.drain_s)
     except BaseException:
         cluster.disconnect()
         raise

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_runtime.errors import StartError, UnavailableError
+from moe_runtime.launch.adding import add_layers, config_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from moe_runtime.config.runtime import RuntimeConfig
@@ -55,7 +56,6 @@ class Runtime:
         self,
         session: Session,
         *,
-        config: RuntimeConfig | None = None,
         cluster: Cluster | None = None,
         detached: bool = False,
         drain_s: float = DEFAULT_DRAIN_TIMEOUT_S,
@@ -63,7 +63,6 @@ class Runtime:
         """Take over what ``serve`` started."""
         self._drain_s = drain_s
         self._session = session
-        self._config = config
         self._cluster = cluster
         self._detached = detached
         self._addresses = tuple(session.addresses())
@@ -89,19 +88,20 @@ class Runtime:
 
     @property
     def config(self) -> RuntimeConfig:
-        """What it was served with.
+        """What it serves now, with the layers that were added.
 
         Raises:
-            StartError: If it was attached to.
+            StartError: If that is not known, as of a runtime that was deployed, or its controller does not answer.
         """
-        if self._config is None:
-            raise StartError("config: expected a runtime that was served here, found one that was attached to")
-        return self._config
+        return config_of(self._session).config
 
     @property
     def start_timeout_s(self) -> float:
         """How long actors of it may take to be placed, and to start."""
-        return DEFAULT_START_TIMEOUT_S if self._config is None else self._config.start_timeout_s
+        try:
+            return self.config.start_timeout_s
+        except StartError:
+            return DEFAULT_START_TIMEOUT_S
 
     def join(self) -> Membership:
         """A place for this program among those who route for the runtime: what ``LayerCaller`` is built on.
@@ -110,6 +110,23 @@ class Runtime:
             StartError: If the runtime's controller does not answer.
         """
         return self._session.join()
+
+    def add_layers(self, layers: Mapping[str, Any], *, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Have the runtime serve some more layers, and return when it does; what runs is left alone.
+
+        Hosts of a layer's ``actor_group`` that run are replaced by others that have its experts, too: add the layers of
+        a group at once. A layer that the runtime has already, just so, is nothing to do.
+
+        Args:
+            layers: By name, as in a configuration; relative paths are relative to the configuration's folder.
+            on_progress: Called with the number of actors that are ready, and of all that there will be.
+
+        Raises:
+            ConfigError: If the layers cannot work, or one has the name of another one.
+            PlacementError: If the cluster has no room for their actors.
+            StartError: If something did not start; then nothing has changed.
+        """
+        add_layers(self._session, layers, cluster=self._cluster, on_progress=on_progress)
 
     def describe(self) -> dict[str, Any]:
         """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.

@@ -102,18 +102,23 @@ class Controller:
         self._supervise()
         self.spawn_task(await self._changes.retire_strays(*strays))
 
-    async def upgrade(self, plan: RuntimePlan) -> Upgraded:
+    async def upgrade(self, plan: RuntimePlan, *, instead_of: bytes | None = None) -> Upgraded:
         """Roll to another plan while requests go on; when it returns, only what that plan has is left.
 
         One at a time. Failed or interrupted, it leaves either the old plan serving or the new one, and may be
         repeated; there is nothing to do where the plan is the one that runs.
 
+        Args:
+            plan: The desired state.
+            instead_of: The source of the plan that it was made from, if it must not take another one's place.
+
         Raises:
+            ChangedMeanwhileError: If another one runs by now.
             ConfigError: If the plan changes what cannot change while a runtime runs; nothing was done.
             PlacementError: If the cluster has no room for new actors beside those that run.
             StartError: If something new did not start. Then as before, the old plan serves.
         """
-        return await self._changes.upgrade(plan)
+        return await self._changes.upgrade(plan, instead_of=instead_of)
 
     def restart_terms(self) -> RestartTerms:
         """Of a restart that begins now."""

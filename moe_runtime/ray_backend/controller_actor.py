@@ -120,11 +120,16 @@ class ControllerActor:
         except UnavailableError as exc:
             return Failure(type(exc).__name__, str(exc))
 
-    async def upgrade(self, plan: RuntimePlan) -> Upgraded | Failure:
+    async def source(self) -> bytes:
+        """What the plan was made from."""
+        await self._resumed()
+        return self._controller.plan.source
+
+    async def upgrade(self, plan: RuntimePlan, instead_of: bytes | None = None) -> Upgraded | Failure:
         """Roll to another plan; what was done, or why it was not."""
         await self._resumed()
         try:
-            return await self._controller.upgrade(plan)
+            return await self._controller.upgrade(plan, instead_of=instead_of)
         except MoERuntimeError as exc:
             return Failure(type(exc).__name__, str(exc))
 

@@ -270,6 +270,7 @@ class RuntimePlan:
         deployment: Id of the bundle that it was deployed from; None if it was served.
         logging: How its controller logs.
         balance: How the selection bias moves, of each layer where it does.
+        source: What it was made from, pickled: whoever adds layers starts from it. Empty if that is not at hand.
     """
 
     name: str
@@ -281,6 +282,7 @@ class RuntimePlan:
     deployment: str | None = None
     logging: LogSettings = field(default_factory=LogSettings)
     balance: Mapping[str, BiasRule] = field(default_factory=dict)
+    source: bytes = b""
 
     @property
     def next_generation(self) -> int:

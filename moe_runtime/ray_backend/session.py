@@ -24,6 +24,7 @@ from moe_runtime.ray_backend.nodes import on_head
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
 from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
+from moe_runtime.ray_backend.roll import ChangedMeanwhileError
 from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ _POLL_EVERY_S = 0.05
 #: Beyond what the controller allows itself.
 _SPARE_S = 30.0
 _GONE_WITHIN_S = 10.0
-_ERRORS: dict[str, type[MoERuntimeError]] = {"ConfigError": ConfigError, "PlacementError": PlacementError}
+_ERRORS: dict[str, type[MoERuntimeError]] = {
+    each.__name__: each for each in (ChangedMeanwhileError, ConfigError, PlacementError)
+}
 
 
 class RaySession:
@@ -106,7 +109,22 @@ class RaySession:
         self._members.add(member)
         return member
 
-    def upgrade(self, plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None = None) -> Upgraded:
+    def source(self) -> bytes:
+        """What the runtime's plan was made from, pickled; empty if that is not known.
+
+        Raises:
+            StartError: If the controller does not answer.
+        """
+        source: bytes = self._ask("source")
+        return source
+
+    def upgrade(
+        self,
+        plan: RuntimePlan,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        instead_of: bytes | None = None,
+    ) -> Upgraded:
         """Roll the runtime to another plan while requests go on, and return when nothing else of the old one is left.
 
         A controller that is restarted meanwhile is asked again.
@@ -114,8 +132,10 @@ class RaySession:
         Args:
             plan: The desired state.
             on_progress: Called with the number of actors that are ready, and of all that there will be.
+            instead_of: The source of the plan that it was made from, if it must not take another one's place.
 
         Raises:
+            ChangedMeanwhileError: If another one runs by now.
             ConfigError: If the plan changes what cannot change while a runtime runs.
             PlacementError: If the cluster has no room for it beside what runs.
             StartError: If it did not start, or the controller does not answer. The runtime serves in any case.
@@ -124,7 +144,8 @@ class RaySession:
         watcher = threading.Thread(target=self._show_progress, args=(on_progress, is_over), daemon=True)
         watcher.start()
         try:
-            outcome = self._ask("upgrade", plan, timeout_s=2 * plan.start_timeout_s + plan.routers.let_go_s + _SPARE_S)
+            timeout_s = 2 * plan.start_timeout_s + plan.routers.let_go_s + _SPARE_S
+            outcome = self._ask("upgrade", plan, instead_of, timeout_s=timeout_s)
         finally:
             is_over.set()
             watcher.join()
