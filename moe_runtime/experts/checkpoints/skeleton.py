@@ -47,8 +47,16 @@ def drop_experts(module: nn.Module) -> None:
         owner_name, _, parameter = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         del owner._parameters[parameter]
-        # Or transformers would initialise what is no longer there.
-        owner._is_hf_initialized = True  # type: ignore[assignment]
+        _spare(module, owner_name)
+
+
+def _spare(module: nn.Module, path: str) -> None:
+    """Keep transformers from initialising what is no longer there, by the owner or by a module around it."""
+    spared: Any = module
+    spared._is_hf_initialized = True
+    for name in filter(None, path.split(".")):
+        spared = getattr(spared, name)
+        spared._is_hf_initialized = True
 
 
 def _then_dropping(init: Any, module_class: type[nn.Module]) -> Any:
