@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_runtime.errors import UnsupportedModelError, WeightsError
-from moe_runtime.experts.checkpoints.internals import Conversion, KeyMap, natural_order
+from moe_runtime.experts.checkpoints.internals import Conversion, KeyMap, natural_order, tied_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -33,7 +33,7 @@ class ParameterPlan:
     """What one parameter of the model is made of.
 
     Attributes:
-        name: Of the parameter in the model.
+        name: Of the parameter in the model; of parameters that are tied, that of the one in the checkpoint.
         sources: By source pattern of the conversion, one tensor for each row of the parameter's dimension 0 where the
             conversion merges experts, else one that has all rows. A parameter that is copied has one source.
         conversion: How they become the parameter; None to copy.
@@ -69,11 +69,13 @@ def plan_parameters(
                 collected[target][pattern or ""].append(Source(key, keys[key]))
                 if conversion is not None:
                     conversions[target] = conversion
-    _check_complete(collected, wanted)
-    return {
+    tied = {name: other for name, other in tied_parameters(model).items() if name in wanted and name not in collected}
+    _check_complete({*collected, *(name for name, other in tied.items() if other in collected)}, wanted)
+    plans = {
         name: _checked(ParameterPlan(name, dict(found), conversions.get(name)), model)
         for name, found in collected.items()
     }
+    return {**plans, **{name: plans[other] for name, other in tied.items()}}
 
 
 def _check_complete(found: Collection[str], wanted: Collection[str]) -> None:
