@@ -12,10 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 
+#: Experts' widths are multiples of 32: functions such as sigmoid round the rest of a vector otherwise, and where that
+#: rest is depends on how many rows there are.
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -34,7 +36,7 @@ def mixtral(**changes: Any) -> transformers.PreTrainedModel:
 
 def qwen3_moe(**changes: Any) -> transformers.PreTrainedModel:
     """8 experts, 3 of them per token."""
-    sizes = {**SIZES, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}
+    sizes = {**SIZES, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}
     return _random(transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(**{**sizes, **changes}))
 
 
@@ -47,7 +49,7 @@ def gpt_oss(**changes: Any) -> transformers.PreTrainedModel:
 def switch_transformers(**changes: Any) -> transformers.PreTrainedModel:
     """An encoder and a decoder with 4 experts each, one of them per token."""
     config = transformers.SwitchTransformersConfig(
-        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
+        vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=64, **changes,
     )  # fmt: skip
     return _random(transformers.SwitchTransformersForConditionalGeneration, config)

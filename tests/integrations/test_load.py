@@ -70,7 +70,9 @@ def test_a_model_with_an_encoder_and_a_decoder_is_loaded_as_what_it_is(tmp_path,
     reference = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "switch")
     assert type(model) is type(reference)
     inputs = prompt() | {"decoder_input_ids": torch.tensor([[0, 5, 6], [0, 7, 8]])}
-    assert same_logits(model, reference, **inputs)
+    with torch.no_grad():
+        # Its own experts are a loop of linear layers: near, not equal.
+        torch.testing.assert_close(model(**inputs).logits, reference(**inputs).logits)
 
 
 def test_another_class_of_the_same_checkpoint_finds_its_experts(tmp_path, runtime):

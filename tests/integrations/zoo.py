@@ -54,6 +54,7 @@ _DELTA_NET = {
 }  # fmt: skip
 _INDEXER = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
+_SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention"]}
 _DENSE_THEN_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
 
 
@@ -77,7 +78,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v32": _INDEXER,
     "deepseek_v4": {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "o_groups": 2, "o_lora_rank": 16},
     "diffusion_gemma": {
-        "text_config": {"global_head_dim": 8},
+        "text_config": {"global_head_dim": 8, **_SLIDING_THEN_FULL},
         "vision_config": {
             "model_type": "gemma4_vision", **_VISION_MODEL,
             "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16,
@@ -92,7 +93,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "flint": {"mlp_only_layers": [0]},
     "gemma4": {
         "global_head_dim": 8, "enable_moe_block": True, "vocab_size_per_layer_input": 160,
-        "hidden_size_per_layer_input": 8,
+        "hidden_size_per_layer_input": 8, **_SLIDING_THEN_FULL,
     },
     "glm4v_moe": {"text_config": {**_mrope(1, 1, 2)}, "vision_config": _VISION},
     "glm5_next": {
@@ -242,6 +243,7 @@ def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def logits(model: PreTrainedModel) -> Tensor:
     """What the model says to ``inputs``."""
+    torch.manual_seed(4)  # diffusion_gemma draws the canvas that it starts from
     with torch.no_grad():
         found: Tensor = model(**inputs(model)).logits
     return found

@@ -5,6 +5,8 @@ Importing it imports transformers; that takes seconds, so a module that is alway
 
 from __future__ import annotations
 
+import re
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,7 @@ from transformers.integrations.mxfp4 import Mxfp4Dequantize  # noqa: E402
 from transformers.quantizers.auto import AutoHfQuantizer  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
@@ -55,6 +57,41 @@ def model_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig, 
         model: PreTrainedModel = model_class._from_config(deepcopy(config), dtype=dtype)
         model.eval()
     return model
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """The names of parameters that are another one once more, each with the name of that other one."""
+    return dict(model.all_tied_weights_keys)
+
+
+@contextmanager
+def untied(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
+    """Within it, transformers does not look for these parameters in order to tie them to each other.
+
+    It changes classes for the whole process, and restores them when it is left.
+
+    Args:
+        model: Built whole; it is not changed.
+        names: Of parameters that models of its class come up without.
+    """
+    with ExitStack() as restoring:
+        for path, part in model.named_modules():
+            ties = getattr(part, "_tied_weights_keys", None)
+            if not isinstance(part, transformers.PreTrainedModel) or not ties:
+                continue
+            prefix = f"{path}." if path else ""
+            gone = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+            kept = {target: source for target, source in ties.items() if not _is_about(target, part, only=gone)}
+            if len(kept) < len(ties):
+                restoring.callback(setattr, type(part), "_tied_weights_keys", ties)
+                setattr(type(part), "_tied_weights_keys", kept)  # noqa: B010  the class is not known, to mypy
+        yield
+
+
+def _is_about(pattern: str, model: nn.Module, *, only: Collection[str]) -> bool:
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    found = {name for name, _ in tensors if re.match(pattern, name)}
+    return bool(found) and found <= set(only)
 
 
 def natural_order(key: str) -> Any:

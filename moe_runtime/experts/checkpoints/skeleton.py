@@ -7,12 +7,19 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from moe_runtime.experts.checkpoints.families import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import nn
+
+
+#: Where an expert's parameter was: transformers leaves it alone, and it is no parameter.
+_ABSENT = torch.empty(0)
+_ABSENT._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -47,8 +54,9 @@ def drop_experts(module: nn.Module) -> None:
         owner_name, _, parameter = name.rpartition(".")
         owner = module.get_submodule(owner_name)
         del owner._parameters[parameter]
-        # Or transformers would initialise what is no longer there.
+        # Or transformers would initialise what is no longer there, or fail to: in this module, or in one around it.
         owner._is_hf_initialized = True  # type: ignore[assignment]
+        owner.__dict__[parameter] = _ABSENT
 
 
 def _then_dropping(init: Any, module_class: type[nn.Module]) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
+from moe_runtime.experts.checkpoints.internals import untied
 from moe_runtime.experts.checkpoints.skeleton import without_experts
 from moe_runtime.integrations.transformers.binding import bind_experts, kept_unless_it_fails
 from moe_runtime.integrations.transformers.layers import Source
@@ -69,7 +70,13 @@ def load_model(
         StartError: If the experts do not start.
     """
     source = _open_source(path, model_class, options)
-    with _ONE_AT_A_TIME, _unasked_for_experts(source, model_class), without_experts(source.checkpoint.expert_classes):
+    checkpoint = source.checkpoint
+    with (
+        _ONE_AT_A_TIME,
+        _unasked_for_experts(source, model_class),
+        without_experts(checkpoint.expert_classes),
+        untied(checkpoint.model, checkpoint.plan),
+    ):
         built = build(path, **_dequantised(source, options))
     model: PreTrainedModel = built[0] if isinstance(built, tuple) else built
     dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]  # what it was loaded in, by now
