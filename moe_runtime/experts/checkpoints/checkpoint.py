@@ -125,9 +125,15 @@ class Checkpoint:
         self.layer(module)
         with self._lock:
             if module not in self._bare:
-                single = self.families[module].single(self.model.get_submodule(module))
-                self._bare[module] = single.eval().requires_grad_(False)
+                self._bare[module] = self._single(module)
         return twin_on_meta(self._bare[module])
+
+    def _single(self, module: str) -> nn.Module:
+        single = self.families[module].single(self.model.get_submodule(module))
+        for name, _ in single.named_buffers():
+            # Nothing says where its values come from.
+            raise UnsupportedModelError(f"{module}: expected experts with parameters alone, found the buffer {name!r}")
+        return single.eval().requires_grad_(False)
 
     def expert(self, module: str, index: int, *, dtype: torch.dtype | None = None) -> nn.Module:
         """One expert, with its parameters read from the checkpoint, on the CPU.
