@@ -72,7 +72,11 @@ def save_mixtral(path: Path, *, hidden: int, intermediate: int) -> None:
             }
         )
     )
-    tensors = {"model.embed_tokens.weight": (64, hidden), "lm_head.weight": (64, hidden), "model.norm.weight": (hidden,)}
+    tensors = {
+        "model.embed_tokens.weight": (64, hidden),
+        "lm_head.weight": (64, hidden),
+        "model.norm.weight": (hidden,),
+    }
     for layer in range(NUM_LAYERS):
         prefix = f"model.layers.{layer}"
         for name, rows in (("q", hidden), ("k", hidden // 2), ("v", hidden // 2), ("o", hidden)):
@@ -81,7 +85,11 @@ def save_mixtral(path: Path, *, hidden: int, intermediate: int) -> None:
             tensors[f"{prefix}.{name}.weight"] = (hidden,)
         tensors[f"{prefix}.block_sparse_moe.gate.weight"] = (NUM_EXPERTS, hidden)
         for expert in range(NUM_EXPERTS):
-            for name, shape in (("w1", (intermediate, hidden)), ("w2", (hidden, intermediate)), ("w3", (intermediate, hidden))):
+            for name, shape in (
+                ("w1", (intermediate, hidden)),
+                ("w2", (hidden, intermediate)),
+                ("w3", (intermediate, hidden)),
+            ):
                 tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{name}.weight"] = shape
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path / "model.safetensors")
 

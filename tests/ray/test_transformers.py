@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from fakes.tiny_models import prompt, saved
 
 import moe_runtime.integrations.transformers as moe_hf
+from fakes.tiny_models import prompt, saved
 from moe_runtime.errors import AlreadyRunningError
 from moe_runtime.launch.runtime import serve
 from moe_runtime.launch.served import Runtime
