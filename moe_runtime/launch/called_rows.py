@@ -108,8 +108,13 @@ class RowsAsked:
         """
         if self.layer.exact:
             experts = self.expert_ids.reshape(-1)
-            missing = torch.isin(experts, experts[missing].unique())
+            missing = torch.isin(experts, experts[missing])
         return missing.nonzero().squeeze(1)
+
+    def may_be_served(self, missing: Tensor, table: RoutingTable) -> bool:
+        """Whether some of the missing rows, bool ``(num_rows,)``, have an expert with a usable replica."""
+        experts = torch.bincount(self.expert_ids.reshape(-1)[missing]).nonzero().flatten().tolist()
+        return any(table.usable(self.layer.name, expert_id) for expert_id in experts)
 
     def check_size(self, table: RoutingTable) -> None:
         """Check that every host's share of an exact layer's only batch fits into a message.

@@ -152,7 +152,7 @@ class Callers:
         if note.public_key is not None and note.public_key not in snapshot.caller_keys:
             return None
         routers = snapshot.plan.routers
-        factory = None if routers.revision == note.revision else routers.factory
+        factory = routers.factory if not note.known or routers.revision != note.revision else None
         return CallerNews(snapshot.table, routers.revision, factory)
 
 
