@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import UnavailableError
-from moe_runtime.ray_backend.plan import CallerNews
+from moe_runtime.ray_backend.caller_notes import CallerNews
 from moe_runtime.ray_backend.spawner import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from moe_runtime.ray_backend.plan import CallerNote, Snapshot
+    from moe_runtime.ray_backend.caller_notes import CallerNote
+    from moe_runtime.ray_backend.plan import Snapshot
     from moe_runtime.ray_backend.spawner import AsyncClock
 
 _LOG = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ import pytest
 
 from fakes.actors import settle
 from moe_runtime.errors import StartError, UnavailableError
-from moe_runtime.ray_backend.plan import CallerNote, HostPlan, ReplicaPlan
+from moe_runtime.ray_backend.caller_notes import CallerNote
+from moe_runtime.ray_backend.plan import HostPlan, ReplicaPlan
 from moe_runtime.ray_backend.roll import ChangedMeanwhileError
 
 NOTE = CallerNote("me", "n1", 77, public_key="my-key")
