@@ -61,7 +61,7 @@ class ActorForecast:
         node: Name of its node; None where it has no place.
         device: ``cpu``, or the GPUs that it gets there.
         weights_bytes: Parameters and buffers of its experts.
-        tokens: Assignments per token of its layers, where the gate prefers nobody; of a router, its share of all tokens.
+        tokens: Assignments per token of its layers, where the gate prefers nobody; of a router, its share of tokens.
         loads: The same by layer; empty for a router.
     """
 
