@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.routing_table import RoutingTable
 
-#: Rows of one batch, unless the layer is exact; what two batches of this size hold a host may have unanswered.
-MAX_BATCH_BYTES = 96 << 20
+#: Rows of one batch, unless the layer is exact: of two such batches, most lie in memory shared with hosts of this node.
+MAX_BATCH_BYTES = 48 << 20
 #: The weights are the caller's: these are never looked at.
 _NO_RULE = WeightRule(normalize="none")
 _ONE = torch.ones(1)

@@ -189,8 +189,8 @@ class LayerCaller:
             return self._rows_of_parts(calling, asked)
         asked.check_size(calling.engine.table)
         result = calling.serve(asked.batch())
-        # Autograd and in-place operations refuse tensors that were made in inference mode.
-        rows = result.outputs.clone()
+        # Autograd and in-place operations refuse tensors that were made in inference mode, except within it.
+        rows = result.outputs if torch.is_inference_mode_enabled() else result.outputs.clone()
         if result.failures is not None:
             self._completion.complete(calling, [Unanswered(asked, result, rows)])
         return rows
