@@ -273,10 +273,17 @@ class RouterEngine:
             table_version=flight.table.version,
             times=times,
             failures=flight.failures,
-            overflowed=None if layer.allow_non_finite else non_finite_rows(combined.outputs),
+            overflowed=_overflowed(flight, combined),
         )
         flight.stats.count_batch(result)
         return result
+
+
+def _overflowed(flight: Flight, combined: Combined) -> Tensor | None:
+    # The experts' own rows are not summed here, and their hosts have looked at each.
+    if flight.layer.allow_non_finite or flight.batch.assignments is not None:
+        return None
+    return non_finite_rows(combined.outputs)
 
 
 def _combined(flight: Flight) -> Combined:
