@@ -1,0 +1,1 @@
+"""The runtime's experts inside other libraries' models."""
