@@ -288,7 +288,10 @@ class DispatchPlan:
 def count_per_expert(expert_ids: Tensor, *, num_experts: int) -> tuple[int, ...]:
     """How often each expert of ``num_experts`` occurs in a flat tensor."""
     if expert_ids.is_cpu and expert_ids.shape[0] <= FEW_ENTRIES:
-        return _count_few(expert_ids.tolist(), num_experts=num_experts)
+        ids = expert_ids.tolist()
+        # What no expert has is for `bincount` to refuse.
+        if not ids or (min(ids) >= 0 and max(ids) < num_experts):
+            return _count_few(ids, num_experts=num_experts)
     return tuple(torch.bincount(expert_ids, minlength=num_experts).tolist())
 
 
