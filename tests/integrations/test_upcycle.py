@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from integrations import dense_models
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from integrations import dense_models
 from moe_runtime.errors import ConfigError, UnsupportedModelError, WeightsError
 from moe_runtime.integrations.transformers.upcycling import Upcycling, load_dense, upcycle
 
@@ -236,10 +236,20 @@ def test_an_interrupted_run_leaves_nothing(llama_folder: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(llama_folder: Path, tmp_path: Path) -> None:
-    huge = Upcycling(experts=100_000_000)
-    with pytest.raises(ConfigError, match=r"expected \d+\.\d\d GB free, found"):
-        upcycle(llama_folder, tmp_path / "moe", huge)
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=12_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly_full)
+    # 3 layers of 4 x 3 x 48 x 32 (experts), 3,072 (attention), 128 (gate) and 64; 6,208 and 32 outside; 4 bytes each.
+    with pytest.raises(ConfigError, match=r"expected 285\.3 KB free for the checkpoint, found 12.0 KB"):
+        upcycle(llama_folder, tmp_path / "moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json/moe: cannot be written"):
+        upcycle(llama_folder, llama_folder / "config.json" / "moe")
 
 
 def test_a_missing_tensor_file_or_folder_is_named(llama_folder: Path, tmp_path: Path) -> None:

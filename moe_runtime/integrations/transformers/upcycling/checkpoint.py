@@ -146,7 +146,9 @@ def _write(
     total = num_bytes(tensors, dtype)
     free = shutil.disk_usage(folder).free
     if free < total:
-        raise ConfigError(f"{folder.parent.parent}: expected {total / 1e9:.2f} GB free, found {free / 1e9:.2f} GB")
+        raise ConfigError(
+            f"{folder.parent.parent}: expected {_size(total)} free for the checkpoint, found {_size(free)}"
+        )
     layout.config.dtype = dtype
     layout.config.save_pretrained(folder)
     dense.save_companions(folder)
@@ -173,3 +175,12 @@ def _write_note(folder: Path, dense: DenseCheckpoint, options: Upcycling) -> Non
         "options": asdict(options),
     }
     (folder / NOTE_NAME).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def _size(num: float) -> str:
+    """Bytes, with one decimal and the unit that fits."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num < 1000:
+            return f"{num:.1f} {unit}"
+        num /= 1000
+    return f"{num:.1f} TB"
