@@ -185,7 +185,8 @@ def _size_of_files(folder: Path) -> int:
 
 
 def _reason(log: str) -> str:
-    """The last errors of what pip wrote."""
+    """What pip wrote about what went wrong: why it had to try again, and its errors."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
+    broken = [line.partition("after connection broken by ")[2] for line in lines if "connection broken by" in line]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
-    return "; ".join(errors or lines[-1:]) or "nothing"
+    return "; ".join([*broken[-1:], *errors] or lines[-1:]) or "nothing"
