@@ -19,13 +19,16 @@ COVERED := routing wire service
 MIN_COVERAGE := 95
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster check format venv docs coverage soak chaos chaos-docs bench bench-peers bench-results bench-docs clean
+.PHONY: help demo chat test test-cluster check format venv docs coverage soak chaos chaos-docs bench bench-peers bench-results bench-docs clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Train, serve and classify real digits with five kinds of experts on Ray; DEMO=routers: by every policy.
 	$(BIN)/moe-runtime demo $(or $(DEMO),digits)
+
+chat: $(STAMP)  ## Chat with a real language model, its experts in Ray actors; also ARGS='--prompt "..." --json PATH'.
+	$(BIN)/moe-runtime demo chat $(ARGS)
 
 test: $(STAMP)  ## Run every test but the soak tests and the lab's; gate the coverage of the core.
 	$(PYTEST) -m "not soak and not cluster" --cov --cov-report=

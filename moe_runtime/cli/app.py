@@ -20,7 +20,7 @@ from moe_runtime.cli.connections import (
 )
 from moe_runtime.cli.consoles import report_error, stdout_console
 from moe_runtime.cli.log_wishes import LogWishes
-from moe_runtime.cli.trials import bench, chaos, demo_digits, demo_routers
+from moe_runtime.cli.trials import bench, chaos, demo_chat, demo_digits, demo_routers
 from moe_runtime.cli.upcycling import upcycle
 from moe_runtime.errors import MoERuntimeError
 from moe_runtime.logs import LogFormat, LogIdentity, LogSettings, install
@@ -272,5 +272,6 @@ def certs(
 app.command()(bench)
 app.command()(chaos)
 app.command()(upcycle)
+demo_app.command("chat")(demo_chat)
 demo_app.command("digits")(demo_digits)
 demo_app.command("routers")(demo_routers)

@@ -18,6 +18,12 @@ def stdout_console() -> Console:
     return Console(highlight=False, width=None if has_width else WIDTH_WITHOUT_TERMINAL)
 
 
+def stderr_console() -> Console:
+    """The console for what goes with a result and is no part of it; plain where stderr is no terminal."""
+    has_width = sys.stderr.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console(stderr=True, highlight=False, width=None if has_width else WIDTH_WITHOUT_TERMINAL)
+
+
 def report_error(error: Exception) -> None:
     """Say on stderr what went wrong: one red line per line of the error's message."""
     console = Console(stderr=True, highlight=False)

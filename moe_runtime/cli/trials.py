@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_runtime.cli.consoles import stdout_console
+from moe_runtime.cli.consoles import stderr_console, stdout_console
 
 FoundPath = Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write what was found to this file.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Train again instead of using what was cached.")]
@@ -69,3 +69,32 @@ def demo_routers(
     from moe_runtime.demos import routers
 
     routers.run(json_path=json_path, fresh=fresh, console=stdout_console())
+
+
+def demo_chat(  # noqa: PLR0913  # each argument is an option
+    *,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and end; else chat. Questions may be piped in.")] = None,
+    json_path: FoundPath = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 takes the likeliest token each time.")] = 0.2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens per answer.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at random.")] = 0,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Hold its tokens against the dense model's.")] = True,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Another Hugging Face MoE model, instead of the one it fetches.")
+    ] = None,
+    experts_per_actor: Annotated[int, typer.Option(min=1, metavar="N", help="Neighbours that share an actor.")] = 1,
+) -> None:
+    """Chat with a real language model whose experts are Ray actors; /help lists what else may be typed."""
+    from moe_runtime.demos import chat
+
+    settings = chat.ChatSettings(
+        prompt=prompt,
+        json_path=json_path,
+        checkpoint=checkpoint,
+        experts_per_actor=experts_per_actor,
+        system=system,
+        sampling=chat.Sampling(temperature, max_new_tokens=max_new_tokens, seed=seed),
+        checks=check,
+    )
+    chat.run(settings, out=stdout_console(), notes=stderr_console())

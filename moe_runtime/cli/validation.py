@@ -31,11 +31,12 @@ def print_summary(summary: ConfigSummary, *, config: Path, console: Console) -> 
             layer.dtype,
             layer.policy,
             _experts_text(layer),
-            str(layer.num_actors),
+            _actors_text(layer),
         )
     console.print(table)
     routers = "1 router" if summary.num_routers == 1 else f"{summary.num_routers} routers"
-    console.print(f"{summary.name}: {routers}, from {summary.address}", markup=False)
+    where = f", from {summary.address}" if summary.num_routers else ": programs use its layers as a library"
+    console.print(f"{summary.name}: {routers}{where}", markup=False)
     if summary.unchecked_files:
         files = ", ".join(f"{key} {path}" for key, path in summary.unchecked_files.items())
         note = f"not checked, as they are not all on this machine: {files}; each router's node needs them"
@@ -51,6 +52,11 @@ def print_expanded(config: Path, *, console: Console) -> None:
 def shape_text(shape: Iterable[int]) -> str:
     """A shape as the configuration writes it."""
     return "\\[" + ", ".join(map(str, shape)) + "]"
+
+
+def _actors_text(layer: LayerSummary) -> str:
+    shared = "" if layer.actor_group is None else f" of group {layer.actor_group}"
+    return f"{layer.num_actors}{shared}"
 
 
 def _experts_text(layer: LayerSummary) -> str:

@@ -18,7 +18,13 @@ from moe_runtime.config.strict import MAX_BYTES, MAX_COUNT, MAX_SECONDS, MAX_THR
 class RouterConfig(StrictModel):
     """The router processes and their batcher."""
 
-    replicas: int = Field(1, ge=1, le=1024, description="Router processes; replica i on a node takes port + i.")
+    replicas: int = Field(
+        1,
+        ge=0,
+        le=1024,
+        description="Router processes; replica i on a node takes port + i. 0: no client is served, programs use the "
+        "layers as a library.",
+    )
     address: str = Field(
         "127.0.0.1:50051",
         description="HOST:PORT of the first router; port 0 is any; the host `node` is the address that the cluster "
@@ -155,7 +161,9 @@ class RuntimeConfig(StrictModel):
     plug_ins: list[str] = Field(
         default_factory=list, description="Distributions that must be installed: `name` or `name==version`."
     )
-    layers: dict[Name, LayerConfig] = Field(min_length=1, description="The layers, by name.")
+    layers: dict[Name, LayerConfig] = Field(
+        description="The layers, by name; may be empty where `router.replicas` is 0: a program adds some later."
+    )
     router: RouterConfig = Field(default_factory=RouterConfig, description="Router processes.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on one request.")
     data_plane: DataPlaneConfig = Field(default_factory=DataPlaneConfig, description="Token transport.")
@@ -171,7 +179,28 @@ class RuntimeConfig(StrictModel):
         return threads
 
     @model_validator(mode="after")
+    def _routers_have_layers(self) -> RuntimeConfig:
+        if self.router.replicas and not self.layers:
+            raise ValueError(
+                f"layers: expected 1 or more entries with router.replicas {self.router.replicas}, "
+                "found an empty mapping"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _callers_layers_have_no_routers(self) -> RuntimeConfig:
+        called = next((name for name, layer in self.layers.items() if layer.policy.kind == "caller"), None)
+        if called is not None and self.router.replicas:
+            raise ValueError(
+                f"router.replicas: expected 0, since layer {called} has policy caller, which only a program that uses "
+                f"the runtime as a library can route, found {self.router.replicas}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _plain_text_stays_on_its_machine(self) -> RuntimeConfig:
+        if self.router.replicas == 0:
+            return self
         host = self.router.address.rpartition(":")[0]
         if self.security.tls is None and not self.security.insecure and not is_loopback(host):
             raise ValueError(

@@ -13,7 +13,7 @@ from moe_runtime.config.load import is_uri
 from moe_runtime.errors import PlugInError, WeightsError
 from moe_runtime.experts.golden_probe import GoldenProbe
 from moe_runtime.experts.outputs import output_mistake
-from moe_runtime.experts.protocol import DistantExpert
+from moe_runtime.experts.protocol import DistantExpert, StoredExpert
 from moe_runtime.experts.remote_files import check_uri
 from moe_runtime.experts.spec import build_module, contract_of, raised_by_kind
 from moe_runtime.experts.view import resolve_view
@@ -38,7 +38,7 @@ class LoadedExpert:
         module: In eval mode, on its device, in the layer's dtype.
         contract: The shapes of its rows.
         view: What it sees of a full row.
-        weights_version: sha256 of its weight file, or ``seed:<n>``; of a distant expert what it says.
+        weights_version: sha256 of its weight file, or ``seed:<n>``; of a distant or a stored expert what it says.
         probe: What it must answer to a few rows for as long as it is fit, on its device: that of its weight file, or
             what it answered when it was tried; None if nobody knows.
     """
@@ -74,12 +74,11 @@ def build_expert(
     module = initial_module(spec)
     contract = contract_of(module, spec)
     if isinstance(module, DistantExpert):
-        _check_has_no_weights(spec)
         view = resolve_view(spec.item_shape, spec.view)
         return LoadedExpert(spec, module, contract, view, module.weights_version)
     weights = None if spec.weights is None else _load(module, spec, contract, store or WeightsStore())
     module.to(device)
-    version = f"seed:{spec.seed}" if weights is None else weights.sha256
+    version = _initial_version(module, spec) if weights is None else weights.sha256
     expert = LoadedExpert(spec, module, contract, resolve_view(spec.item_shape, spec.view), version)
     tried = _try_out(expert, device)
     if weights is None or weights.probe is None:
@@ -104,11 +103,11 @@ def check_weights(spec: ExpertSpec) -> str:
     """
     with torch.device("meta"):
         module = build_module(spec)
+    _check_may_have_weights(module, spec)
     if isinstance(module, DistantExpert):
-        _check_has_no_weights(spec)
         return module.weights_version
     if spec.weights is None:
-        return f"seed:{spec.seed}"
+        return _initial_version(module, spec)
     try:
         if is_uri(spec.weights):
             return check_uri(spec.weights) or "unknown"
@@ -122,24 +121,37 @@ def check_weights(spec: ExpertSpec) -> str:
 
 
 def initial_module(spec: ExpertSpec) -> nn.Module:
-    """The expert's module as its seed initialises it: on the CPU, in the layer's dtype, in eval mode.
+    """The expert's module as its seed or its store gives it: on the CPU, in the layer's dtype, in eval mode.
 
     Raises:
         ConfigError: If the kind, its options, the view or the shapes do not work.
         PlugInError: If the kind's plug-in is broken.
+        WeightsError: If the expert's store lacks its weights, or ``weights`` are given for a kind without.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # Not torch.manual_seed: that would seed the GPUs' generators too, and nothing restores those.
         torch.default_generator.manual_seed(_stream_seed(spec))
-        return build_module(spec).to(spec.torch_dtype).eval()
+        module = build_module(spec).to(spec.torch_dtype).eval()
+    _check_may_have_weights(module, spec)
+    if isinstance(module, StoredExpert):
+        try:
+            module.load()
+        except WeightsError as exc:
+            raise WeightsError(f"{spec.where}: {exc}") from exc
+    return module
 
 
-def _check_has_no_weights(spec: ExpertSpec) -> None:
-    if spec.weights is not None:
-        raise WeightsError(
-            f"{spec.where}.weights: expected none for kind {spec.kind!r}, whose rows another layer computes, "
-            f"found {spec.weights}"
-        )
+def _initial_version(module: nn.Module, spec: ExpertSpec) -> str:
+    return module.stored_version if isinstance(module, StoredExpert) else f"seed:{spec.seed}"
+
+
+def _check_may_have_weights(module: nn.Module, spec: ExpertSpec) -> None:
+    if spec.weights is None or not isinstance(module, DistantExpert | StoredExpert):
+        return
+    owner = "another layer computes" if isinstance(module, DistantExpert) else "its options name the weights of"
+    raise WeightsError(
+        f"{spec.where}.weights: expected none for kind {spec.kind!r}, whose rows {owner}, found {spec.weights}"
+    )
 
 
 def _stream_seed(spec: ExpertSpec) -> int:

@@ -58,6 +58,25 @@ class DistantExpert(Expert, Protocol):
     weights_version: str
 
 
+@runtime_checkable
+class StoredExpert(Expert, Protocol):
+    """An expert that brings its own weights, from where its options say: it has no weight file and draws nothing.
+
+    It is built with its parameters on the meta device, whatever torch's default device, and has them once it is loaded.
+    """
+
+    #: What stands for the version of its weights; known before they are loaded.
+    stored_version: str
+
+    def load(self) -> None:
+        """Read the parameters, on the CPU, in the dtypes that the module has been brought to.
+
+        Raises:
+            WeightsError: If they are missing, corrupt, or do not fit.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ExpertKind(Generic[OptionsT]):
     """A kind of expert: what a plug-in registers and a config's ``kind`` names.

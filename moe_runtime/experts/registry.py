@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.config.strict import StrictModel
 from moe_runtime.errors import ConfigError, PlugInError
+from moe_runtime.experts.checkpoints.kind import TRANSFORMERS
 from moe_runtime.experts.foreign import in_one_line
 from moe_runtime.experts.kinds.conv import CONV
 from moe_runtime.experts.kinds.feed_forward import FEED_FORWARD, SWIGLU
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "moe_runtime.experts"
 
 BUILT_IN_KINDS: Mapping[str, ExpertKind[Any]] = {
-    kind.name: kind for kind in (FEED_FORWARD, SWIGLU, CONV, RECURRENT, TRANSFORMER, IDENTITY, ZERO, CONSTANT)
+    kind.name: kind
+    for kind in (FEED_FORWARD, SWIGLU, CONV, RECURRENT, TRANSFORMER, TRANSFORMERS, IDENTITY, ZERO, CONSTANT)
 }
 
 #: Kinds of layers above, which nothing here may import: the composition root hands them over.

@@ -116,7 +116,7 @@ def build_module(spec: ExpertSpec) -> nn.Module:
     try:
         return kind.build(view.shape, options)
     except ConfigError as exc:
-        raise ConfigError(f"{spec.where}: {exc}") from exc
+        raise type(exc)(f"{spec.where}: {exc}") from exc
     except (Exception, SystemExit) as exc:
         raise raised_by_kind(f"building kind {spec.kind!r} for rows of shape {list(view.shape)}", spec, exc) from exc
 

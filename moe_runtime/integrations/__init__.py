@@ -1,1 +1,1 @@
-"""The runtime inside other libraries: their models, with the experts in actors."""
+"""The runtime's experts inside other libraries' models."""

@@ -60,6 +60,11 @@ class LocalBalance:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moe-balance", daemon=True)
 
+    @property
+    def table(self) -> RoutingTable:
+        """The one that the routers route by."""
+        return self._table
+
     def start(self) -> None:
         """Begin, if there is anything to balance."""
         if self._bias.layers:

@@ -12,7 +12,7 @@ from moe_runtime.launch.layer_check import LayerCheck
 from moe_runtime.launch.mistakes import Mistakes
 from moe_runtime.launch.nested.kinds import register_nested_kinds
 from moe_runtime.launch.nested.nesting import sort_layers
-from moe_runtime.launch.packing import pack_experts
+from moe_runtime.launch.packing import group_mistakes, pack_layer
 from moe_runtime.launch.recipes import ConfigSummary, LayerSummary, RouterRecipe
 from moe_runtime.rpc.server import check_security
 
@@ -104,8 +104,10 @@ def build_layers(loaded: LoadedConfig, *, nodes_have_paths: bool = False) -> tup
         check = LayerCheck(loaded, name, mistakes, inner_layers=recipes, nodes_have_paths=nodes_have_paths)
         if (recipe := check.recipe(level=nesting.levels[name])) is not None:
             recipes[name] = recipe
+    built = tuple(recipes[name] for name in loaded.config.layers if name in recipes)
+    mistakes.add_lines(group_mistakes(built))
     mistakes.raise_any()
-    return tuple(recipes[name] for name in loaded.config.layers)
+    return built
 
 
 def _summary(layer: LayerRecipe) -> LayerSummary:
@@ -117,7 +119,6 @@ def _summary(layer: LayerRecipe) -> LayerSummary:
         policy=layer.policy.kind,
         experts={expert.spec.name: expert.spec.kind for expert in layer.experts[: layer.num_routed]},
         shared_experts={expert.spec.name: expert.spec.kind for expert in layer.experts[layer.num_routed :]},
-        num_actors=sum(
-            group[0].replicas for group in pack_experts(layer.experts, experts_per_actor=layer.experts_per_actor)
-        ),
+        num_actors=sum(pack[0].replicas for pack in pack_layer(layer)),
+        actor_group=layer.actor_group,
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,8 @@ from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.router_process import RouterProcess, build_setup
 from moe_runtime.logs import LogIdentity, LogSettings, install
 from moe_runtime.ray_backend.interfaces import address_in
+from moe_runtime.service.describe import describe_lineup
+from moe_runtime.service.lineup import Lineup
 from moe_runtime.transport.ipc_folder import default_ipc_folder, sweep_ipc
 from moe_runtime.transport.zmq_host import ZmqHostTransport
 from moe_runtime.transport.zmq_router import ZmqTransport
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from moe_runtime.launch.weights_recipe import WeightsRecipe
     from moe_runtime.ray_backend.plan import Location
     from moe_runtime.service.generations import RouterSetup
+    from moe_runtime.service.routing_table import RoutingTable
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,21 @@ class RouterProcessFactory:
         install(self.logging, LogIdentity("router", self.recipe.runtime, location.node))
         # A router's products are small: threads of its own would wait for each other, and for the experts'.
         torch.set_num_threads(1)
-        open_transport = partial(ZmqTransport, node=location.node, encryption=self.recipe.encryption)
         return RouterProcess(
             self.recipe,
-            open_transport=open_transport,
+            open_transport=partial(self.open_transport, location),
             node=location.node,
             owns_process=True,
             store=None if self.weights is None else self.weights.store(),
         )
+
+    def open_transport(self, location: Location) -> ZmqTransport:
+        """A router's end of the data plane."""
+        return ZmqTransport(node=location.node, encryption=self.recipe.encryption)
+
+    def describe(self, table: RoutingTable) -> dict[str, Any]:
+        """What a router that serves would say of its layers, by a table."""
+        return describe_lineup(replace(Lineup.of(self.prepare().layers), table=table))
 
     def prepare(self) -> RouterSetup:
         """What a router that runs needs to serve the same.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,12 +57,13 @@ class ActorForecast:
 
     Attributes:
         actor_id: A host's id, or ``router <n>``.
-        layer: The layer that it serves a part of; None for a router.
+        layer: The layer that it serves a part of, the first one of a group of them; None for a router.
         node: Name of its node; None where it has no place.
         device: ``cpu``, or the GPUs that it gets there.
         weights_bytes: Parameters and buffers of its experts.
         tokens: Assignments that it gets per token of the layer, where the gate prefers nobody; of a router, its share
-            of all tokens.
+            of all tokens. Of a host of several layers, per token of each of them.
+        loads: The same by layer; empty for a router.
     """
 
     actor_id: str
@@ -71,6 +72,7 @@ class ActorForecast:
     device: str
     weights_bytes: int
     tokens: float
+    loads: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,14 @@ def _hosts(specs: Sequence[HostSpec], recipe: RouterRecipe, placement: Placement
         for expert, tokens in zip(layer.experts, _assignments_per_token(layer), strict=True)
     }
     num_replicas = Counter(hosted.spec.where for spec in specs for hosted in spec.experts)
+
+    def of_layers(spec: HostSpec) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for hosted in spec.experts:
+            where, layer = hosted.spec.where, hosted.spec.layer
+            sums[layer] = sums.get(layer, 0.0) + loads[where] / num_replicas[where]
+        return sums
+
     return tuple(
         ActorForecast(
             actor_id=spec.host_id,
@@ -174,7 +184,8 @@ def _hosts(specs: Sequence[HostSpec], recipe: RouterRecipe, placement: Placement
             node=None if (place := placement.places.get(spec.host_id)) is None else place.node,
             device=_device(spec, place),
             weights_bytes=sum(_weights_bytes(hosted.spec, sizes) for hosted in spec.experts),
-            tokens=sum(loads[hosted.spec.where] / num_replicas[hosted.spec.where] for hosted in spec.experts),
+            tokens=sum(of_layers(spec).values()),
+            loads=of_layers(spec),
         )
         for spec in specs
     )
@@ -240,9 +251,9 @@ def _overfull(devices: Iterable[DeviceForecast]) -> Iterator[str]:
 def _loads(hosts: Iterable[ActorForecast]) -> Iterator[LoadForecast]:
     loads: dict[tuple[str, str], float] = {}
     for host in hosts:
-        if host.node is not None and host.layer is not None:
-            key = (host.layer, host.node)
-            loads[key] = loads.get(key, 0.0) + host.tokens
+        for layer, tokens in host.loads.items():
+            if host.node is not None:
+                loads[layer, host.node] = loads.get((layer, host.node), 0.0) + tokens
     for (layer, node), tokens in loads.items():
         yield LoadForecast(layer, node, tokens)
 
@@ -254,9 +265,9 @@ def _links(
     crossing: dict[tuple[str, str], float] = {}
     for router in routers:
         for host in hosts:
-            if host.layer == layer.name and router.node and host.node and router.node != host.node:
+            if layer.name in host.loads and router.node and host.node and router.node != host.node:
                 key = (router.node, host.node)
-                crossing[key] = crossing.get(key, 0.0) + router.tokens * host.tokens
+                crossing[key] = crossing.get(key, 0.0) + router.tokens * host.loads[layer.name]
     for (router_node, expert_node), rows in crossing.items():
         yield LinkForecast(
             layer.name,
@@ -279,7 +290,7 @@ def _address_mistakes(plan: RuntimePlan, routers: Sequence[ActorForecast], shape
 
 def _warnings(plan: RuntimePlan, routers: Sequence[ActorForecast]) -> Iterator[str]:
     host, _ = split_address(plan.routers.address)
-    if is_loopback(host) and routers[0].node is not None:
+    if routers and is_loopback(host) and routers[0].node is not None:
         yield (
             f"router.address: {plan.routers.address} is a loopback address: "
             f"only clients on {routers[0].node} reach the routers"

@@ -86,6 +86,7 @@ class LayerCheck:
             on_failure=layer.on_failure,
             hedge=layer.hedge,
             experts_per_actor=layer.experts_per_actor,
+            actor_group=layer.actor_group,
             strategy=layer.strategy,
             allow_batch_coupled=layer.allow_batch_coupled,
             experts=tuple(expert.recipe for expert in self._experts),

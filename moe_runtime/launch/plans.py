@@ -16,6 +16,7 @@ from moe_runtime.ray_backend.plan import Demand, HostPlan, ReplicaPlan, RoutersP
 
 if TYPE_CHECKING:
     from moe_runtime.config.experts import ResourcesConfig
+    from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.launch.recipes import HostSpec, RouterRecipe
     from moe_runtime.logs import LogSettings
@@ -33,6 +34,7 @@ def plan_runtime(
     cluster: Cluster,
     detach: bool,
     weights: WeightsRecipe | None = None,
+    source: LoadedConfig | None = None,
 ) -> RuntimePlan:
     """What the controller keeps alive.
 
@@ -42,6 +44,7 @@ def plan_runtime(
         cluster: Where it will run.
         detach: Whether it lives without a lease.
         weights: How its processes come by weight files; paths of their nodes and addresses work without.
+        source: What layers may be added to while it runs.
 
     Raises:
         WeightsError: If a weight file cannot be read.
@@ -60,6 +63,7 @@ def plan_runtime(
         deployment=weights.deployment,
         logging=config.logging.settings,
         balance=bias_rules(recipe.layers),
+        source=b"" if source is None else pickle.dumps(source),
     )
 
 
@@ -77,7 +81,7 @@ def _routers_plan(recipe: RouterRecipe, weights: WeightsRecipe, *, node_id: str,
         node_labels=router.node_labels,
         revision=routers_revision(recipe, listed=weights.listed),
         fixed=_fixed(recipe),
-        let_go_s=recipe.limits.max_timeout_s + max(layer.timeout_s for layer in recipe.layers),
+        let_go_s=recipe.limits.max_timeout_s + max((layer.timeout_s for layer in recipe.layers), default=0.0),
     )
 
 

@@ -66,6 +66,7 @@ class LayerRecipe:
         on_failure: What becomes of an assignment whose expert fails.
         hedge: When a second replica is asked as well; never when None.
         experts_per_actor: Neighbouring experts that share an actor.
+        actor_group: Name of the group of layers whose experts of the same places share actors; None is no group.
         strategy: Whether its actors spread over nodes or fill them one by one.
         allow_batch_coupled: Whether requests share a batch although the policy couples its tokens.
         experts: In the order of the gate's rows; the shared ones after them.
@@ -102,6 +103,7 @@ class LayerRecipe:
     shared_gate: SharedGate
     balance: BalanceConfig
     level: int = 0
+    actor_group: str | None = None
 
     @property
     def num_routed(self) -> int:
@@ -122,8 +124,9 @@ class HostSpec:
     """What one expert host builds and serves.
 
     Attributes:
-        host_id: Unique in the runtime, ``<layer>/<name of its first expert>/<n>``, n as in its replica ids.
-        experts: Its experts.
+        host_id: Unique in the runtime, ``<layer>/<name of its first expert>/<n>``, n as in its replica ids; or
+            ``group:<actor group>/<place>/<n>``.
+        experts: Its experts, those of a group layer by layer.
         device: Where they compute.
         resources: What its actor asks for; ``num_gpus`` is resolved.
         strategy: The layer's.
@@ -164,7 +167,10 @@ class RouterRecipe:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What ``validate`` says of one layer; ``experts`` and ``shared_experts`` map names to kinds."""
+    """What ``validate`` says of one layer; ``experts`` and ``shared_experts`` map names to kinds.
+
+    Its actors are also those of the other layers of its ``actor_group``.
+    """
 
     name: str
     item_shape: tuple[int, ...]
@@ -174,6 +180,7 @@ class LayerSummary:
     experts: dict[str, str]
     shared_experts: dict[str, str]
     num_actors: int
+    actor_group: str | None = None
 
 
 @dataclass(frozen=True)

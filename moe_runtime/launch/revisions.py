@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 _NUM_CHARS = 12
 #: Routers and their addresses are of the plan; what they serve is not theirs.
+#: Of a layer, what is hashed otherwise, or is nothing to a router.
+_NOT_ROUTED = (
+    "gate",
+    "gate_weights",
+    "gate_seed",
+    "experts",
+    "experts_per_actor",
+    "actor_group",
+    "strategy",
+    "balance",
+)
 _NOT_SERVED = {"replicas", "address", "node_labels"}
 
 
@@ -49,7 +60,7 @@ def routers_revision(recipe: RouterRecipe, *, listed: Mapping[str, str]) -> str:
 
 
 def _layer(layer: LayerRecipe, listed: Mapping[str, str]) -> Any:
-    own = _without(layer, "gate", "gate_weights", "gate_seed", "experts", "experts_per_actor", "strategy", "balance")
+    own = _without(layer, *_NOT_ROUTED)
     gate = layer.gate.model_dump(mode="json", exclude={"weights"})
     experts = [[expert.spec.name, expert.spec.kind] for expert in layer.experts]
     return [own, gate, experts, _content(layer.gate_weights, listed, seed=layer.gate_seed)]

@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.config.runtime import RuntimeConfig
+    from moe_runtime.launch.recipes import RouterRecipe
     from moe_runtime.logs import LogSettings
     from moe_runtime.ray_backend.changes import Restarted
     from moe_runtime.ray_backend.cluster import Cluster
     from moe_runtime.ray_backend.roll import Upgraded
+
+#: Reservations, not cores, of a cluster that is started for a runtime without routers.
+_LIBRARY_CPUS = 64.0
 
 
 def serve(
@@ -99,7 +103,7 @@ def upgrade(
         from moe_runtime.ray_backend.session import attach as attach_session
 
         session = attach_session(loaded.config.name)
-        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=True)
+        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=True, source=loaded)
         return session.upgrade(plan, on_progress=on_progress)
     finally:
         cluster.disconnect()
@@ -167,7 +171,7 @@ def _serve_in_process(loaded: LoadedConfig, on_progress: Callable[[int, int], No
     recipe = build_router(loaded)
     check_ports(config.router.address, config.router.replicas)
     hosts = plan_hosts(config, recipe.layers, gpus_available=torch.cuda.is_available())
-    session = InProcessSession(recipe, hosts, num_threads=None if config.threads == "auto" else config.threads)
+    session = InProcessSession(loaded, recipe, hosts)
     session.start(on_progress)
     return Runtime(session, drain_s=config.router.drain_s)
 
@@ -191,18 +195,24 @@ def _serve_on_ray(
     if starts_ray and is_loopback(split_address(router.address)[0]):
         # On an existing cluster later: there, a runtime of this name may hold the ports.
         check_ports(router.address, router.replicas)
-    demands = [expert.resources.num_cpus for layer in recipe.layers for expert in layer.experts]
-    cluster = connect(ray_address, total_cpus=sum(demands))
+    cluster = connect(ray_address, total_cpus=_cpus_wanted(loaded.config, recipe))
     try:
         # Not before: Ray reads how to authenticate when it is imported.
         from moe_runtime.ray_backend.session import launch
 
-        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=detach)
+        plan = plan_runtime(loaded.config, recipe, cluster=cluster, detach=detach, source=loaded)
         session = launch(plan, on_progress=on_progress)
-        return Runtime(session, cluster=cluster, detached=detach, drain_s=router.drain_s)
+        return Runtime(session, cluster=cluster, detached=detach, drain_s=loaded.config.router.drain_s)
     except BaseException:
         cluster.disconnect()
         raise
+
+
+def _cpus_wanted(config: RuntimeConfig, recipe: RouterRecipe) -> float:
+    """What a cluster that is started for a runtime should have."""
+    wanted = sum(expert.resources.num_cpus * expert.replicas for layer in recipe.layers for expert in layer.experts)
+    # Layers may be added, and hosts that get some more stand beside those that they replace for a while.
+    return wanted if config.router.replicas else max(2 * wanted, _LIBRARY_CPUS)
 
 
 def _with_changes(loaded: LoadedConfig, *, address: str | None, logging: LogSettings | None) -> LoadedConfig:

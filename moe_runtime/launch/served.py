@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moe_runtime.errors import StartError
+from moe_runtime.errors import StartError, UnavailableError
+from moe_runtime.launch.adding import add_layers, config_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
+    from moe_runtime.config.runtime import RuntimeConfig
     from moe_runtime.ray_backend.cluster import Cluster
+    from moe_runtime.service.membership import Membership
 
 #: How long requests in flight may take when a runtime is closed whose configuration is not at hand.
 DEFAULT_DRAIN_TIMEOUT_S = 30.0
+#: As the configuration's default, for the same.
+DEFAULT_START_TIMEOUT_S = 60.0
 
 
 class Session(Protocol):
@@ -25,6 +30,14 @@ class Session(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Layers, hosts and routers, as plain values."""
+        ...
+
+    def join(self) -> Membership:
+        """A place for this program among those who route, beside or instead of the routers."""
+        ...
+
+    def dismiss(self, reason: str) -> None:
+        """End the memberships of this program, whose callers are told the reason."""
         ...
 
     def when_lost(self, callback: Callable[[str], None]) -> None:
@@ -56,13 +69,64 @@ class Runtime:
 
     @property
     def address(self) -> str:
-        """``host:port`` of the first router."""
+        """``host:port`` of the first router.
+
+        Raises:
+            UnavailableError: If the runtime has none, as with ``router.replicas: 0``.
+        """
+        if not self._addresses:
+            raise UnavailableError(
+                "expected a runtime with routers, found router.replicas 0: no client can reach it; programs use its "
+                "layers through moe_runtime.launch.library.LayerCaller"
+            )
         return self._addresses[0]
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """``host:port`` of every router."""
+        """``host:port`` of every router; empty with ``router.replicas: 0``."""
         return self._addresses
+
+    @property
+    def config(self) -> RuntimeConfig:
+        """What it serves now, with the layers that were added.
+
+        Raises:
+            StartError: If that is not known, as of a runtime that was deployed, or its controller does not answer.
+        """
+        return config_of(self._session).config
+
+    @property
+    def start_timeout_s(self) -> float:
+        """How long actors of it may take to be placed, and to start."""
+        try:
+            return self.config.start_timeout_s
+        except StartError:
+            return DEFAULT_START_TIMEOUT_S
+
+    def join(self) -> Membership:
+        """A place for this program among those who route for the runtime: what ``LayerCaller`` is built on.
+
+        Raises:
+            StartError: If the runtime's controller does not answer.
+        """
+        return self._session.join()
+
+    def add_layers(self, layers: Mapping[str, Any], *, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Have the runtime serve some more layers, and return when it does; what runs is left alone.
+
+        Hosts of a layer's ``actor_group`` that run are replaced by others that have its experts, too: add the layers of
+        a group at once. A layer that the runtime has already, just so, is nothing to do.
+
+        Args:
+            layers: By name, as in a configuration; relative paths are relative to the configuration's folder.
+            on_progress: Called with the number of actors that are ready, and of all that there will be.
+
+        Raises:
+            ConfigError: If the layers cannot work, or one has the name of another one.
+            PlacementError: If the cluster has no room for their actors.
+            StartError: If something did not start; then nothing has changed.
+        """
+        add_layers(self._session, layers, cluster=self._cluster, on_progress=on_progress)
 
     def describe(self) -> dict[str, Any]:
         """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.
@@ -118,5 +182,7 @@ class Runtime:
             self.close()
 
     def _disconnect(self) -> None:
+        # Ray must not be used any more when it is shut down.
+        self._session.dismiss("it was left")
         if self._cluster is not None:
             self._cluster.disconnect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from moe_runtime.ray_backend.callers import Callers
 from moe_runtime.ray_backend.plan import Snapshot
 from moe_runtime.ray_backend.spawner import within
 from moe_runtime.service.online_bias import OnlineBias
@@ -31,6 +32,7 @@ class Board:
         snapshot: The newest.
         bias: What serving has added to the layers' selection biases; of the next snapshot.
         changed: Set when there has to be a newer one.
+        callers: Programs that route for themselves; hosts admit them as they do routers.
     """
 
     def __init__(self, clock: AsyncClock) -> None:
@@ -40,6 +42,7 @@ class Board:
         self.snapshot = Snapshot()
         self.bias = OnlineBias()
         self.changed = asyncio.Event()
+        self.callers = Callers(clock, on_change=self.changed.set)
         self._clock = clock
 
     async def publish_changes(self) -> None:
@@ -55,9 +58,12 @@ class Board:
         # From here to the handing over without a break: a version has one content.
         fleet = self.fleet
         self.bias.follow(fleet.plan.balance)
-        table = RoutingTable(self.snapshot.table.version + 1, fleet.replicas(), self.bias.biases)
+        # Above what an earlier controller has given out, should nobody have kept that.
+        version = max(self.snapshot.table.version, self.callers.newest_known()) + 1
+        table = RoutingTable(version, fleet.replicas(), self.bias.biases)
         addresses = {keeper.index: keeper.bound for keeper in fleet.routers if keeper.bound is not None}
-        self.snapshot = Snapshot(table, addresses, self._public_keys(), fleet.plan)
+        self.snapshot = Snapshot(table, addresses, self._public_keys(), self.callers.keys, fleet.plan)
+        self.callers.publish(self.snapshot)
         handles: list[ActorHandle] = [keeper.handle for keeper in fleet.routers if keeper.handle is not None]
         handles += [k.handle for k in fleet.hosts if k.life.state is ReplicaState.READY and k.handle]
         await self.bounded((handle.keep(self.snapshot) for handle in handles), _HAND_OVER_S)
@@ -68,6 +74,7 @@ class Board:
         snapshots = [snapshot for snapshot in kept if isinstance(snapshot, Snapshot)]
         self.snapshot = max((*snapshots, self.snapshot), key=lambda snapshot: snapshot.table.version)
         self.bias.adopt(self.snapshot.table.biases)
+        self.callers.adopt(self.snapshot.caller_keys)
 
     async def bounded(self, calls: Iterable[Any], timeout_s: float = CALL_TIMEOUT_S) -> list[Any]:
         """The calls' results or errors, each within a time."""
@@ -77,7 +84,7 @@ class Board:
         """Have every ready host admit every router: whoever is in the table must not turn a router away."""
         # More than once, where a host or a router comes back meanwhile.
         while True:
-            public_keys = frozenset(self._public_keys().values())
+            public_keys = frozenset(self._public_keys().values()) | self.callers.keys
             hosts = [keeper for keeper in self.fleet.hosts if keeper.has_to_admit(public_keys)]
             if not hosts:
                 return

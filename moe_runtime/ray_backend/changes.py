@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from moe_runtime.errors import MoERuntimeError, StartError
 from moe_runtime.ray_backend.retirement import Retirement
-from moe_runtime.ray_backend.roll import Roll, Upgraded, check_fixed, completed, is_same, renewed
+from moe_runtime.ray_backend.roll import ChangedMeanwhileError, Roll, Upgraded, check_fixed, completed, is_same, renewed
 from moe_runtime.service.routing_table import ReplicaState
 
 if TYPE_CHECKING:
@@ -101,10 +101,12 @@ class Changes:
         """How far the change that is under way is, as plain values; None where none is."""
         return None if self._roll is None else self._roll.describe()
 
-    async def upgrade(self, plan: RuntimePlan) -> Upgraded:
+    async def upgrade(self, plan: RuntimePlan, *, instead_of: bytes | None) -> Upgraded:
         """Roll to another plan; see ``Controller.upgrade``."""
         async with self._one_at_a_time:
             running = self._plan
+            if instead_of is not None and running.source != instead_of:
+                raise ChangedMeanwhileError(f"runtime {running.name}: it was changed meanwhile")
             check_fixed(running, plan)
             plan = completed(running, plan)
             if is_same(running, plan):

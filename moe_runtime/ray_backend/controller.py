@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.fleet import Keeper
     from moe_runtime.ray_backend.host_keeper import HostKeeper
-    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.plan import CallerNews, CallerNote, RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
     from moe_runtime.ray_backend.spawner import AsyncClock, Spawner
+    from moe_runtime.service.routing_table import RoutingTable
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,18 +102,23 @@ class Controller:
         self._supervise()
         self.spawn_task(await self._changes.retire_strays(*strays))
 
-    async def upgrade(self, plan: RuntimePlan) -> Upgraded:
+    async def upgrade(self, plan: RuntimePlan, *, instead_of: bytes | None = None) -> Upgraded:
         """Roll to another plan while requests go on; when it returns, only what that plan has is left.
 
         One at a time. Failed or interrupted, it leaves either the old plan serving or the new one, and may be
         repeated; there is nothing to do where the plan is the one that runs.
 
+        Args:
+            plan: The desired state.
+            instead_of: The source of the plan that it was made from, if it must not take another one's place.
+
         Raises:
+            ChangedMeanwhileError: If another one runs by now.
             ConfigError: If the plan changes what cannot change while a runtime runs; nothing was done.
             PlacementError: If the cluster has no room for new actors beside those that run.
             StartError: If something new did not start. Then as before, the old plan serves.
         """
-        return await self._changes.upgrade(plan)
+        return await self._changes.upgrade(plan, instead_of=instead_of)
 
     def restart_terms(self) -> RestartTerms:
         """Of a restart that begins now."""
@@ -147,6 +153,7 @@ class Controller:
         """Drain the routers, then end every actor of the runtime; whether every request was answered."""
         for task in self._tasks:
             task.cancel()
+        self._board.callers.end(f"runtime {self.plan.name}: it was closed")
         # An upgrade that is under way first ends what is new.
         await asyncio.gather(*self._tasks, return_exceptions=True)
         fleet, bounded = self._fleet, self._board.bounded
@@ -165,6 +172,14 @@ class Controller:
         await asyncio.gather(*(stray.end() for strays in self._strays() for stray in strays))
         self._ended.set()
         return drained
+
+    def caller_left(self, caller: str) -> None:
+        """A program that routed for itself does so no longer."""
+        self._board.callers.leave(caller)
+
+    async def caller_news(self, note: CallerNote, *, timeout_s: float) -> CallerNews | None:
+        """What a program that routes for itself does not know yet; see ``Callers.news``."""
+        return await self._board.callers.news(note, timeout_s=timeout_s)
 
     def progress(self) -> tuple[int, int]:
         """Number of actors that are ready, and of all; during an upgrade, of those that there will be."""
@@ -185,12 +200,18 @@ class Controller:
             **self._fleet.describe(),
             "upgrade": self._changes.describe(),
             "balance": self._board.bias.describe(),
+            "callers": self._board.callers.describe(),
         }
 
     @property
     def plan(self) -> RuntimePlan:
         """The desired state: that of the last upgrade, if there was one."""
         return self._fleet.plan
+
+    @property
+    def table(self) -> RoutingTable:
+        """The newest one."""
+        return self._board.snapshot.table
 
     @property
     def _tasks(self) -> list[asyncio.Task[Any]]:
@@ -229,6 +250,7 @@ class Controller:
     def _supervise(self) -> None:
         self.watch(self._fleet.keepers)
         self._run(self._board.publish_changes())
+        self._run(self._board.callers.forget())
         self._run(Balancing(self._board, self._clock).run())
         if self.plan.lease_s is not None:
             self._run(self._watch_lease())

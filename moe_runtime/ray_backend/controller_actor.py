@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from moe_runtime.errors import MoERuntimeError, StartError
+from moe_runtime.errors import MoERuntimeError, StartError, UnavailableError
 from moe_runtime.logs import LogIdentity, install
 from moe_runtime.ray_backend.controller import Controller
 from moe_runtime.ray_backend.deployment import DeploymentStanding, Phase
@@ -22,8 +22,9 @@ from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
     from moe_runtime.ray_backend.changes import Restarted, RestartTerms
-    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.plan import CallerNews, CallerNote, RoutersPlan, RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
+    from moe_runtime.service.routing_table import RoutingTable
 
 _LOG = logging.getLogger(__name__)
 
@@ -97,11 +98,38 @@ class ControllerActor:
         await self._resumed()
         return {**await self._controller.describe(), "controller_pid": os.getpid()}
 
-    async def upgrade(self, plan: RuntimePlan) -> Upgraded | Failure:
+    async def routers_plan(self) -> RoutersPlan:
+        """What a program needs to route for itself."""
+        await self._resumed()
+        return self._controller.plan.routers
+
+    async def table(self) -> RoutingTable:
+        """The newest routing table."""
+        await self._resumed()
+        return self._controller.table
+
+    async def caller_left(self, caller: str) -> None:
+        """A program routes no longer."""
+        self._controller.caller_left(caller)
+
+    async def caller_news(self, note: CallerNote, timeout_s: float) -> CallerNews | Failure | None:
+        """What a program that routes for itself does not know yet; None if there is nothing in time."""
+        await self._resumed()
+        try:
+            return await self._controller.caller_news(note, timeout_s=timeout_s)
+        except UnavailableError as exc:
+            return Failure(type(exc).__name__, str(exc))
+
+    async def source(self) -> bytes:
+        """What the plan was made from."""
+        await self._resumed()
+        return self._controller.plan.source
+
+    async def upgrade(self, plan: RuntimePlan, instead_of: bytes | None = None) -> Upgraded | Failure:
         """Roll to another plan; what was done, or why it was not."""
         await self._resumed()
         try:
-            return await self._controller.upgrade(plan)
+            return await self._controller.upgrade(plan, instead_of=instead_of)
         except MoERuntimeError as exc:
             return Failure(type(exc).__name__, str(exc))
 

@@ -140,7 +140,7 @@ class Fleet:
         if self.plan.num_threads is not None:
             return self.plan.num_threads
         num_experts = sum(
-            len(keeper.plan.replicas)
+            keeper.plan.num_at_once
             for keeper in self.hosts
             if keeper.location is not None and keeper.location.node == location.node
         )

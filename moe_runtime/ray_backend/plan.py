@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -115,6 +116,44 @@ class RouterReport:
 
 
 @dataclass(frozen=True)
+class CallerNote:
+    """What a program that routes for itself says of itself whenever it asks for news.
+
+    Attributes:
+        caller: Random name of it; of another engine in its process it is another.
+        node: Name of the node that it is on.
+        pid: Its process id on that node.
+        public_key: Key that hosts of other nodes must admit; None if they ask for none.
+        oldest_used: The oldest version of the table that it still uses; 0 before it has one.
+        known: The newest version that it was given.
+        revision: Of what routers serve, as it knows it.
+    """
+
+    caller: str
+    node: str
+    pid: int
+    public_key: str | None = None
+    oldest_used: int = 0
+    known: int = 0
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class CallerNews:
+    """What a program that routes for itself does not know yet.
+
+    Attributes:
+        table: The newest.
+        revision: Of what routers serve by it.
+        factory: A pickled ``RouterFactory`` of that, where the program knows another revision.
+    """
+
+    table: RoutingTable
+    revision: str
+    factory: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why an actor did not start: Ray reports what a constructor raises badly, so this travels as a value."""
 
@@ -168,6 +207,11 @@ class HostPlan:
         """Id, revision and generation: unique among the hosts of two plans, of which one takes the other's place."""
         edition = self.revision + (f"+{self.generation}" if self.generation else "")
         return f"{self.host_id}@{edition}" if edition else self.host_id
+
+    @property
+    def num_at_once(self) -> int:
+        """Experts of it that a batch may want at once: those of the layer of which it has most."""
+        return max(Counter(replica.layer for replica in self.replicas).values())
 
     @property
     def actor(self) -> ActorDemand:
@@ -226,6 +270,7 @@ class RuntimePlan:
         deployment: Id of the bundle that it was deployed from; None if it was served.
         logging: How its controller logs.
         balance: How the selection bias moves, of each layer where it does.
+        source: What it was made from, pickled: whoever adds layers starts from it. Empty if that is not at hand.
     """
 
     name: str
@@ -237,6 +282,7 @@ class RuntimePlan:
     deployment: str | None = None
     logging: LogSettings = field(default_factory=LogSettings)
     balance: Mapping[str, BiasRule] = field(default_factory=dict)
+    source: bytes = b""
 
     @property
     def next_generation(self) -> int:
@@ -260,12 +306,14 @@ class Snapshot:
         table: The routing table.
         addresses: Bound address per router index, which a restarted router binds again.
         public_keys: Key per router index, if routers have some; every host that is ready in the table admits them.
+        caller_keys: Keys of programs that route for themselves; the hosts admit them, too.
         plan: The desired state that the table belongs to: an upgrade changes both at once.
     """
 
     table: RoutingTable = field(default_factory=RoutingTable)
     addresses: Mapping[int, str] = field(default_factory=dict)
     public_keys: Mapping[int, str] = field(default_factory=dict)
+    caller_keys: frozenset[str] = frozenset()
     plan: RuntimePlan | None = None
 
     def is_for(self, public_key: str | None) -> bool:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from moe_runtime.ray_backend.plan import HostHealth, HostReport, Location, RouterReport
+    from moe_runtime.service.ports import Transport
     from moe_runtime.service.routing_table import RoutingTable
 
 
@@ -108,6 +109,14 @@ class RouterFactory(Protocol):
 
     def __call__(self, location: Location) -> RouterProcess:
         """The process, not yet started."""
+        ...
+
+    def open_transport(self, location: Location) -> Transport:
+        """A router's end of the data plane, for a program that routes for itself."""
+        ...
+
+    def describe(self, table: RoutingTable) -> dict[str, Any]:
+        """What a router that serves would say of its layers, by a table."""
         ...
 
     def prepare(self) -> Any:

@@ -23,6 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 _FIRST_POLL_S = 0.05
 _LONGEST_POLL_S = 1.0
+_CALLERS_POLL_S = 0.1
 
 
 class StrayHost:
@@ -54,7 +55,7 @@ class StrayRouter:
 
 
 class Retirement:
-    """Waits for the routers to let go of what they served by before, and ends it."""
+    """Waits for routers, and programs that route for themselves, to let go of what they used before, and ends it."""
 
     def __init__(self, board: Board, clock: AsyncClock) -> None:
         """Do nothing yet."""
@@ -82,7 +83,7 @@ class Retirement:
             self._board.leaving_keys = {}
             self._board.changed.set()
         if hosts:
-            await self._await_let_go(version, let_go_s)
+            await asyncio.gather(self._await_let_go(version, let_go_s), self._await_callers(version, let_go_s))
             await end_all([host.end() for host in hosts])
 
     async def _await_let_go(self, version: int, let_go_s: float) -> None:
@@ -97,6 +98,15 @@ class Retirement:
             await self._board.bounded(handle.keep(self._board.snapshot) for handle in handles)
             await self._clock.sleep(poll_s)
             poll_s = min(2 * poll_s, _LONGEST_POLL_S)
+
+    async def _await_callers(self, version: int, let_go_s: float) -> None:
+        """Return when no program needs a table older than this version; in the end, leave those alone that do."""
+        deadline = self._clock.now() + let_go_s
+        while late := self._board.callers.late(version):
+            if self._clock.now() >= deadline:
+                _LOG.warning("ending hosts that are still used by %s", ", ".join(late))
+                return
+            await self._clock.sleep(_CALLERS_POLL_S)
 
     async def _late_routers(self, version: int) -> list[RouterKeeper]:
         """Routers with requests that an older table serves. One that does not run has none."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.spawner import AsyncClock
 
 
+class ChangedMeanwhileError(StartError):
+    """A plan that was to take the place of one that does not run any more."""
+
+
 class Step(StrEnum):
     """How far an upgrade is."""
 
@@ -177,7 +181,8 @@ def is_same(running: RuntimePlan, asked: RuntimePlan) -> bool:
 
     def essence(plan: RuntimePlan) -> tuple[object, ...]:
         hosts = frozenset((host.key, host.replicas) for host in plan.hosts)
-        return hosts, plan.routers.revision, plan.routers.count, replace(plan, hosts=(), routers=running.routers)
+        rest = replace(plan, hosts=(), routers=running.routers, source=b"")
+        return hosts, plan.routers.revision, plan.routers.count, rest
 
     return essence(running) == essence(asked)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import threading
 import time
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
@@ -15,19 +17,23 @@ from moe_runtime.errors import AlreadyRunningError, ConfigError, MoERuntimeError
 from moe_runtime.ray_backend.controller_actor import ControllerActor
 from moe_runtime.ray_backend.depot import start_depot
 from moe_runtime.ray_backend.head_watch import HeadWatch, patience_s
+from moe_runtime.ray_backend.member import RayMember
 from moe_runtime.ray_backend.names import NAMESPACE, controller_name
 from moe_runtime.ray_backend.node_watch import RayView
 from moe_runtime.ray_backend.nodes import on_head
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
 from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
+from moe_runtime.ray_backend.roll import ChangedMeanwhileError
+from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.deployment import DepotPlan
-    from moe_runtime.ray_backend.plan import RuntimePlan
+    from moe_runtime.ray_backend.plan import RoutersPlan, RuntimePlan
+    from moe_runtime.ray_backend.processes import RouterFactory
     from moe_runtime.ray_backend.roll import Upgraded
 
 _LOG = logging.getLogger(__name__)
@@ -38,7 +44,9 @@ _POLL_EVERY_S = 0.05
 #: Beyond what the controller allows itself.
 _SPARE_S = 30.0
 _GONE_WITHIN_S = 10.0
-_ERRORS: dict[str, type[MoERuntimeError]] = {"ConfigError": ConfigError, "PlacementError": PlacementError}
+_ERRORS: dict[str, type[MoERuntimeError]] = {
+    each.__name__: each for each in (ChangedMeanwhileError, ConfigError, PlacementError)
+}
 
 
 class RaySession:
@@ -54,6 +62,7 @@ class RaySession:
         self._controller = controller
         self._closed = threading.Event()
         self._on_lost: Callable[[str], None] | None = None
+        self._members: WeakSet[RayMember] = WeakSet()
         self._renewing: threading.Thread | None = None
         if renews_lease:
             self._renewing = threading.Thread(target=self._renew, name="moe-lease", daemon=True)
@@ -82,9 +91,40 @@ class RaySession:
             StartError: If the controller does not answer.
         """
         description: dict[str, Any] = self._ask("describe")
+        if not description["routers"]:
+            # The controller knows of layers what routers say, and has no torch to say it itself.
+            factory = self._router_factory()
+            description |= factory.describe(self._ask("table"))
         return description
 
-    def upgrade(self, plan: RuntimePlan, *, on_progress: Callable[[int, int], None] | None = None) -> Upgraded:
+    def join(self) -> RayMember:
+        """A place for this program among those who route.
+
+        Raises:
+            StartError: If the controller does not answer.
+        """
+        location = locate()
+        transport = self._router_factory().open_transport(location)
+        member = RayMember(self._controller, transport, name=self.name, node=location.node)
+        self._members.add(member)
+        return member
+
+    def source(self) -> bytes:
+        """What the runtime's plan was made from, pickled; empty if that is not known.
+
+        Raises:
+            StartError: If the controller does not answer.
+        """
+        source: bytes = self._ask("source")
+        return source
+
+    def upgrade(
+        self,
+        plan: RuntimePlan,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        instead_of: bytes | None = None,
+    ) -> Upgraded:
         """Roll the runtime to another plan while requests go on, and return when nothing else of the old one is left.
 
         A controller that is restarted meanwhile is asked again.
@@ -92,8 +132,10 @@ class RaySession:
         Args:
             plan: The desired state.
             on_progress: Called with the number of actors that are ready, and of all that there will be.
+            instead_of: The source of the plan that it was made from, if it must not take another one's place.
 
         Raises:
+            ChangedMeanwhileError: If another one runs by now.
             ConfigError: If the plan changes what cannot change while a runtime runs.
             PlacementError: If the cluster has no room for it beside what runs.
             StartError: If it did not start, or the controller does not answer. The runtime serves in any case.
@@ -102,7 +144,8 @@ class RaySession:
         watcher = threading.Thread(target=self._show_progress, args=(on_progress, is_over), daemon=True)
         watcher.start()
         try:
-            outcome = self._ask("upgrade", plan, timeout_s=2 * plan.start_timeout_s + plan.routers.let_go_s + _SPARE_S)
+            timeout_s = 2 * plan.start_timeout_s + plan.routers.let_go_s + _SPARE_S
+            outcome = self._ask("upgrade", plan, instead_of, timeout_s=timeout_s)
         finally:
             is_over.set()
             watcher.join()
@@ -126,6 +169,7 @@ class RaySession:
         """Drain and end the runtime; whether every request was answered. Safe to call twice."""
         if self._closed.is_set():
             return True
+        self.dismiss("it was closed")
         try:
             return bool(self._ask("close", drain_timeout_s, timeout_s=drain_timeout_s + _SPARE_S))
         except StartError as exc:
@@ -135,11 +179,21 @@ class RaySession:
             self.detach()
             end_actors(self.name)
 
+    def dismiss(self, reason: str) -> None:
+        """End the memberships of this program, whose callers are told the reason."""
+        for member in list(self._members):
+            member.dismiss(reason)
+
     def detach(self) -> None:
         """Stop renewing the lease, and leave the runtime to itself."""
         self._closed.set()
         if self._renewing is not None:
             self._renewing.join()
+
+    def _router_factory(self) -> RouterFactory:
+        plan: RoutersPlan = self._ask("routers_plan")
+        factory: RouterFactory = pickle.loads(plan.factory)  # nosec B301  # from the controller, by Ray
+        return factory
 
     def _renew(self) -> None:
         is_renewed = True

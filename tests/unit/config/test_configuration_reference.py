@@ -47,6 +47,6 @@ def test_every_block_is_found_under_its_path() -> None:
 
 
 def test_names_lists_and_tuples_are_described_in_plain_words() -> None:
-    assert "| `layers` | mapping of name to block, 1 or more | required |" in PAGE
+    assert "| `layers` | mapping of name to block | required |" in PAGE
     assert "| `item_shape` | list of integers, 1 or more | required |" in PAGE
     assert "| `columns` | [integer, integer] or `null` | `null` |" in PAGE

@@ -116,7 +116,7 @@ def test_a_key_of_one_kind_of_policy_is_known_by_that_kind_alone() -> None:
         ({"start_timeout_s": "soon"}, "start_timeout_s: expected a number, found 'soon'"),
         ({"plug_ins": "one"}, "plug_ins: expected a list, found 'one'"),
         ({"plug_ins": [3]}, "plug_ins.0: expected a text, found 3"),
-        ({"layers": {}}, "layers: expected 1 or more entries, found an empty mapping"),
+        ({"layers": {}}, "layers: expected 1 or more entries with router.replicas 1, found an empty mapping"),
         ({"layers": [1]}, "layers: expected a mapping, found [1]"),
         ({"layers": None}, "layers: expected a mapping, found nothing (null)"),
         ({"router": "here"}, "router: expected a mapping, found 'here'"),

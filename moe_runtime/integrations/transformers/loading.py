@@ -1,0 +1,139 @@
+"""A checkpoint's model in this process, with its experts in actors."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
+from moe_runtime.experts.checkpoints.skeleton import without_experts
+from moe_runtime.integrations.transformers.binding import bind_experts, kept_unless_it_fails
+from moe_runtime.integrations.transformers.layers import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from moe_runtime.integrations.transformers.placement import Placement
+    from moe_runtime.integrations.transformers.providing import Provider
+
+#: Arguments of ``from_pretrained`` that say that parameters come from elsewhere, have other names, or are shared out.
+_REFUSED = (
+    "state_dict",
+    "gguf_file",
+    "key_mapping",
+    "variant",
+    "subfolder",
+    "distributed_config",
+    "tp_plan",
+    "tp_size",
+)
+#: A model without experts is built by changing its classes for a while.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def load_model(
+    build: Callable[..., Any],
+    model_class: type[PreTrainedModel],
+    path: Any,
+    *,
+    options: Mapping[str, Any],
+    provider: Provider,
+    placement: Placement,
+) -> Any:
+    """What ``from_pretrained`` gives, with the experts in actors.
+
+    Args:
+        build: ``from_pretrained`` of transformers for ``model_class``; takes the path and keyword arguments.
+        model_class: Class of the model.
+        path: The folder of a checkpoint.
+        options: Keyword arguments of ``from_pretrained``.
+        provider: Has the actors, or starts them.
+        placement: How the experts live in them.
+
+    Returns:
+        The model; a pair of it and information where ``output_loading_info`` asks for that.
+
+    Raises:
+        UnsupportedModelError: If the model has no experts, or none that can live in actors, or is to be loaded in a
+            way that they cannot follow.
+        WeightsError: If there is no checkpoint, or a tensor of it is missing.
+        StartError: If the experts do not start.
+    """
+    source = _open_source(path, model_class, options)
+    with _ONE_AT_A_TIME, _unasked_for_experts(source, model_class), without_experts(source.checkpoint.expert_classes):
+        built = build(path, **_dequantised(source, options))
+    model: PreTrainedModel = built[0] if isinstance(built, tuple) else built
+    dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]  # what it was loaded in, by now
+    dtypes = dict.fromkeys((layer.module for layer in source.checkpoint.layers), dtype)
+    with kept_unless_it_fails() as stack:
+        bind_experts(model, source, provider=provider, placement=placement, dtypes=dtypes, stack=stack)
+    return built
+
+
+def checkpoint_folder(path: Any) -> Path:
+    """The folder that a caller names.
+
+    Raises:
+        UnsupportedModelError: If it is none: experts in actors read their tensors from files, where the actors are.
+    """
+    if not isinstance(path, str | os.PathLike) or not Path(path).expanduser().is_dir():
+        raise UnsupportedModelError(
+            f"expected the folder of a checkpoint that this process and the actors can read, found {path!r}; "
+            "huggingface_hub.snapshot_download(name) fetches a model from the hub and returns its folder"
+        )
+    return Path(path).expanduser().absolute()
+
+
+def _open_source(path: Any, model_class: type[PreTrainedModel], options: Mapping[str, Any]) -> Source:
+    folder = checkpoint_folder(path)
+    for name in _REFUSED:
+        if options.get(name):
+            raise UnsupportedModelError(
+                f"from_pretrained: expected no {name} with experts_implementation 'moe_runtime', found "
+                f"{options[name]!r}: experts in actors read the safetensors files in {folder} as they are"
+            )
+    name = model_class.__name__
+    checkpoint = open_checkpoint(folder, architecture=name)
+    is_its_own = name in (checkpoint.config.architectures or ())[:1]
+    return Source(checkpoint, architecture=None if is_its_own else name)
+
+
+@contextmanager
+def _unasked_for_experts(source: Source, model_class: type[PreTrainedModel]) -> Iterator[None]:
+    """Within it, transformers finds nothing strange about experts' tensors in a checkpoint of a model without them."""
+    own = model_class.__dict__.get("_keys_to_ignore_on_load_unexpected")
+    prefix = f"{model_class.base_model_prefix}."
+    modules = (layer.module.removeprefix(prefix) for layer in source.checkpoint.layers)
+    patterns = {rf"(^|\.){re.escape(module)}\." for module in modules}
+    ignored = model_class._keys_to_ignore_on_load_unexpected
+    model_class._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *patterns}
+    try:
+        yield
+    finally:
+        if own is None:
+            del model_class._keys_to_ignore_on_load_unexpected
+        else:
+            model_class._keys_to_ignore_on_load_unexpected = own
+
+
+def _dequantised(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with which a quantised checkpoint's other parameters are plain ones too, as its experts are."""
+    config = options.get("config") or source.checkpoint.config
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return dict(options)
+    config = copy.deepcopy(config)
+    if isinstance(settings, dict):
+        config.quantization_config = {**settings, "dequantize": True}
+    else:
+        config.quantization_config.dequantize = True
+    return {**options, "config": config}

@@ -1,0 +1,104 @@
+"""Where a model's experts find a runtime: the caller's, to which their layers are added, or one of their own."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moe_runtime.integrations.transformers.layers import as_name, free_prefix, layer_blocks, layer_name, present_layers
+from moe_runtime.launch.runtime import serve
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import ExitStack
+
+    import torch
+
+    from moe_runtime.integrations.transformers.layers import Source
+    from moe_runtime.integrations.transformers.placement import Placement
+    from moe_runtime.launch.served import Runtime
+
+#: Between looking which names are taken and taking some.
+_ADDING = threading.Lock()
+
+
+class Provider(Protocol):
+    """Has a runtime serve a model's experts."""
+
+    def provide(
+        self, source: Source, placement: Placement, *, dtypes: Mapping[str, torch.dtype], stack: ExitStack
+    ) -> tuple[Runtime, dict[str, str]]:
+        """The runtime, and the names of the layers by the paths of the modules that hold experts.
+
+        Args:
+            source: Where the experts come from.
+            placement: How they live in actors.
+            dtypes: Of the experts, by the paths of the modules.
+            stack: Gets what ends with the experts.
+
+        Raises:
+            StartError: If the experts do not start.
+            ConfigError: If the runtime cannot have such layers.
+        """
+        ...
+
+
+class GivenRuntime:
+    """The caller's runtime; layers that it has already are used as they are, others are added.
+
+    Args:
+        runtime: Stays when the experts are closed, and so do its layers.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def provide(
+        self, source: Source, placement: Placement, *, dtypes: Mapping[str, torch.dtype], stack: ExitStack
+    ) -> tuple[Runtime, dict[str, str]]:
+        """See ``Provider``."""
+        with _ADDING:
+            config = self._runtime.config
+            present = present_layers(source, config)
+            if present:
+                return self._runtime, present
+            prefix = free_prefix(source, config.layers, wanted=placement.name)
+            self._runtime.add_layers(layer_blocks(source, placement, dtypes=dtypes, prefix=prefix))
+            return self._runtime, layers_of(source, prefix)
+
+
+class OwnRuntime:
+    """A runtime that is started for the experts, on Ray, and ends with them.
+
+    Args:
+        name: Of the runtime; made up when None.
+        ray_address: Of the cluster; as ``moe_runtime.serve`` has it.
+        start_timeout_s: Bounds the start.
+    """
+
+    def __init__(self, *, name: str | None, ray_address: str | None, start_timeout_s: float) -> None:
+        self._name = name
+        self._ray_address = ray_address
+        self._start_timeout_s = start_timeout_s
+
+    def provide(
+        self, source: Source, placement: Placement, *, dtypes: Mapping[str, torch.dtype], stack: ExitStack
+    ) -> tuple[Runtime, dict[str, str]]:
+        """See ``Provider``."""
+        name = self._name or as_name(f"{source.folder.name[:32]}-{secrets.token_hex(4)}")
+        blocks = layer_blocks(source, placement, dtypes=dtypes, prefix=None)
+        config = library_config(name, blocks, start_timeout_s=self._start_timeout_s)
+        runtime = serve(config, ray_address=self._ray_address)
+        stack.callback(runtime.close)
+        return runtime, layers_of(source, None)
+
+
+def library_config(name: str, layers: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The configuration of a runtime without routers, which a program uses as a library."""
+    return {"name": as_name(name), **more, "router": {"replicas": 0}, "layers": dict(layers)}
+
+
+def layers_of(source: Source, prefix: str | None) -> dict[str, str]:
+    """The names of a model's layers, by the paths of the modules that hold experts."""
+    return {layer.module: layer_name(layer.module, prefix) for layer in source.checkpoint.layers}

@@ -1,0 +1,131 @@
+"""A model in memory hands its experts over, and goes on as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fakes.tiny_models import MODELS, mixtral, prompt
+
+import moe_runtime.integrations.transformers as moe_hf
+from moe_runtime.errors import ConfigError, StartError, UnsupportedModelError
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**prompt()).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_logits_are_bit_equal_to_those_before(name, dtype, runtime):
+    model = MODELS[name]().to(dtype)
+    before = logits(model)
+    assert moe_hf.adopt(model, runtime, experts_per_actor=2) is model
+    assert torch.equal(logits(model), before)
+
+
+def test_its_experts_are_freed_here_and_the_rest_is_frozen(runtime):
+    model = mixtral().train()
+    moe_hf.adopt(model, runtime)
+    assert not any("experts" in name for name, _ in model.named_parameters())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def test_a_model_of_the_same_configuration_keeps_its_experts(runtime):
+    model = mixtral()
+    other = copy.deepcopy(model)
+    other.config = model.config
+    before = logits(other)
+    moe_hf.adopt(model, runtime)
+    assert torch.equal(logits(other), before)
+
+
+def test_its_files_are_private_and_gone_when_it_is_closed(runtime, state_folder):
+    model = moe_hf.adopt(mixtral(), runtime)
+    (folder,) = (state_folder / "adopted").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    moe_hf.close(model)
+    assert not list((state_folder / "adopted").iterdir())
+
+
+def test_files_that_a_killed_process_left_are_removed_by_the_next(runtime, state_folder):
+    left = state_folder / "adopted" / "left"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").touch()
+    first = moe_hf.adopt(mixtral(), runtime)
+    assert not left.exists()
+    second = moe_hf.adopt(mixtral(), runtime)
+    assert len(list((state_folder / "adopted").iterdir())) == 2
+    assert torch.equal(logits(first), logits(second))
+
+
+def test_a_folder_of_the_caller_is_used_and_left(runtime, tmp_path):
+    model = mixtral()
+    before = logits(model)
+    moe_hf.adopt(model, runtime, folder=tmp_path / "shared")
+    assert torch.equal(logits(model), before)
+    moe_hf.close(model)
+    assert (tmp_path / "shared" / "model.safetensors.index.json").exists()
+
+
+def test_a_folder_that_holds_something_is_refused(runtime, tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(ConfigError, match="folder: expected a new or empty folder, found mine"):
+        moe_hf.adopt(mixtral(), runtime, folder=tmp_path)
+
+
+def test_parameters_that_two_layers_share_are_right_in_both(runtime):
+    model = mixtral()
+    first, second = (model.model.layers[i].mlp.experts for i in (0, 1))
+    second.down_proj = first.down_proj
+    first.gate_up_proj.data = first.gate_up_proj.data.transpose(1, 2).contiguous().transpose(1, 2)
+    before = logits(model)
+    moe_hf.adopt(model, runtime)
+    assert torch.equal(logits(model), before)
+
+
+def test_parameters_that_are_not_in_memory_are_refused(runtime):
+    model = mixtral()
+    model.model.layers[1].mlp.experts.to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.experts\.down_proj: expected a parameter in"):
+        moe_hf.adopt(model, runtime)
+
+
+def test_quantised_parameters_are_refused(runtime):
+    model = mixtral()
+    experts = model.model.layers[0].mlp.experts
+    experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"gate_up_proj: expected a plain parameter .* float8_e4m3fn"):
+        moe_hf.adopt(model, runtime)
+
+
+def test_parameters_of_several_dtypes_are_refused(runtime):
+    model = mixtral()
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.double())
+    with pytest.raises(UnsupportedModelError, match="expected parameters of one dtype, found"):
+        moe_hf.adopt(model, runtime)
+
+
+def test_a_model_is_adopted_once(runtime):
+    model = moe_hf.adopt(mixtral(), runtime)
+    with pytest.raises(UnsupportedModelError, match="whose experts live in actors already"):
+        moe_hf.adopt(model, runtime)
+
+
+def test_what_is_no_model_of_transformers_is_refused(runtime):
+    with pytest.raises(UnsupportedModelError, match="expected a model of transformers, found Linear"):
+        moe_hf.adopt(torch.nn.Linear(2, 2), runtime)
+
+
+def test_a_model_that_cannot_be_adopted_is_as_it_was_and_leaves_nothing(runtime, state_folder):
+    model = mixtral()
+    before = logits(model)
+    with pytest.raises((ConfigError, StartError)):
+        moe_hf.adopt(model, runtime, resources={"num_cpus": -1.0})
+    assert torch.equal(logits(model), before)
+    assert not list((state_folder / "adopted").iterdir())
+    assert all(parameter.requires_grad for parameter in model.parameters())

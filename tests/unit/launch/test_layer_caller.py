@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from moe_runtime.errors import (
+    ConfigError,
+    DTypeError,
+    ExpertError,
+    InvalidRequestError,
+    ShapeError,
+    UnavailableError,
+    UnknownLayerError,
+)
+from moe_runtime.launch import called_rows
+from moe_runtime.launch.library import LayerCaller
+from moe_runtime.launch.runtime import serve
+
+PLUG_IN = '''
+import threading
+
+import torch
+from torch import nn
+
+from moe_runtime.config.strict import StrictModel
+from moe_runtime.experts import ExpertContract, ExpertKind
+
+#: Scales of experts that fail, and whether those that are held may answer.
+failing = set()
+opened = threading.Event()
+opened.set()
+entered = threading.Event()
+
+
+class Options(StrictModel):
+    scale: float
+
+
+class Scale(nn.Module):
+    """Answers its input times a number; raises while the test says so, and waits until the test lets it go on."""
+
+    def __init__(self, shape, options):
+        super().__init__()
+        self.contract = ExpertContract(shape, shape)
+        self.scale = options.scale
+
+    def forward(self, rows):
+        entered.set()
+        opened.wait()
+        if self.scale in failing:
+            raise RuntimeError("the licence server is gone")
+        return rows * self.scale
+
+
+KIND = ExpertKind("scale", Options, Scale)
+'''
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """The module of the expert kind ``scale``."""
+    (tmp_path / "scale_expert.py").write_text(PLUG_IN)
+    info = tmp_path / "scale_expert-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: scale-expert\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[moe_runtime.experts]\nscale = scale_expert:KIND\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("scale_expert")
+    yield module
+    module.failing.clear()
+    module.opened.set()
+
+
+def layer(scales=(1.0, 2.0, 3.0), **changes):
+    experts = [{"name": f"e{i}", "kind": "scale", "options": {"scale": scale}} for i, scale in enumerate(scales)]
+    return {"item_shape": [2], "policy": {"kind": "caller"}, "residual": "none", "experts": experts, **changes}
+
+
+def config(router=None, **layers):
+    return {"name": "library", "device": "cpu", "router": {"replicas": 0, **(router or {})}, "layers": layers}
+
+
+@pytest.fixture
+def runtime(plug_in):
+    with serve(config(l=layer(), m=layer((10.0, 20.0))), ray=False) as runtime:
+        yield runtime
+
+
+TOKENS = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+EXPERT_IDS = torch.tensor([[2, 0], [0, 1], [1, 2]])
+ROWS = torch.tensor([[3.0, 6.0], [1.0, 2.0], [3.0, 4.0], [6.0, 8.0], [10.0, 12.0], [15.0, 18.0]])
+
+
+def test_rows_come_by_token_then_by_choice(runtime):
+    with LayerCaller(runtime) as caller:
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        assert torch.equal(caller.rows("m", TOKENS[:1], torch.tensor([[1]])), TOKENS[:1] * 20)
+        assert caller.counts() == {"l": [2, 2, 2], "m": [0, 1]}
+
+
+def test_no_tokens_give_no_rows(runtime):
+    with LayerCaller(runtime) as caller:
+        assert caller.rows("l", torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2)
+
+
+def test_rows_may_be_used_by_autograd_and_in_place(runtime):
+    with LayerCaller(runtime) as caller:
+        rows = caller.rows("l", TOKENS, EXPERT_IDS)
+    weights = torch.ones(6, 1, requires_grad=True)
+    (rows.mul_(2.0) * weights).sum().backward()
+    assert torch.equal(weights.grad, ROWS.sum(1, keepdim=True) * 2)
+
+
+def test_calls_of_many_threads_are_served_one_after_the_other(runtime):
+    with LayerCaller(runtime) as caller, ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(caller.rows, "l", TOKENS * i, EXPERT_IDS) for i in range(40)]
+        assert all(torch.equal(call.result(), ROWS * i) for i, call in enumerate(calls))
+
+
+def test_two_callers_share_a_runtime(runtime):
+    with LayerCaller(runtime) as one, LayerCaller(runtime, ["m"]) as other:
+        assert torch.equal(one.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        assert torch.equal(other.rows("m", TOKENS, torch.zeros(3, 1, dtype=torch.int64)), TOKENS * 10)
+        assert list(other.layers) == ["m"]
+
+
+def test_what_does_not_fit_in_one_batch_is_sent_in_parts(runtime, monkeypatch):
+    # A token with two choices has two rows of 8 bytes.
+    monkeypatch.setattr(called_rows, "MAX_BATCH_BYTES", 48)
+    tokens, expert_ids = TOKENS.repeat(7, 1), EXPERT_IDS.repeat(7, 1)
+    with LayerCaller(runtime) as caller:
+        assert torch.equal(caller.rows("l", tokens, expert_ids), ROWS.repeat(7, 1))
+        assert caller.counts()["l"] == [14, 14, 14]
+
+
+def test_an_exact_layer_is_never_sent_in_parts(plug_in, monkeypatch):
+    monkeypatch.setattr(called_rows, "MAX_BATCH_BYTES", 16)
+    with serve(config(l=layer(exact=True)), ray=False) as runtime, LayerCaller(runtime) as caller:
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        assert caller._calling.engine.stats.layers["l"].totals.num_batches == 1
+
+
+def test_what_an_exact_layer_cannot_send_at_once_is_refused(plug_in, monkeypatch):
+    monkeypatch.setattr(called_rows, "MAX_ROWS_BYTES", 15)
+    with (
+        serve(config(l=layer(exact=True, experts_per_actor=3)), ray=False) as runtime,
+        LayerCaller(runtime) as caller,
+        pytest.raises(InvalidRequestError, match=r"at most 15 bytes of rows for one actor, found 48 for 3 tokens"),
+    ):
+        caller.rows("l", TOKENS, EXPERT_IDS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expert_ids", "error", "message"),
+    [
+        (TOKENS[:, :1], EXPERT_IDS, ShapeError, r"tokens of shape \(T, 2\), found \(3, 1\)"),
+        (TOKENS, EXPERT_IDS[:2], ShapeError, r"expert_ids of shape \(3, k\), found \(2, 2\)"),
+        (TOKENS.double(), EXPERT_IDS, DTypeError, r"torch.float32, found torch.float64"),
+        (TOKENS, EXPERT_IDS.int(), DTypeError, r"torch.int64, found torch.int32"),
+        (TOKENS, EXPERT_IDS + 1, InvalidRequestError, r"experts 0 to 2, found 1 to 3"),
+        (TOKENS, EXPERT_IDS - 1, InvalidRequestError, r"experts 0 to 2, found -1 to 1"),
+        (TOKENS.to("meta"), EXPERT_IDS, InvalidRequestError, r"on the CPU, found one on meta"),
+    ],
+)
+def test_what_can_never_be_right_is_refused_and_the_caller_goes_on(runtime, tokens, expert_ids, error, message):
+    with LayerCaller(runtime) as caller:
+        with pytest.raises(error, match=message):
+            caller.rows("l", tokens, expert_ids)
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+
+
+def test_a_layer_that_is_not_there_is_named(runtime):
+    with LayerCaller(runtime, ["l"]) as caller, pytest.raises(UnknownLayerError, match="expected one of the layers l"):
+        caller.rows("m", TOKENS, EXPERT_IDS)
+    with pytest.raises(UnknownLayerError, match="expected layers of the runtime, found k"):
+        LayerCaller(runtime, ["k", "l"])
+
+
+def test_an_expert_that_recovers_is_waited_for(runtime, plug_in):
+    plug_in.failing.add(2.0)
+    with LayerCaller(runtime, patience_s=30.0) as caller, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(caller.rows, "l", TOKENS, EXPERT_IDS)
+        while not caller.num_retried:
+            assert not call.done()
+        plug_in.failing.clear()
+        assert torch.equal(call.result(), ROWS)
+        # The two rows of that expert alone were asked for again.
+        assert caller.num_retried % 2 == 0
+        assert caller.counts()["l"] == [2, 2, 2]
+
+
+def test_an_expert_that_does_not_recover_is_named_when_patience_ends(runtime, plug_in):
+    plug_in.failing.add(2.0)
+    with LayerCaller(runtime, patience_s=0.2) as caller:
+        with pytest.raises(ExpertError, match=r"layer l: expert e1: .*licence server is gone.*; waited 0.2 s for it"):
+            caller.rows("l", TOKENS, EXPERT_IDS)
+        plug_in.failing.clear()
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+
+
+def test_rows_of_a_failed_expert_are_zeros_where_they_may_be_dropped(runtime, plug_in, caplog):
+    plug_in.failing.add(2.0)
+    expected = ROWS.clone()
+    expected[3] = expected[4] = 0.0
+    with LayerCaller(runtime, on_failure="drop") as caller:
+        for _ in range(2):
+            assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), expected)
+        assert (caller.num_dropped, caller.num_retried) == (4, 0)
+        assert caller.counts()["l"] == [4, 0, 4]
+    assert [record.levelname for record in caplog.records if "are zeros" in record.message] == ["WARNING"]
+
+
+def test_an_expert_that_hangs_is_given_up_after_the_layers_timeout(plug_in):
+    with serve(config(l=layer(timeout_ms=100)), ray=False) as runtime, LayerCaller(runtime, patience_s=0.3) as caller:
+        plug_in.opened.clear()
+        with pytest.raises(ExpertError, match=r"no answer within the layer's timeout_ms; waited"):
+            caller.rows("l", TOKENS, EXPERT_IDS)
+        plug_in.opened.set()
+
+
+def test_in_an_exact_layer_all_rows_of_the_failed_expert_are_sent_again(plug_in):
+    with serve(config(l=layer(exact=True)), ray=False) as runtime, LayerCaller(runtime) as caller:
+        tokens = TOKENS.clone()
+        asked = called_rows.RowsAsked.of(caller.layers["l"], tokens, EXPERT_IDS)
+        # The first of the two rows of expert 1: rows 3 and 4.
+        missing = torch.tensor([False, False, False, True, False, False])
+        assert asked.to_send_again(missing).tolist() == [3, 4]
+
+
+def test_a_runtime_that_is_closed_ends_the_wait(plug_in):
+    runtime = serve(config(l=layer()), ray=False)
+    plug_in.failing.add(2.0)
+    with LayerCaller(runtime) as caller, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(caller.rows, "l", TOKENS, EXPERT_IDS)
+        while not caller.num_retried:
+            assert not call.done()
+        runtime.close()
+        with pytest.raises(UnavailableError, match="runtime library: it was closed"):
+            call.result()
+        with pytest.raises(UnavailableError, match="runtime library: it was closed"):
+            caller.rows("l", TOKENS, EXPERT_IDS)
+
+
+def test_an_interrupted_call_leaves_the_caller_usable(runtime, monkeypatch):
+    with LayerCaller(runtime) as caller:
+        caller.rows("l", TOKENS, EXPERT_IDS)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(caller._calling), "poll", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                caller.rows("l", TOKENS, EXPERT_IDS)
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        assert caller.counts()["l"] == [4, 4, 4]
+
+
+def _interrupt(self, timeout_s):
+    raise KeyboardInterrupt
+
+
+def test_a_closed_caller_says_so_and_leaves_no_thread(runtime):
+    caller = LayerCaller(runtime)
+    caller.close()
+    caller.close()
+    with pytest.raises(UnavailableError, match="it was closed"):
+        caller.rows("l", TOKENS, EXPERT_IDS)
+    assert "moe-follow" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_caller_stays_in_its_process(runtime, take):
+    with LayerCaller(runtime) as caller, pytest.raises(InvalidRequestError, match="an attempt to copy or pickle it"):
+        take(caller)
+
+
+def test_a_caller_of_a_forked_process_says_where_it_belongs(runtime, monkeypatch):
+    with LayerCaller(runtime) as caller:
+        with monkeypatch.context() as patch:
+            patch.setattr("moe_runtime.launch.library.os.getpid", lambda: 1)
+            with pytest.raises(UnavailableError, match="found a fork of it, process 1"):
+                caller.rows("l", TOKENS, EXPERT_IDS)
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+
+
+def test_a_runtime_without_routers_has_no_address_and_shows_its_layers(runtime):
+    assert runtime.addresses == ()
+    with pytest.raises(UnavailableError, match=r"found router.replicas 0"):
+        _ = runtime.address
+    description = runtime.describe()
+    assert list(description["layers"]) == ["l", "m"]
+    assert description["layers"]["l"]["experts"][0]["replicas"][0]["state"] == "ready"
+    assert description["routers"] == []
+
+
+def test_a_layer_that_its_caller_routes_needs_a_runtime_without_routers(plug_in):
+    with pytest.raises(ConfigError, match=r"router.replicas: expected 0, since layer l has policy caller.*, found 1"):
+        serve(config(router={"replicas": 1}, l=layer()), ray=False)
+
+
+def test_a_layer_of_another_policy_may_be_called_as_well(plug_in):
+    with (
+        serve(config(l=layer(policy={"kind": "top_k", "k": 2})), ray=False) as runtime,
+        LayerCaller(runtime) as caller,
+    ):
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
