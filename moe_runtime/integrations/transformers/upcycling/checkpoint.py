@@ -114,8 +114,10 @@ def _locate(path: Path) -> Path:
             raise WeightsError(f"{path}: expected a checkpoint's folder or a GGUF file, found another file")
         return path
     found = sorted(path.glob("*.gguf"))
-    if (path / "config.json").exists() or not found:
+    if (path / "config.json").exists():
         return path
+    if not found:
+        raise WeightsError(f"{path}: expected a checkpoint's folder, found neither a config.json nor a GGUF file in it")
     if len(found) > 1:
         raise WeightsError(f"{path}: expected one GGUF file, found {len(found)}; name one: {found[0]}")
     return found[0]
@@ -127,7 +129,9 @@ def _check_target(target: Path, *, force: bool) -> None:
     was_made_here = (target / NOTE_NAME).is_file()
     if not force:
         hint = "; --force replaces it" if was_made_here else ""
-        raise ConfigError(f"{target}: expected no such folder, found one{hint}")
+        raise ConfigError(
+            f"{target}: expected nothing there, found {'a folder' if target.is_dir() else 'a file'}{hint}"
+        )
     if not was_made_here:
         raise ConfigError(f"{target}: expected a folder made by upcycling, to replace it; found no {NOTE_NAME} in it")
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from moe_runtime.errors import UnsupportedModelError, WeightsError
-from moe_runtime.integrations.transformers.upcycling.dense import EMBEDDING, read_config, read_model_type
+from moe_runtime.integrations.transformers.upcycling.dense import EMBEDDING, check_config_text, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +65,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
         WeightsError: If a file is missing, truncated or not what its index says.
     """
     text = _read_text(path / _CONFIG)
-    read_model_type(path, text)
+    check_config_text(path / _CONFIG, text)
     config = read_config(path / _CONFIG, lambda: AutoConfig.from_pretrained(path, local_files_only=True))
     _check_config(path, config)
     readers, files = _open_files(path)
