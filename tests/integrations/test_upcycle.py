@@ -123,6 +123,13 @@ def test_the_files_have_the_dtype_that_was_asked_for_or_the_dense_models(tmp_pat
         assert json.loads((moe / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
 
 
+def test_a_dtype_that_mixtures_cannot_have_has_to_be_said(llama_folder: Path, tmp_path: Path) -> None:
+    dense_models.change_config(llama_folder, dtype="float64")
+    with pytest.raises(ConfigError, match=r"dtype auto: expected float32, bfloat16 or float16, found torch\.float64"):
+        upcycle(llama_folder, tmp_path / "moe")
+    upcycle(llama_folder, tmp_path / "moe", Upcycling(dtype="float32"))
+
+
 def test_a_head_that_differs_from_the_embedding_it_should_be_tied_to_stays(tmp_path: Path) -> None:
     folder = dense_models.save(dense_models.llama(tie_word_embeddings=False), tmp_path / "dense")
     dense_models.change_config(folder, tie_word_embeddings=True)

@@ -20,7 +20,7 @@ from moe_runtime.integrations.transformers.upcycling.gguf_file import open_gguf
 from moe_runtime.integrations.transformers.upcycling.layouts import choose_layout
 from moe_runtime.integrations.transformers.upcycling.options import Upcycling
 from moe_runtime.integrations.transformers.upcycling.safetensors_folder import open_folder
-from moe_runtime.integrations.transformers.upcycling.shards import num_bytes, plan_shards, write_shards
+from moe_runtime.integrations.transformers.upcycling.shards import DTYPE_NAMES, num_bytes, plan_shards, write_shards
 from moe_runtime.integrations.transformers.upcycling.tensors import is_untied, plan_tensors
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _write(
     on_progress: Callable[[float], None] | None,
 ) -> None:
     folder.mkdir()
-    dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = _dtype(dense, options)
     tensors = plan_tensors(dense, layout, options)
     total = num_bytes(tensors, dtype)
     free = shutil.disk_usage(folder).free
@@ -168,6 +168,16 @@ def _write(
         if on_progress is not None:
             on_progress(written / total)
     _write_note(folder, dense, options)
+
+
+def _dtype(dense: DenseCheckpoint, options: Upcycling) -> torch.dtype:
+    if options.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
+    if dense.dtype not in DTYPE_NAMES:
+        raise ConfigError(
+            f"{dense.path}: dtype auto: expected float32, bfloat16 or float16, found {dense.dtype}; say one"
+        )
+    return dense.dtype
 
 
 def _write_note(folder: Path, dense: DenseCheckpoint, options: Upcycling) -> None:

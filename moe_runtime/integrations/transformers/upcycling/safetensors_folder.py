@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedConfig
 
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -76,7 +76,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
                 f"{path}: {name}: expected one of {', '.join(_FLOATS)}, found {view.get_dtype()}"
             )
     shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
-    dtype = config.dtype or _stored_dtype(path, readers)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(path, readers)
     return SafetensorsFolder(path, files, config=config, dtype=dtype, shapes=shapes, _readers=readers)
 
 
