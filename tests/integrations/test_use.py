@@ -62,7 +62,7 @@ def test_outside_the_name_is_an_error_that_says_what_to_do(path, model_class, ru
     with moe_hf.use(runtime):
         pass
     (path / "model.safetensors").unlink()  # nothing of it is read before
-    with pytest.raises(UnsupportedModelError, match=r"only where a runtime is used, .*MixtralForCausalLM.* use\(runtime"):
+    with pytest.raises(UnsupportedModelError, match=r"only where a runtime is used, .*MixtralForCausalLM.*use\(runtime"):
         model_class.from_pretrained(path, **OURS)
 
 

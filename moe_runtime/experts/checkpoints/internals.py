@@ -31,8 +31,8 @@ from transformers.core_model_loading import (  # noqa: E402
 )
 from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts as _ERNIE  # noqa: E402, N814
 from transformers.initialization import no_init_weights  # noqa: E402
-from transformers.integrations.moe import use_experts_implementation  # noqa: E402
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize  # noqa: E402
+from transformers.integrations.moe import use_experts_implementation  # noqa: E402
 from transformers.integrations.mxfp4 import Mxfp4Dequantize  # noqa: E402
 from transformers.quantizers.auto import AutoHfQuantizer  # noqa: E402
 
@@ -49,10 +49,10 @@ _SCALES = ("_scale_inv", "activation_scale", "_scales")
 _DEQUANTIZED = ("fp8", "mxfp4")
 
 
-def model_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The model without any memory for its parameters, in the configuration's dtype, in eval mode."""
+def model_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without any memory for its parameters, in eval mode."""
     with torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = model_class._from_config(deepcopy(config))
+        model: PreTrainedModel = model_class._from_config(deepcopy(config), dtype=dtype)
         model.eval()
     return model
 
@@ -74,9 +74,13 @@ class KeyMap:
 
     Args:
         model: The whole model, on the meta device.
+
+    Attributes:
+        tied: By the name of a parameter that is another one's, the name of that.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.tied: Mapping[str, str] = dict(model.all_tied_weights_keys)
         quantizer = _dequantizer(model.config)
         mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

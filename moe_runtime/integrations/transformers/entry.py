@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from moe_runtime.errors import ConfigError, UnsupportedModelError
 from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
@@ -246,5 +246,5 @@ def _dtype(wanted: str | torch.dtype, source: Source) -> torch.dtype:
 
 
 def _auto_class(path: str | Path) -> Any:
-    model_config = AutoConfig.from_pretrained(checkpoint_folder(path), local_files_only=True)
-    return AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+    checkpoint = open_checkpoint(checkpoint_folder(path))
+    return AutoModelForSeq2SeqLM if checkpoint.config.is_encoder_decoder else AutoModelForCausalLM
