@@ -219,15 +219,17 @@ def save(family: str, folder: Path, *, dtype: torch.dtype) -> None:
 def reference(family: str, folder: Path) -> PreTrainedModel:
     """The checkpoint's model in one process, with ``grouped_mm`` where the family has a choice.
 
-    Its experts' matrices are moved to memory that torch allocated. Those that transformers does not convert lie in the
-    file as it was mapped, at any multiple of 8 bytes, and the product of a matrix with one row depends on that.
+    Two things in which two equal models may differ in the last bits are made as they are with experts elsewhere. It is
+    frozen: torch takes other products for parameters that require a gradient. And its experts' matrices are in memory
+    that torch allocated: those that transformers does not convert lie where they lie in the file, at any multiple of 8
+    bytes, and the product of a matrix with one row depends on that.
     """
     _, model_class = tiny(family)
-    model = model_class.from_pretrained(folder)
+    model = model_class.from_pretrained(folder).requires_grad_(False)
     for path, holder in expert_modules(model).items():
         module = model.get_submodule(path)
-        if isinstance(holder, DecoratedFamily) and module.config._experts_implementation != "grouped_mm":
-            raise LookupError(f"{family}: expected grouped_mm to be what transformers takes")
+        if isinstance(holder, DecoratedFamily):
+            module.config._experts_implementation = "grouped_mm"
         for parameter in module.parameters():
             parameter.data = parameter.data.clone()
     return model

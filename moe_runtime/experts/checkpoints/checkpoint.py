@@ -18,6 +18,7 @@ from moe_runtime.experts.checkpoints.folder import check_folder, file_of_each_ke
 from moe_runtime.experts.checkpoints.internals import model_class_named, model_on_meta
 from moe_runtime.experts.checkpoints.plan import ParameterPlan, plan_parameters
 from moe_runtime.experts.checkpoints.reader import ShardReader
+from moe_runtime.experts.weights_memory import WEIGHTS_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,9 +126,15 @@ class Checkpoint:
         self.layer(module)
         with self._lock:
             if module not in self._bare:
-                single = self.families[module].single(self.model.get_submodule(module))
-                self._bare[module] = single.eval().requires_grad_(False)
+                self._bare[module] = self._single(module)
         return twin_on_meta(self._bare[module])
+
+    def _single(self, module: str) -> nn.Module:
+        single = self.families[module].single(self.model.get_submodule(module))
+        for name, _ in single.named_buffers():
+            # Nothing says where its values come from.
+            raise UnsupportedModelError(f"{module}: expected experts with parameters alone, found the buffer {name!r}")
+        return single.eval().requires_grad_(False)
 
     def expert(self, module: str, index: int, *, dtype: torch.dtype | None = None) -> nn.Module:
         """One expert, with its parameters read from the checkpoint, on the CPU.
@@ -158,7 +165,8 @@ class Checkpoint:
             for name, rows in owned.items():
                 owner, _, parameter = name.rpartition(".")
                 holder = bare.get_submodule(owner)
-                tensor = torch.empty_like(holder.get_parameter(parameter), device="cpu", requires_grad=False)
+                like = holder.get_parameter(parameter)
+                tensor = WEIGHTS_MEMORY.empty(like.shape, like.dtype)
                 plan = self.plan[f"{module}.{rows.parameter}"]
                 fill(Destination(tensor, holder, parameter), plan, reader, rows=rows.rows)
                 holder._parameters[parameter] = torch.nn.Parameter(tensor, requires_grad=False)
