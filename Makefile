@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest --durations=15
 BENCH = $(BIN)/moe-runtime bench $(if $(QUICK),--quick) $(if $(JSON),--json $(JSON))
-SUITES := exchange layer peers routers service scale skew wire
+SUITES := exchange layer peers routers service scale skew transformers wire
 RESULTS ?= benchmarks/results
 BENCH_STAMP := $(VENV)/.installed-bench
 HIVEMIND_VENV := .venv-hivemind

@@ -46,7 +46,7 @@ class PlugInError(ConfigError):
 
 
 class UnsupportedModelError(ConfigError):
-    """A Hugging Face model without experts, of a family whose experts cannot live in actors, or used as it cannot be."""
+    """A Hugging Face model without experts, with experts that cannot live in actors, or used as it cannot be."""
 
 
 class WeightsError(ConfigError):

@@ -131,6 +131,19 @@ def _killed(rows: Sequence[JsonRow]) -> Finding | None:
     return Finding(f"{median_ms:.3g} ms median, {worst_ms:.3g} ms at worst", worst_ms < 100)
 
 
+def _speed_at_least(bound: float, **case: Any) -> Callable[..., Finding | None]:
+    """Whether every model generates fast enough."""
+
+    def judge(rows: Sequence[JsonRow]) -> Finding | None:
+        speeds = {row["case"]["model"]: 1 / row["ratio"] for row in _where(rows, **case)}
+        if not speeds:
+            return None
+        text = ", ".join(f"{speed:.2f} {model.split(',')[0]}" for model, speed in speeds.items())
+        return Finding(text, min(speeds.values()) >= bound)
+
+    return judge
+
+
 def _cheap_routers(rows: Sequence[JsonRow]) -> Finding | None:
     """Every policy but the one that solves an assignment problem over the batch."""
     found = [row for row in _where(rows, peer=BARE) if row["case"]["policy"] not in BALANCED]
@@ -162,5 +175,11 @@ AIMS = (
     Aim("`service`, 16 clients of 16 tokens, share of the library mode", "80 %", "service", _share_of_library_mode),
     Aim("`scale`, messages per batch", "one per host", "scale", _one_message_per_host),
     Aim("`scale`, growth of the router's time", "that of tokens + hosts", "scale", _router_time),
+    Aim("`transformers`, decoding at batch 1, share of one process's speed", "0.95", "transformers",
+        _speed_at_least(0.95, phase="decode", batch=1)),
+    Aim("`transformers`, decoding at batch 16, times one process's speed", "1.2", "transformers",
+        _speed_at_least(1.2, phase="decode", batch=16)),
+    Aim("`transformers`, prefill, times one process's speed", "1.2", "transformers",
+        _speed_at_least(1.2, phase="prefill")),
     Aim("`wire`, killed process known", "under 100 ms", "wire", _killed),
 )  # fmt: skip

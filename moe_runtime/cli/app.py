@@ -220,6 +220,11 @@ def status(  # noqa: PLR0913  # each argument is an option
         list[str] | None,
         typer.Option(metavar="HOST:PORT", help=f"A router's address; may be given again. [default: {DEFAULT_ADDRESS}]"),
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Instead, what the controller of this runtime on a cluster says."),
+    ] = None,
+    ray_address: JoinedCluster = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for each router.")] = 5.0,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, with rates, until Ctrl-C.")] = False,
@@ -236,8 +241,13 @@ def status(  # noqa: PLR0913  # each argument is an option
     """Show the layers, experts, routers and load of a running runtime."""
     connection = Connection(token_file, ca=ca, cert=cert, key=key, tls=tls, insecure=insecure)
     from moe_runtime.cli.router_views import ask_routers
-    from moe_runtime.cli.status import print_json, print_tables
+    from moe_runtime.cli.status import print_json, print_runtime, print_tables
 
+    if name is not None:
+        if address or watch:
+            raise typer.BadParameter("expected --name alone, found --address or --watch beside it")
+        print_runtime(name, ray_address=ray_address, as_json=as_json, console=stdout_console())
+        return
     addresses = tuple(address or [DEFAULT_ADDRESS])
     if watch:
         if as_json:

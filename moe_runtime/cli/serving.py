@@ -153,23 +153,29 @@ def print_welcome(
     """Print where a runtime serves and what to do next.
 
     Args:
-        addresses: Of its routers.
+        addresses: Of its routers; none where it has none.
         layers: Its layers' names.
         console: Where to.
         last: What a last line says, and of what: how the runtime is ended.
         config: The configuration, or the manifest of a bundle.
     """
-    target = addresses[0] if len(addresses) == 1 else list(addresses)
-    options = " ".join(f"--address {address}" for address in addresses)
-    lines = (
-        f"serving {', '.join(layers)} at {', '.join(addresses)}",
-        f"  status:  moe-runtime status {options}",
-        f'  Python:  moe_runtime.MoEClient({target!r}).forward(inputs, layer="{layers[0]}")',
-        *_what_calls_need(config),
-        f"  {last[0] + ':':<9}{last[1]}",
-    )
+    end = f"  {last[0] + ':':<9}{last[1]}"
+    if addresses:
+        lines = [*_for_clients(addresses, layers[0]), *_what_calls_need(config), end]
+        lines.insert(0, f"serving {', '.join(layers)} at {', '.join(addresses)}")
+    else:
+        lines = [f"serving {', '.join(layers) or 'no layer yet'} to programs that use it as a library", end]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _for_clients(addresses: Sequence[str], layer: str) -> list[str]:
+    target = addresses[0] if len(addresses) == 1 else list(addresses)
+    options = " ".join(f"--address {address}" for address in addresses)
+    return [
+        f"  status:  moe-runtime status {options}",
+        f'  Python:  moe_runtime.MoEClient({target!r}).forward(inputs, layer="{layer}")',
+    ]
 
 
 def _what_calls_need(config: Path) -> list[str]:

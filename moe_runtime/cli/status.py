@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from moe_runtime.cli.status_tables import status_tables
+from moe_runtime.cli.status_tables import runtime_tables, status_tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +17,23 @@ def print_json(routers: tuple[RouterView, ...], *, console: Console) -> None:
     """Print everything that the routers say, as one JSON document."""
     document = {"routers": [vars(router) for router in routers]}
     console.print(json.dumps(document, indent=2), markup=False, soft_wrap=True)
+
+
+def print_runtime(name: str, *, ray_address: str | None, as_json: bool, console: Console) -> None:
+    """Print what a runtime's controller says of it; of one without routers nobody else knows more.
+
+    Raises:
+        StartError: If there is no such cluster, or no runtime of this name on it.
+    """
+    from moe_runtime.launch.runtime import attach
+
+    with attach(name, ray_address=ray_address) as runtime:
+        description = runtime.describe()
+    if as_json:
+        console.print(json.dumps(description, indent=2), markup=False, soft_wrap=True)
+        return
+    for table in runtime_tables(description):
+        console.print(table)
 
 
 def print_tables(routers: tuple[RouterView, ...], *, console: Console) -> None:

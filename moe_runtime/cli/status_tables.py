@@ -44,6 +44,23 @@ def status_tables(routers: Sequence[RouterView | Silence]) -> Iterator[Renderabl
             yield Padding(Text("\n".join(notes)), (0, 0, 1, 2))
 
 
+def runtime_tables(description: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Hosts, programs that route for themselves, and each layer with its experts; what is counted, they count."""
+    hosts = Table(
+        "host", "state", "node", "pid", "restarts", title=f"runtime {description['name']}", title_justify="left"
+    )
+    for host in description["hosts"]:
+        counts = [str(host["pid"]), str(host["num_restarts"])]
+        hosts.add_row(host["host_id"], _styled(host["state"]), host["node"] or "", *counts)
+    yield hosts
+    callers = Table("program", "node", "oldest table", title="programs", title_justify="left")
+    for caller in description["callers"]:
+        callers.add_row(f"pid {caller['pid']}", caller["node"], f"v{caller['oldest_table_version']}")
+    yield callers
+    for name, layer in description["layers"].items():
+        yield _layer_table(name, layer, [])
+
+
 def _reasons(layer: Mapping[str, Any]) -> Iterator[str]:
     """A line per replica that says why it is in its state."""
     for expert in layer["experts"]:

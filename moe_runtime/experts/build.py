@@ -148,9 +148,9 @@ def _initial_version(module: nn.Module, spec: ExpertSpec) -> str:
 def _check_may_have_weights(module: nn.Module, spec: ExpertSpec) -> None:
     if spec.weights is None or not isinstance(module, DistantExpert | StoredExpert):
         return
-    owner = "another layer computes" if isinstance(module, DistantExpert) else "its options name the weights of"
+    owner = "rows another layer computes" if isinstance(module, DistantExpert) else "options name its weights"
     raise WeightsError(
-        f"{spec.where}.weights: expected none for kind {spec.kind!r}, whose rows {owner}, found {spec.weights}"
+        f"{spec.where}.weights: expected none for kind {spec.kind!r}, whose {owner}, found {spec.weights}"
     )
 
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from moe_runtime.service.layer import RoutedLayer
     from moe_runtime.service.routing_table import RoutingTable
 
-#: Rows of one batch, unless the layer is exact; what two batches of this size hold a host may have unanswered.
-MAX_BATCH_BYTES = 96 << 20
+#: Rows of one batch, unless the layer is exact: of two such batches, most lie in memory shared with hosts of this node.
+MAX_BATCH_BYTES = 48 << 20
 #: The weights are the caller's: these are never looked at.
 _NO_RULE = WeightRule(normalize="none")
 _ONE = torch.ones(1)
@@ -108,8 +108,13 @@ class RowsAsked:
         """
         if self.layer.exact:
             experts = self.expert_ids.reshape(-1)
-            missing = torch.isin(experts, experts[missing].unique())
+            missing = torch.isin(experts, experts[missing])
         return missing.nonzero().squeeze(1)
+
+    def may_be_served(self, missing: Tensor, table: RoutingTable) -> bool:
+        """Whether some of the missing rows, bool ``(num_rows,)``, have an expert with a usable replica."""
+        experts = torch.bincount(self.expert_ids.reshape(-1)[missing]).nonzero().flatten().tolist()
+        return any(table.usable(self.layer.name, expert_id) for expert_id in experts)
 
     def check_size(self, table: RoutingTable) -> None:
         """Check that every host's share of an exact layer's only batch fits into a message.

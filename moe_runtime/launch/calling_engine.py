@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from moe_runtime.errors import MoERuntimeError, UnavailableError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+#: Hosts, and news, end the wait; this only bounds it.
+POLL_S = 1.0
 _NEWS_TIMEOUT_S = 2.0
 #: While an older table is in use: the runtime waits to hear that it no longer is.
 _NEWS_TIMEOUT_IN_USE_S = 0.2
@@ -98,6 +101,27 @@ class CallingEngine:
         if self._news or self._end is not None:
             self.catch_up()
         return results
+
+    def serve(self, batch: Batch) -> BatchResult:
+        """The result of one batch, where nothing else is under way.
+
+        Raises:
+            UnavailableError: If the runtime has ended.
+        """
+        batch_id = self.submit(batch)
+        while True:
+            for result in self.poll(POLL_S):
+                if result.batch_id == batch_id:
+                    return result
+
+    def await_table(self, *, newer_than: int, until: float) -> None:
+        """Drive the engine until it has a table newer than a version, or until a time of ``time.monotonic``.
+
+        Raises:
+            UnavailableError: If the runtime has ended.
+        """
+        while self._engine.table.version <= newer_than and (left_s := until - time.monotonic()) > 0:
+            self.poll(left_s)
 
     def catch_up(self) -> None:
         """Follow the news that have come.

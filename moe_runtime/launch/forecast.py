@@ -61,8 +61,7 @@ class ActorForecast:
         node: Name of its node; None where it has no place.
         device: ``cpu``, or the GPUs that it gets there.
         weights_bytes: Parameters and buffers of its experts.
-        tokens: Assignments that it gets per token of the layer, where the gate prefers nobody; of a router, its share
-            of all tokens. Of a host of several layers, per token of each of them.
+        tokens: Assignments per token of its layers, where the gate prefers nobody; of a router, its share of tokens.
         loads: The same by layer; empty for a router.
     """
 
@@ -184,8 +183,8 @@ def _hosts(specs: Sequence[HostSpec], recipe: RouterRecipe, placement: Placement
             node=None if (place := placement.places.get(spec.host_id)) is None else place.node,
             device=_device(spec, place),
             weights_bytes=sum(_weights_bytes(hosted.spec, sizes) for hosted in spec.experts),
-            tokens=sum(of_layers(spec).values()),
-            loads=of_layers(spec),
+            tokens=sum((own := of_layers(spec)).values()),
+            loads=own,
         )
         for spec in specs
     )

@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 
 from moe_runtime.errors import (
-    ExpertError,
     InvalidRequestError,
     MoERuntimeError,
-    PoisonedRequestError,
     UnavailableError,
     UnknownLayerError,
 )
-from moe_runtime.launch.called_rows import RowsAsked, missing_of
-from moe_runtime.launch.calling_engine import CallingEngine
+from moe_runtime.launch.called_rows import RowsAsked
+from moe_runtime.launch.calling_engine import POLL_S, CallingEngine
+from moe_runtime.launch.completion import Completion, Unanswered
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Mapping
     from types import TracebackType
 
     from torch import Tensor
 
     from moe_runtime.launch.served import Runtime
-    from moe_runtime.service.batch import BatchResult
     from moe_runtime.service.layer import RoutedLayer
 
-_LOG = logging.getLogger(__name__)
-
-_POLL_S = 1.0
 _MAX_UNDER_WAY = 2
 #: How long a layer that was added may take to be known here.
 _NEW_LAYER_S = 2.0
-#: Between two attempts, where no newer table comes.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
 OnExpertFailure = Literal["wait", "drop"]
 
@@ -51,10 +42,6 @@ class LayerCaller:
 
     One engine in this process routes for all of them, with one message per host that a call touches. Calls may come
     from any thread, and are served one after the other. Belongs to the process that made it.
-
-    Attributes:
-        num_dropped: Rows that no expert answered, and that are zeros therefore.
-        num_retried: Rows that were asked for again.
     """
 
     def __init__(
@@ -83,21 +70,29 @@ class LayerCaller:
             raise InvalidRequestError(f"on_failure: expected wait or drop, found {on_failure!r}")
         self._runtime = runtime
         self._only = None if layers is None else frozenset(layers)
-        self._waits = on_failure == "wait"
         self._start_timeout_s = runtime.start_timeout_s
-        self._patience_s = self._start_timeout_s if patience_s is None else patience_s
+        self._completion = Completion(
+            waits=on_failure == "wait", patience_s=self._start_timeout_s if patience_s is None else patience_s
+        )
         self._lock = threading.Lock()
         self._pid = os.getpid()
-        self._warned: set[str] = set()
         self._counts: dict[str, list[int]] = {}
         self._is_closed = self._is_broken = False
-        self.num_dropped = 0
-        self.num_retried = 0
         self._calling: CallingEngine | None = self._join()
         unknown = sorted((self._only or frozenset()).difference(self._calling.layers))
         if unknown:
             self.close()
             raise UnknownLayerError(f"expected layers of the runtime, found {', '.join(unknown)}")
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that no expert answered, and that are zeros therefore."""
+        return self._completion.num_dropped
+
+    @property
+    def num_retried(self) -> int:
+        """Rows that were asked for again."""
+        return self._completion.num_retried
 
     @property
     def layers(self) -> Mapping[str, RoutedLayer]:
@@ -193,11 +188,11 @@ class LayerCaller:
         if not asked.fits_one_batch:
             return self._rows_of_parts(calling, asked)
         asked.check_size(calling.engine.table)
-        result = _serve(calling, asked)
-        # Autograd and in-place operations refuse tensors that were made in inference mode.
-        rows = result.outputs.clone()
+        result = calling.serve(asked.batch())
+        # Autograd and in-place operations refuse tensors that were made in inference mode, except within it.
+        rows = result.outputs if torch.is_inference_mode_enabled() else result.outputs.clone()
         if result.failures is not None:
-            self._complete(calling, [_Unanswered(asked, result, rows)])
+            self._completion.complete(calling, [Unanswered(asked, result, rows)])
         return rows
 
     def _rows_of_parts(self, calling: CallingEngine, asked: RowsAsked) -> Tensor:
@@ -210,102 +205,25 @@ class LayerCaller:
                 part = waiting.popleft()
                 under_way[calling.submit(part.batch())] = part, rows[start : start + part.num_rows]
                 start += part.num_rows
-            for result in calling.poll(_POLL_S):
+            for result in calling.poll(POLL_S):
                 part, place = under_way.pop(result.batch_id)
                 place.copy_(result.outputs)
                 if result.failures is not None:
-                    unanswered.append(_Unanswered(part, result, place))
-        self._complete(calling, unanswered)
+                    unanswered.append(Unanswered(part, result, place))
+        self._completion.complete(calling, unanswered)
         return rows
-
-    def _complete(self, calling: CallingEngine, unanswered: Iterable[_Unanswered]) -> None:
-        """Get the rows that are missing, or leave zeros."""
-        deadline = time.monotonic() + self._patience_s
-        for each in unanswered:
-            missing = missing_of(each.result)
-            if missing is None:
-                continue
-            if self._waits:
-                self._ask_again(calling, each, missing, deadline=deadline)
-            else:
-                self._drop(each, int(missing.sum()))
-
-    def _ask_again(self, calling: CallingEngine, each: _Unanswered, missing: Tensor, *, deadline: float) -> None:
-        asked, result, pause_s = each.asked, each.result, _FIRST_PAUSE_S
-        while True:
-            for error in result.errors.values():
-                if isinstance(error, PoisonedRequestError):
-                    raise error
-            if time.monotonic() >= deadline:
-                raise ExpertError(f"{_failure(asked.layer, result)}; waited {self._patience_s:g} s for it")
-            until = min(deadline, time.monotonic() + pause_s)
-            _await_table(calling, newer_than=result.table_version, until=until)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            places = asked.to_send_again(missing)
-            self.num_retried += len(places)
-            result = _serve(calling, asked.only(places))
-            each.rows[places] = result.outputs
-            still = missing_of(result)
-            if still is None:
-                return
-            missing = torch.zeros_like(missing)
-            missing[places[still]] = True
-
-    def _drop(self, each: _Unanswered, num_rows: int) -> None:
-        self.num_dropped += num_rows
-        name = each.asked.layer.name
-        if name not in self._warned:
-            self._warned.add(name)
-            _LOG.warning(
-                "%s; %d rows are zeros, and so may others be from now on",
-                _failure(each.asked.layer, each.result),
-                num_rows,
-            )
 
     def _layer(self, calling: CallingEngine, name: str) -> RoutedLayer:
         layer = calling.layers.get(name)
         until = time.monotonic() + _NEW_LAYER_S
         while layer is None and (self._only is None or name in self._only) and time.monotonic() < until:
             # It may have been added just now.
-            _await_table(calling, newer_than=calling.engine.table.version, until=until)
+            calling.await_table(newer_than=calling.engine.table.version, until=until)
             layer = calling.layers.get(name)
         if layer is None:
             known = ", ".join(sorted(calling.layers)) or "none"
             raise UnknownLayerError(f"expected one of the layers {known}, found {name!r}")
         return layer
-
-
-@dataclass(frozen=True, eq=False)
-class _Unanswered:
-    """A batch of which rows may be missing, and where its rows are to be."""
-
-    asked: RowsAsked
-    result: BatchResult
-    rows: Tensor
-
-
-def _serve(calling: CallingEngine, asked: RowsAsked) -> BatchResult:
-    """The result of one batch, while nothing else is under way."""
-    batch_id = calling.submit(asked.batch())
-    while True:
-        for result in calling.poll(_POLL_S):
-            if result.batch_id == batch_id:
-                return result
-
-
-def _await_table(calling: CallingEngine, *, newer_than: int, until: float) -> None:
-    """Drive the engine until it has a newer table, or the time is over."""
-    while calling.engine.table.version <= newer_than and (left_s := until - time.monotonic()) > 0:
-        calling.poll(left_s)
-
-
-def _failure(layer: RoutedLayer, result: BatchResult) -> str:
-    """Which expert failed last, and why, in words."""
-    failures = result.failures
-    if failures is None or not failures.attempts:
-        return f"layer {layer.name}: an expert gave no answer"
-    last = failures.attempts[-1]
-    return f"layer {layer.name}: expert {layer.experts[last.expert_id].name}: {last.reason}"
 
 
 def _counted(calling: CallingEngine) -> dict[str, list[int]]:

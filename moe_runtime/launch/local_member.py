@@ -46,7 +46,9 @@ class RoutesBoard:
     def await_let_go(self, version: int, *, timeout_s: float) -> bool:
         """Whether no member uses a table older than this version; waits up to ``timeout_s`` for it."""
         with self._changed:
-            return self._changed.wait_for(lambda: min(self._uses.values(), default=version) >= version, timeout_s)
+            return self._changed.wait_for(
+                lambda: all(not used or used >= version for used in self._uses.values()), timeout_s
+            )
 
     def news(self, member: LocalMember, *, known: int, oldest_used: int, timeout_s: float) -> Routes | None:
         """Routes with a newer table than the known one, for a member."""

@@ -107,9 +107,10 @@ def clean_node(name: str) -> Cleaned:
 
 def _tear_down(name: str, drain_timeout_s: float, on_step: Callable[[str], None]) -> TornDown:
     # Not before: Ray reads how to authenticate when it is imported.
+    from moe_runtime.ray_backend.ending import end_actors, has_actors
     from moe_runtime.ray_backend.node_calls import ask_nodes
     from moe_runtime.ray_backend.nodes import living_nodes
-    from moe_runtime.ray_backend.session import attach, end_actors, has_actors
+    from moe_runtime.ray_backend.session import attach
 
     ran = has_actors(name)
     all_answered = True

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import UnavailableError
-from moe_runtime.ray_backend.plan import CallerNews
+from moe_runtime.ray_backend.caller_notes import CallerNews
 from moe_runtime.ray_backend.spawner import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from moe_runtime.ray_backend.plan import CallerNote, Snapshot
+    from moe_runtime.ray_backend.caller_notes import CallerNote
+    from moe_runtime.ray_backend.plan import Snapshot
     from moe_runtime.ray_backend.spawner import AsyncClock
 
 _LOG = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ class Callers:
         if note.public_key is not None and note.public_key not in snapshot.caller_keys:
             return None
         routers = snapshot.plan.routers
-        factory = None if routers.revision == note.revision else routers.factory
+        factory = routers.factory if not note.known or routers.revision != note.revision else None
         return CallerNews(snapshot.table, routers.revision, factory)
 
 

@@ -24,10 +24,11 @@ from moe_runtime.ray_backend.seat import Tools
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable
 
+    from moe_runtime.ray_backend.caller_notes import CallerNews, CallerNote
     from moe_runtime.ray_backend.changes import Restarted, RestartTerms
     from moe_runtime.ray_backend.fleet import Keeper
     from moe_runtime.ray_backend.host_keeper import HostKeeper
-    from moe_runtime.ray_backend.plan import CallerNews, CallerNote, RuntimePlan
+    from moe_runtime.ray_backend.plan import RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
     from moe_runtime.ray_backend.spawner import AsyncClock, Spawner
     from moe_runtime.service.routing_table import RoutingTable

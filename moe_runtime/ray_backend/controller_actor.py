@@ -21,8 +21,9 @@ from moe_runtime.ray_backend.spawner import LoopClock
 from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
+    from moe_runtime.ray_backend.caller_notes import CallerNews, CallerNote
     from moe_runtime.ray_backend.changes import Restarted, RestartTerms
-    from moe_runtime.ray_backend.plan import CallerNews, CallerNote, RoutersPlan, RuntimePlan
+    from moe_runtime.ray_backend.plan import RoutersPlan, RuntimePlan
     from moe_runtime.ray_backend.roll import Upgraded
     from moe_runtime.service.routing_table import RoutingTable
 

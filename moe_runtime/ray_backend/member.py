@@ -14,7 +14,8 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from moe_runtime.errors import StartError, UnavailableError
-from moe_runtime.ray_backend.plan import CallerNews, CallerNote, Failure
+from moe_runtime.ray_backend.caller_notes import CallerNews, CallerNote
+from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.service.membership import Routes
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ _LOG = logging.getLogger(__name__)
 
 _FIRST_POLL_S = 0.05
 _LONGEST_POLL_S = 1.0
-_CALLERS_POLL_S = 0.1
 
 
 class StrayHost:
@@ -101,12 +100,13 @@ class Retirement:
 
     async def _await_callers(self, version: int, let_go_s: float) -> None:
         """Return when no program needs a table older than this version; in the end, leave those alone that do."""
-        deadline = self._clock.now() + let_go_s
+        deadline, poll_s = self._clock.now() + let_go_s, _FIRST_POLL_S
         while late := self._board.callers.late(version):
             if self._clock.now() >= deadline:
                 _LOG.warning("ending hosts that are still used by %s", ", ".join(late))
                 return
-            await self._clock.sleep(_CALLERS_POLL_S)
+            await self._clock.sleep(poll_s)
+            poll_s = min(2 * poll_s, _LONGEST_POLL_S)
 
     async def _late_routers(self, version: int) -> list[RouterKeeper]:
         """Routers with requests that an older table serves. One that does not run has none."""

@@ -13,18 +13,18 @@ from weakref import WeakSet
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
-from moe_runtime.errors import AlreadyRunningError, ConfigError, MoERuntimeError, PlacementError, StartError
-from moe_runtime.ray_backend.controller_actor import ControllerActor
+from moe_runtime.errors import ConfigError, MoERuntimeError, PlacementError, StartError
 from moe_runtime.ray_backend.depot import start_depot
+from moe_runtime.ray_backend.ending import end_actors
 from moe_runtime.ray_backend.head_watch import HeadWatch, patience_s
 from moe_runtime.ray_backend.member import RayMember
-from moe_runtime.ray_backend.names import NAMESPACE, controller_name
+from moe_runtime.ray_backend.names import controller_name
 from moe_runtime.ray_backend.node_watch import RayView
-from moe_runtime.ray_backend.nodes import on_head
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.ray_backend.ports import check_ports
-from moe_runtime.ray_backend.ray_spawner import actor_names, find_actor
+from moe_runtime.ray_backend.ray_spawner import find_actor
 from moe_runtime.ray_backend.roll import ChangedMeanwhileError
+from moe_runtime.ray_backend.starting import await_start, create_controller
 from moe_runtime.ray_backend.whereabouts import locate
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ _PROGRESS_EVERY_S = 0.2
 _POLL_EVERY_S = 0.05
 #: Beyond what the controller allows itself.
 _SPARE_S = 30.0
-_GONE_WITHIN_S = 10.0
 _ERRORS: dict[str, type[MoERuntimeError]] = {
     each.__name__: each for each in (ChangedMeanwhileError, ConfigError, PlacementError)
 }
@@ -267,7 +266,7 @@ def launch(
             check_ports(plan.routers.address, plan.routers.count)
         if depot is not None:
             start_depot(plan.name, depot)
-        failure = _await_start(controller, plan, on_progress)
+        failure = await_start(controller, plan, on_progress)
         if failure is not None:
             raise (PlacementError if failure.error == PlacementError.__name__ else StartError)(failure.message)
         return RaySession(controller, name=plan.name, renews_lease=plan.lease_s is not None)
@@ -286,60 +285,3 @@ def attach(name: str) -> RaySession:
     if controller is None:
         raise StartError(f"runtime {name}: expected it to run on this cluster, found no controller of that name")
     return RaySession(controller, name=name, renews_lease=False)
-
-
-def has_actors(name: str) -> bool:
-    """Whether any actor of a runtime is there."""
-    return bool(actor_names(name))
-
-
-def end_actors(name: str, *, but: str | None = None) -> None:
-    """Kill every actor of a runtime, the controller first, and wait until their names are free."""
-    deadline = time.monotonic() + _GONE_WITHIN_S
-    while names := [actor for actor in actor_names(name) if actor != but]:
-        # The controller first: it would replace the others.
-        for actor_name in sorted(names, key=lambda actor: actor != controller_name(name)):
-            actor = find_actor(actor_name)
-            if actor is not None:
-                ray.kill(actor, no_restart=True)
-        if time.monotonic() > deadline:
-            _LOG.warning("runtime %s: still there after %g s: %s", name, _GONE_WITHIN_S, ", ".join(names))
-            return
-        time.sleep(_POLL_EVERY_S)
-
-
-def create_controller(plan: RuntimePlan) -> Any:
-    """The controller of a plan, as a detached actor that has still to be told to start.
-
-    Raises:
-        AlreadyRunningError: If a runtime of this name is there.
-    """
-    name = controller_name(plan.name)
-    options = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1, **on_head()}
-    taken = f"runtime {plan.name}: one of this name is running on the cluster; close it, or choose another name"
-    if find_actor(name) is not None:
-        raise AlreadyRunningError(taken)
-    try:
-        return ray.remote(ControllerActor).options(name=name, **options).remote(plan)
-    except ValueError as exc:
-        # Somebody was faster: the name is what decides.
-        raise AlreadyRunningError(taken) from exc
-
-
-def _await_start(controller: Any, plan: RuntimePlan, on_progress: Callable[[int, int], None] | None) -> Failure | None:
-    starting = controller.start.remote()
-    deadline = time.monotonic() + 2 * plan.start_timeout_s + _SPARE_S
-    try:
-        while not ray.wait([starting], timeout=_PROGRESS_EVERY_S)[0]:
-            if time.monotonic() > deadline:
-                raise StartError(f"runtime {plan.name}: its controller has not answered in time")
-            if on_progress is not None:
-                num_ready, num_actors = ray.get(controller.progress.remote(), timeout=_SPARE_S)
-                on_progress(num_ready, num_actors)
-        failure: Failure | None = ray.get(starting)
-    except RayError as exc:
-        raise StartError(f"runtime {plan.name}: its controller died: {exc}") from exc
-    if on_progress is not None and failure is None:
-        num_actors = len(plan.hosts) + plan.routers.count
-        on_progress(num_actors, num_actors)
-    return failure

@@ -10,9 +10,10 @@ from ray.exceptions import RayError
 
 from moe_runtime.errors import AlreadyRunningError, StartError
 from moe_runtime.ray_backend.deployment import Phase
+from moe_runtime.ray_backend.ending import end_actors
 from moe_runtime.ray_backend.names import controller_name
 from moe_runtime.ray_backend.ray_spawner import find_actor
-from moe_runtime.ray_backend.session import RaySession, attach, end_actors
+from moe_runtime.ray_backend.session import RaySession, attach
 
 if TYPE_CHECKING:
     from collections.abc import Callable

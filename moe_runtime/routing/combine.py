@@ -128,7 +128,7 @@ def rows_by_choice(expert_outputs: Tensor, plan: DispatchPlan, *, served: Tensor
     if served is not None:
         # Rows that nobody answered hold anything, NaN included.
         expert_outputs = expert_outputs.where(_as_column(served, expert_outputs.dim()), 0.0)
-    return Combined(outputs=expert_outputs[plan.rows_by_token], plan=plan, served=served)
+    return Combined(outputs=expert_outputs.index_select(0, plan.rows_by_token), plan=plan, served=served)
 
 
 @dataclass(frozen=True)

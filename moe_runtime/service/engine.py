@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-import torch
-
-from moe_runtime.experts.outputs import non_finite_rows
-from moe_runtime.routing.combine import combine, rows_by_choice
 from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.service.attempts import Attempt, Attempts
 from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
+from moe_runtime.service.finishing import combined_of, overflowed
 from moe_runtime.service.flight import Flight
 from moe_runtime.service.gathering import gather_messages
 from moe_runtime.service.hedging import Hedging
+from moe_runtime.service.inference import without_gradients
 from moe_runtime.service.lineup import Lineup
 from moe_runtime.service.ports import HostLost, MonotonicClock
 from moe_runtime.service.recovery import Recovery
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_runtime.routing.assignments import DispatchPlan
-    from moe_runtime.routing.combine import Combined
     from moe_runtime.service.batch import Batch
     from moe_runtime.service.dispatch import HostMessage, PlannedSegment
     from moe_runtime.service.layer import RoutedLayer
@@ -114,7 +111,7 @@ class RouterEngine:
         lineups = (self.lineup, *self._replaced)
         return min([each.table.version for each in lineups] + [each.table.version for each in self._flights.values()])
 
-    @torch.inference_mode()
+    @without_gradients
     def submit(self, batch: Batch, lineup: Lineup | None = None) -> int:
         """Route a batch, by the present line-up or a replaced one, and send its rows to the experts.
 
@@ -127,7 +124,7 @@ class RouterEngine:
         self._dispatch(flight)
         return flight.batch_id
 
-    @torch.inference_mode()
+    @without_gradients
     def poll(self, timeout_s: float) -> list[BatchResult]:
         """Finished batches; waits up to ``timeout_s`` for hosts, less when one is done or the transport is woken."""
         for event in self._transport.poll(self._patience(timeout_s)):
@@ -259,7 +256,7 @@ class RouterEngine:
 
     def _finish(self, flight: Flight) -> BatchResult:
         layer, answered_at = flight.layer, self._clock.now()
-        combined = _combined(flight)
+        combined = combined_of(flight)
         times = StageTimes(
             gate_s=flight.gate_s,
             experts_s=answered_at - flight.dispatched_at,
@@ -273,22 +270,7 @@ class RouterEngine:
             table_version=flight.table.version,
             times=times,
             failures=flight.failures,
-            overflowed=None if layer.allow_non_finite else non_finite_rows(combined.outputs),
+            overflowed=overflowed(flight, combined),
         )
         flight.stats.count_batch(result)
         return result
-
-
-def _combined(flight: Flight) -> Combined:
-    layer, rows, plan, served = flight.layer, flight.expert_rows.collect(), flight.present_plan(), flight.served()
-    if flight.batch.assignments is not None:
-        return rows_by_choice(rows, plan, served=served)
-    return combine(
-        flight.batch.tokens,
-        rows,
-        plan,
-        residual=layer.residual,
-        weight_on=layer.weight_on,
-        served=served,
-        exact=layer.exact,
-    )

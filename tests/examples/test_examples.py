@@ -66,3 +66,15 @@ def test_layers_within_layers_are_served_and_a_runtime_that_goes_away_is_one_exp
 def test_every_numbered_example_is_run_here() -> None:
     tested = set(re.findall(r'run\("(\d\d_\w+\.py)"\)', Path(__file__).read_text(encoding="utf-8")))
     assert tested == {path.name for path in EXAMPLES.glob("[0-9]*.py")}
+
+
+@ray_example
+def test_a_hugging_face_model_has_its_experts_in_actors_and_says_the_same() -> None:
+    lines = run("06_hugging_face.py")
+
+    here, all_of_them = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", lines[0]))
+    assert all_of_them - here == 3 * 4 * 3 * 64 * 128, "layers, experts, matrices of an expert"
+    assert lines[1].endswith(", the same in one process")
+    assert lines[2] == "actors: 2"
+    # 4 tokens of the prompt and 11 of the 12 that follow, two experts each, in every layer.
+    assert [sum(map(int, re.findall(r"\d+", line.partition("[")[2]))) for line in lines[3:]] == [2 * 15] * 3

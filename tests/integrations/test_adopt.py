@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from fakes.tiny_models import MODELS, mixtral, prompt
 
 import moe_runtime.integrations.transformers as moe_hf
+from fakes.tiny_models import MODELS, mixtral, prompt
 from moe_runtime.errors import ConfigError, StartError, UnsupportedModelError
 
 
@@ -89,7 +89,9 @@ def test_parameters_that_two_layers_share_are_right_in_both(runtime):
 def test_parameters_that_are_not_in_memory_are_refused(runtime):
     model = mixtral()
     model.model.layers[1].mlp.experts.to("meta")
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.experts\.down_proj: expected a parameter in"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"model\.layers\.1\.mlp\.experts\.down_proj: expected a parameter in"
+    ):
         moe_hf.adopt(model, runtime)
 
 

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from fakes.tiny_models import prompt, saved
 
 import moe_runtime.integrations.transformers as moe_hf
+from fakes.tiny_models import prompt, saved
 from moe_runtime.errors import UnavailableError, UnsupportedModelError
 from moe_runtime.launch.runtime import serve
 
@@ -122,7 +122,7 @@ def test_saving_a_model_without_its_experts_is_refused(model, path, tmp_path, na
 
 
 def test_other_experts_implementations_are_refused(model):
-    with pytest.raises(UnsupportedModelError, match="expected 'moe_runtime', since .* found another .*: 'grouped_mm'"):
+    with pytest.raises(UnsupportedModelError, match=r"expected 'moe_runtime', since .* found another .*: 'grouped_mm'"):
         model.set_experts_implementation("grouped_mm")
     assert model.get_experts_implementation() == {"": "moe_runtime"}
     model.set_experts_implementation(model.get_experts_implementation())

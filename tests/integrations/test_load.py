@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from fakes.tiny_models import MODELS, mixtral, prompt, saved, switch_transformers
 
 import moe_runtime.integrations.transformers as moe_hf
+from fakes.tiny_models import MODELS, mixtral, prompt, saved, switch_transformers
 from moe_runtime.errors import ConfigError, UnsupportedModelError, WeightsError
 from moe_runtime.launch.runtime import serve
 
@@ -152,7 +152,9 @@ def test_a_model_is_served_by_the_layers_of_the_same_checkpoint_that_are_there(t
 
 def test_models_of_one_runtime_have_layers_of_different_names(tmp_path, runtime):
     paths = [saved(tmp_path, "mixtral"), saved(tmp_path, "gpt_oss"), saved(tmp_path / "other", "mixtral")]
-    models = [moe_hf.load(path, runtime=runtime, name=name) for path, name in zip(paths, (None, None, "third"), strict=True)]
+    models = [
+        moe_hf.load(path, runtime=runtime, name=name) for path, name in zip(paths, (None, None, "third"), strict=True)
+    ]
     assert list(runtime.config.layers) == [
         *(f"model.layers.{i}.mlp.experts" for i in (0, 1)),
         *(f"gpt_oss-float32.model.layers.{i}.mlp.experts" for i in (0, 1)),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from integrations import dense_models
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from integrations import dense_models
 from moe_runtime.errors import ConfigError, UnsupportedModelError, WeightsError
 from moe_runtime.integrations.transformers.upcycling import Upcycling, load_dense, upcycle
 
@@ -123,6 +123,13 @@ def test_the_files_have_the_dtype_that_was_asked_for_or_the_dense_models(tmp_pat
         assert json.loads((moe / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
 
 
+def test_a_dtype_that_mixtures_cannot_have_has_to_be_said(llama_folder: Path, tmp_path: Path) -> None:
+    dense_models.change_config(llama_folder, dtype="float64")
+    with pytest.raises(ConfigError, match=r"dtype auto: expected float32, bfloat16 or float16, found torch\.float64"):
+        upcycle(llama_folder, tmp_path / "moe")
+    upcycle(llama_folder, tmp_path / "moe", Upcycling(dtype="float32"))
+
+
 def test_a_head_that_differs_from_the_embedding_it_should_be_tied_to_stays(tmp_path: Path) -> None:
     folder = dense_models.save(dense_models.llama(tie_word_embeddings=False), tmp_path / "dense")
     dense_models.change_config(folder, tie_word_embeddings=True)
@@ -203,7 +210,7 @@ def test_a_mixture_is_refused(llama_folder: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_there_is_left_alone_unless_forced(llama_folder: Path, tmp_path: Path) -> None:
     moe = upcycle(llama_folder, tmp_path / "moe")
-    with pytest.raises(ConfigError, match="expected no such folder, found one; --force replaces it"):
+    with pytest.raises(ConfigError, match="expected nothing there, found a folder; --force replaces it"):
         upcycle(llama_folder, moe, Upcycling(experts=2))
     upcycle(llama_folder, moe, Upcycling(experts=2), force=True)
     assert json.loads((moe / "config.json").read_text())["num_local_experts"] == 2
@@ -236,10 +243,20 @@ def test_an_interrupted_run_leaves_nothing(llama_folder: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(llama_folder: Path, tmp_path: Path) -> None:
-    huge = Upcycling(experts=100_000_000)
-    with pytest.raises(ConfigError, match=r"expected \d+\.\d\d GB free, found"):
-        upcycle(llama_folder, tmp_path / "moe", huge)
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=12_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly_full)
+    # 3 layers of 4 x 3 x 48 x 32 (experts), 3,072 (attention), 128 (gate) and 64; 6,208 and 32 outside; 4 bytes each.
+    with pytest.raises(ConfigError, match=r"expected 285\.3 KB free for the checkpoint, found 12.0 KB"):
+        upcycle(llama_folder, tmp_path / "moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json/moe: cannot be written"):
+        upcycle(llama_folder, llama_folder / "config.json" / "moe")
 
 
 def test_a_missing_tensor_file_or_folder_is_named(llama_folder: Path, tmp_path: Path) -> None:

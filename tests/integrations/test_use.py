@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from fakes.tiny_models import mixtral, prompt, saved
 
 import moe_runtime.integrations.transformers as moe_hf
+from fakes.tiny_models import mixtral, prompt, saved
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.launch.runtime import serve
 
@@ -62,14 +62,17 @@ def test_outside_the_name_is_an_error_that_says_what_to_do(path, model_class, ru
     with moe_hf.use(runtime):
         pass
     (path / "model.safetensors").unlink()  # nothing of it is read before
-    with pytest.raises(UnsupportedModelError, match=r"only where a runtime is used, .*MixtralForCausalLM.*use\(runtime"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"only where a runtime is used, .*MixtralForCausalLM.*use\(runtime"
+    ):
         model_class.from_pretrained(path, **OURS)
 
 
 def test_another_thread_is_outside(path, runtime):
     with moe_hf.use(runtime), ThreadPoolExecutor(1) as thread:
-        with pytest.raises(UnsupportedModelError, match="in the same thread"):
-            thread.submit(load, path, **OURS).result()
+        loading = thread.submit(load, path, **OURS)
+    with pytest.raises(UnsupportedModelError, match="in the same thread"):
+        loading.result()
 
 
 def test_an_error_inside_ends_it(path, runtime):

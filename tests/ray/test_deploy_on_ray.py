@@ -32,7 +32,8 @@ from moe_runtime.ray_backend.cluster import connect
 from moe_runtime.ray_backend.deployment import DepotPlan
 from moe_runtime.ray_backend.names import controller_name, depot_name
 from moe_runtime.ray_backend.ray_spawner import find_actor
-from moe_runtime.ray_backend.session import create_controller, launch
+from moe_runtime.ray_backend.session import launch
+from moe_runtime.ray_backend.starting import create_controller
 from moe_runtime.rpc.client import MoEClient
 
 OPTIONS = {"hidden_features": 16, "out_features": 4}

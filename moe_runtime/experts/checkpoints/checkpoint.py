@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.families import Family, expert_modules, twin_on_meta
 from moe_runtime.experts.checkpoints.filling import Destination, fill
-from moe_runtime.experts.checkpoints.folder import check_folder, file_of_each_key, stamp, version_of
+from moe_runtime.experts.checkpoints.folder import check_folder, file_of_each_key, first_dtype, stamp, version_of
 from moe_runtime.experts.checkpoints.internals import model_class_named, model_on_meta
 from moe_runtime.experts.checkpoints.plan import ParameterPlan, plan_parameters
 from moe_runtime.experts.checkpoints.reader import ShardReader
+from moe_runtime.experts.weights_memory import WEIGHTS_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,19 +60,22 @@ class Checkpoint:
         self.model_class = _model_class(self.config, architecture)
         self._lock = RLock()
         self._bare: dict[str, nn.Module] = {}
+        #: Stands for the content of its files, as they were when it was opened; see ``folder.version_of``.
+        self.version = version_of(folder)
         #: Bytes of tensors that were read here, and the names of those tensors, in order.
         self.bytes_read = 0
         self.keys_read: list[str] = []
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """In which transformers would load it when it is not told otherwise."""
-        return self.model.dtype
+        """In which transformers loads it unless told otherwise: that of its configuration, else of its tensors."""
+        named = self.config.dtype
+        return named if isinstance(named, torch.dtype) else first_dtype(self.folder)
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The whole model on the meta device: shapes and modules, without memory for a parameter."""
-        return model_on_meta(self.model_class, self.config)
+        return model_on_meta(self.model_class, self.config, self.dtype)
 
     @cached_property
     def families(self) -> Mapping[str, Family]:
@@ -122,8 +126,15 @@ class Checkpoint:
         self.layer(module)
         with self._lock:
             if module not in self._bare:
-                self._bare[module] = self.families[module].single(self.model.get_submodule(module))
+                self._bare[module] = self._single(module)
         return twin_on_meta(self._bare[module])
+
+    def _single(self, module: str) -> nn.Module:
+        single = self.families[module].single(self.model.get_submodule(module))
+        for name, _ in single.named_buffers():
+            # Nothing says where its values come from.
+            raise UnsupportedModelError(f"{module}: expected experts with parameters alone, found the buffer {name!r}")
+        return single.eval().requires_grad_(False)
 
     def expert(self, module: str, index: int, *, dtype: torch.dtype | None = None) -> nn.Module:
         """One expert, with its parameters read from the checkpoint, on the CPU.
@@ -154,7 +165,8 @@ class Checkpoint:
             for name, rows in owned.items():
                 owner, _, parameter = name.rpartition(".")
                 holder = bare.get_submodule(owner)
-                tensor = torch.empty_like(holder.get_parameter(parameter), device="cpu", requires_grad=False)
+                like = holder.get_parameter(parameter)
+                tensor = WEIGHTS_MEMORY.empty(like.shape, like.dtype)
                 plan = self.plan[f"{module}.{rows.parameter}"]
                 fill(Destination(tensor, holder, parameter), plan, reader, rows=rows.rows)
                 holder._parameters[parameter] = torch.nn.Parameter(tensor, requires_grad=False)
@@ -173,11 +185,6 @@ class Checkpoint:
             for rows in family.parameters(module, expert).values()
         }
         return plan_parameters(file_of_each_key(self.folder), self.model, wanted)
-
-    @cached_property
-    def version(self) -> str:
-        """Stands for the content of its files; see ``folder.version_of``."""
-        return version_of(self.folder)
 
 
 def open_checkpoint(path: str | Path, *, architecture: str | None = None) -> Checkpoint:

@@ -168,7 +168,7 @@ def weighted_sum(rows: Tensor, weights: Tensor, *, dtype: torch.dtype) -> Tensor
         ``(T, H)``.
     """
     num_tokens, top_k = weights.shape
-    return (rows * weights.reshape(-1, 1)).view(num_tokens, top_k, -1).sum(dim=1).to(dtype)
+    return (rows * weights.reshape(-1, 1)).view(num_tokens, top_k, rows.shape[-1]).sum(dim=1).to(dtype)
 
 
 _DECORATED = DecoratedFamily()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from moe_runtime.errors import WeightsError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _REFUSED = {
     ".gguf": "a GGUF file, whose experts cannot be read one by one; "
     "`moe-runtime upcycle` makes a checkpoint of a dense model's",
@@ -62,6 +64,24 @@ def file_of_each_key(folder: Path) -> dict[str, str]:
             f"{index}: expected a JSON object whose `weight_map` names a file of the folder for each tensor, "
             f"found none: {exc}"
         ) from exc
+
+
+def first_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first floating-point tensor, by which transformers goes where the configuration names none.
+
+    Raises:
+        WeightsError: If the index or the first file is missing or broken, or there is no such tensor.
+    """
+    file = folder / min(file_of_each_key(folder).values(), default=SINGLE)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = (tensors.get_slice(key).get_dtype() for key in tensors.keys())  # noqa: SIM118  it is no mapping
+            found = next((_DTYPES[name] for name in names if name in _DTYPES), None)
+    except (OSError, SafetensorError) as exc:
+        raise WeightsError(f"{file}: expected a safetensors file, found none or a broken one: {exc}") from exc
+    if found is None:
+        raise WeightsError(f"{file}: expected a tensor of one of {', '.join(_DTYPES)}, found none")
+    return found
 
 
 def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:

@@ -51,10 +51,10 @@ _SCALES = ("_scale_inv", "activation_scale", "_scales")
 _DEQUANTIZED = ("fp8", "mxfp4")
 
 
-def model_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The model without any memory for its parameters, in the configuration's dtype, in eval mode."""
+def model_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without any memory for its parameters, in eval mode."""
     with torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = model_class._from_config(deepcopy(config))
+        model: PreTrainedModel = model_class._from_config(deepcopy(config), dtype=dtype)
         model.eval()
     return model
 
@@ -111,9 +111,13 @@ class KeyMap:
 
     Args:
         model: The whole model, on the meta device.
+
+    Attributes:
+        tied: By the name of a parameter that is another one's, the name of that.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.tied: Mapping[str, str] = dict(model.all_tied_weights_keys)
         quantizer = _dequantizer(model.config)
         mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

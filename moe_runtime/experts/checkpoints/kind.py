@@ -41,7 +41,7 @@ class CheckpointExpert(nn.Module):
         layer = checkpoint.layer(options.module)
         if options.expert >= layer.num_experts:
             raise ConfigError(
-                f"expected an expert of the {layer.num_experts} of {options.module}, found {options.expert}"
+                f"expected one of the {layer.num_experts} experts of {options.module}, from 0, found {options.expert}"
             )
         self.expert: Any = checkpoint.bare_expert(options.module)
         weights = sum(parameter.numel() for parameter in self.expert.parameters())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_runtime.errors import UnsupportedModelError, WeightsError
-from moe_runtime.experts.checkpoints.internals import Conversion, KeyMap, natural_order, tied_parameters
+from moe_runtime.experts.checkpoints.internals import Conversion, KeyMap, natural_order
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -33,7 +33,7 @@ class ParameterPlan:
     """What one parameter of the model is made of.
 
     Attributes:
-        name: Of the parameter in the model; of parameters that are tied, that of the one in the checkpoint.
+        name: Of the parameter in the model.
         sources: By source pattern of the conversion, one tensor for each row of the parameter's dimension 0 where the
             conversion merges experts, else one that has all rows. A parameter that is copied has one source.
         conversion: How they become the parameter; None to copy.
@@ -59,27 +59,29 @@ def plan_parameters(
         UnsupportedModelError: If the rows of one cannot be told apart before it is made.
     """
     key_map = KeyMap(model)
+    tied = {name: key_map.tied.get(name, name) for name in wanted}
+    sought = {*tied, *tied.values()}
     collected: dict[str, dict[str, list[Source]]] = defaultdict(lambda: defaultdict(list))
     conversions: dict[str, Conversion] = {}
     for key in sorted(keys, key=natural_order):
         first, pattern = key_map.target(key)
         conversion = None if pattern is None else key_map.conversion(pattern)
         for target in [first] if conversion is None else conversion.all_targets(first):
-            if target in wanted:
+            if target in sought:
                 collected[target][pattern or ""].append(Source(key, keys[key]))
                 if conversion is not None:
                     conversions[target] = conversion
-    tied = {name: other for name, other in tied_parameters(model).items() if name in wanted and name not in collected}
-    _check_complete({*collected, *(name for name, other in tied.items() if other in collected)}, wanted)
-    plans = {
-        name: _checked(ParameterPlan(name, dict(found), conversions.get(name)), model)
-        for name, found in collected.items()
+    # Of parameters that are one and the same, the checkpoint has either.
+    found = {name: name if name in collected else other for name, other in tied.items()}
+    _check_complete(collected, found)
+    return {
+        name: _checked(ParameterPlan(source, dict(collected[source]), conversions.get(source)), model)
+        for name, source in found.items()
     }
-    return {**plans, **{name: plans[other] for name, other in tied.items()}}
 
 
-def _check_complete(found: Collection[str], wanted: Collection[str]) -> None:
-    missing = sorted(set(wanted) - set(found), key=natural_order)
+def _check_complete(collected: Collection[str], found: Mapping[str, str]) -> None:
+    missing = sorted((name for name, source in found.items() if source not in collected), key=natural_order)
     if missing:
         others = f" and for {len(missing) - 1} others" if len(missing) > 1 else ""
         raise WeightsError(

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-
+#: Held while classes are changed: those who would restore them in another order than they changed them wait.
+_CHANGING = threading.RLock()
 #: Where an expert's parameter was: transformers leaves it alone, and it is no parameter.
 _ABSENT = torch.empty(0)
 _ABSENT._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -26,13 +27,13 @@ _ABSENT._is_hf_initialized = True  # type: ignore[attr-defined]
 def without_experts(module_classes: Iterable[type[nn.Module]]) -> Iterator[None]:
     """Within it, modules of these classes that this thread makes come up without the parameters of their experts.
 
-    It changes the classes for the whole process, and restores them when it is left; one at a time. Other threads, which
-    may build whole models meanwhile, are left alone.
+    It changes the classes for the whole process, and restores them when it is left; other threads that enter one wait
+    until then. Threads that build whole models meanwhile are left alone.
 
     Args:
         module_classes: Classes that hold experts, as ``Checkpoint.expert_classes`` lists them.
     """
-    with ExitStack() as restoring:
+    with _CHANGING, ExitStack() as restoring:
         for module_class in set(module_classes):
             init: Any = module_class.__init__
             restoring.callback(setattr, module_class, "__init__", init)

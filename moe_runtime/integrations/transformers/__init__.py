@@ -8,6 +8,7 @@ check_transformers()
 from moe_runtime.integrations.transformers.adopting import adopt  # noqa: E402
 from moe_runtime.integrations.transformers.entry import close, config, experts, load, use  # noqa: E402
 from moe_runtime.integrations.transformers.looking import ActorView, ExpertsView, ExpertView, LayerView  # noqa: E402
+from moe_runtime.integrations.transformers.upcycling import Upcycling, upcycle  # noqa: E402
 from moe_runtime.integrations.transformers.using import make_known  # noqa: E402
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     "ExpertView",
     "ExpertsView",
     "LayerView",
+    "Upcycling",
     "adopt",
     "close",
     "config",
     "experts",
     "load",
+    "upcycle",
     "use",
 ]
 

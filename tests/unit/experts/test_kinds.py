@@ -55,7 +55,8 @@ def random_rows(num_rows: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_every_built_in_kind_has_a_case() -> None:
-    assert {case[0] for case in CASES} == set(BUILT_IN_KINDS)
+    # An expert of a checkpoint needs one: test_checkpoint_kind.py.
+    assert {case[0] for case in CASES} | {"transformers"} == set(BUILT_IN_KINDS)
 
 
 def test_every_option_and_every_kind_is_described() -> None:

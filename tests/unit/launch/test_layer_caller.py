@@ -21,6 +21,7 @@ from moe_runtime.errors import (
 from moe_runtime.launch import called_rows
 from moe_runtime.launch.library import LayerCaller
 from moe_runtime.launch.runtime import serve
+from moe_runtime.rpc.client import MoEClient
 
 PLUG_IN = '''
 import threading
@@ -294,6 +295,67 @@ def test_a_runtime_without_routers_has_no_address_and_shows_its_layers(runtime):
     assert list(description["layers"]) == ["l", "m"]
     assert description["layers"]["l"]["experts"][0]["replicas"][0]["state"] == "ready"
     assert description["routers"] == []
+
+
+def test_layers_are_added_to_a_runtime_without_any(plug_in):
+    seen = []
+    with serve(config(), ray=False) as runtime, LayerCaller(runtime) as caller:
+        assert runtime.describe()["hosts"] == []
+        runtime.add_layers({"l": layer(), "m": layer((10.0,))}, on_progress=lambda *ready: seen.append(ready))
+        assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        assert list(runtime.config.layers) == ["l", "m"]
+        assert list(runtime.describe()["layers"]) == ["l", "m"]
+
+
+def test_layers_that_are_there_are_left_alone_when_others_are_added(runtime):
+    with LayerCaller(runtime) as caller:
+        caller.rows("l", TOKENS, EXPERT_IDS)
+        before = runtime.describe()["layers"]["l"]
+        runtime.add_layers({"l": layer(), "n": layer((5.0,))})
+        assert torch.equal(caller.rows("n", TOKENS, torch.zeros(3, 1, dtype=torch.int64)), TOKENS * 5)
+        assert runtime.describe()["layers"]["l"] == before
+        assert caller.counts()["l"] == [2, 2, 2]
+
+
+def test_a_layer_that_has_the_name_of_another_one_is_refused(runtime):
+    with pytest.raises(ConfigError, match=r"layers.l: expected a name that no layer of the runtime has"):
+        runtime.add_layers({"n": layer(), "l": layer((5.0,))})
+    assert list(runtime.config.layers) == ["l", "m"]
+
+
+def test_a_layer_that_cannot_be_built_changes_nothing(runtime, plug_in):
+    plug_in.failing.add(7.0)
+    with pytest.raises(ConfigError, match="licence server is gone"):
+        runtime.add_layers({"n": layer((6.0, 7.0))})
+    assert list(runtime.describe()["layers"]) == ["l", "m"]
+    assert len(runtime.describe()["hosts"]) == 5
+
+
+def test_the_actors_of_a_group_are_replaced_by_some_that_have_a_new_layer_too(plug_in):
+    with serve(config(l=layer(actor_group="g")), ray=False) as runtime, LayerCaller(runtime) as caller:
+        caller.rows("l", TOKENS, EXPERT_IDS)
+        runtime.add_layers({"m": layer((10.0, 20.0, 30.0), actor_group="g")})
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        assert torch.equal(caller.rows("m", TOKENS, EXPERT_IDS), ROWS * 10)
+        hosts = runtime.describe()["hosts"]
+        assert [host["replicas"] for host in hosts] == [[f"l/e{i}/0", f"m/e{i}/0"] for i in range(3)]
+
+
+def test_layers_are_added_beside_routers_as_well(plug_in):
+    routed = {"policy": {"kind": "top_k", "k": 1}}
+    with serve(config(router={"replicas": 1, "address": "127.0.0.1:0"}, l=layer(**routed)), ray=False) as runtime:
+        runtime.add_layers({"m": layer((10.0,), **routed)})
+        with MoEClient(runtime.address) as client, LayerCaller(runtime) as caller:
+            assert torch.equal(client.forward(TOKENS, layer="m", timeout_s=20.0).outputs, TOKENS * 10)
+            assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+
+
+def test_a_caller_is_told_when_its_program_leaves_the_runtime(runtime):
+    with LayerCaller(runtime) as caller:
+        runtime._session.dismiss("it was left")
+        with pytest.raises(UnavailableError, match="runtime library: it was left"):
+            caller.rows("l", TOKENS, EXPERT_IDS)
 
 
 def test_a_layer_that_its_caller_routes_needs_a_runtime_without_routers(plug_in):

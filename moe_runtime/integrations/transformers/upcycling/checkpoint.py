@@ -20,7 +20,7 @@ from moe_runtime.integrations.transformers.upcycling.gguf_file import open_gguf
 from moe_runtime.integrations.transformers.upcycling.layouts import choose_layout
 from moe_runtime.integrations.transformers.upcycling.options import Upcycling
 from moe_runtime.integrations.transformers.upcycling.safetensors_folder import open_folder
-from moe_runtime.integrations.transformers.upcycling.shards import num_bytes, plan_shards, write_shards
+from moe_runtime.integrations.transformers.upcycling.shards import DTYPE_NAMES, num_bytes, plan_shards, write_shards
 from moe_runtime.integrations.transformers.upcycling.tensors import is_untied, plan_tensors
 
 if TYPE_CHECKING:
@@ -114,8 +114,10 @@ def _locate(path: Path) -> Path:
             raise WeightsError(f"{path}: expected a checkpoint's folder or a GGUF file, found another file")
         return path
     found = sorted(path.glob("*.gguf"))
-    if (path / "config.json").exists() or not found:
+    if (path / "config.json").exists():
         return path
+    if not found:
+        raise WeightsError(f"{path}: expected a checkpoint's folder, found neither a config.json nor a GGUF file in it")
     if len(found) > 1:
         raise WeightsError(f"{path}: expected one GGUF file, found {len(found)}; name one: {found[0]}")
     return found[0]
@@ -127,7 +129,9 @@ def _check_target(target: Path, *, force: bool) -> None:
     was_made_here = (target / NOTE_NAME).is_file()
     if not force:
         hint = "; --force replaces it" if was_made_here else ""
-        raise ConfigError(f"{target}: expected no such folder, found one{hint}")
+        raise ConfigError(
+            f"{target}: expected nothing there, found {'a folder' if target.is_dir() else 'a file'}{hint}"
+        )
     if not was_made_here:
         raise ConfigError(f"{target}: expected a folder made by upcycling, to replace it; found no {NOTE_NAME} in it")
 
@@ -141,12 +145,14 @@ def _write(
     on_progress: Callable[[float], None] | None,
 ) -> None:
     folder.mkdir()
-    dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype = _dtype(dense, options)
     tensors = plan_tensors(dense, layout, options)
     total = num_bytes(tensors, dtype)
     free = shutil.disk_usage(folder).free
     if free < total:
-        raise ConfigError(f"{folder.parent.parent}: expected {total / 1e9:.2f} GB free, found {free / 1e9:.2f} GB")
+        raise ConfigError(
+            f"{folder.parent.parent}: expected {_size(total)} free for the checkpoint, found {_size(free)}"
+        )
     layout.config.dtype = dtype
     layout.config.save_pretrained(folder)
     dense.save_companions(folder)
@@ -164,6 +170,16 @@ def _write(
     _write_note(folder, dense, options)
 
 
+def _dtype(dense: DenseCheckpoint, options: Upcycling) -> torch.dtype:
+    if options.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
+    if dense.dtype not in DTYPE_NAMES:
+        raise ConfigError(
+            f"{dense.path}: dtype auto: expected float32, bfloat16 or float16, found {dense.dtype}; say one"
+        )
+    return dense.dtype
+
+
 def _write_note(folder: Path, dense: DenseCheckpoint, options: Upcycling) -> None:
     note = {
         "moe_runtime": __version__,
@@ -173,3 +189,12 @@ def _write_note(folder: Path, dense: DenseCheckpoint, options: Upcycling) -> Non
         "options": asdict(options),
     }
     (folder / NOTE_NAME).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def _size(num: float) -> str:
+    """Bytes, with one decimal and the unit that fits."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num < 1000:
+            return f"{num:.1f} {unit}"
+        num /= 1000
+    return f"{num:.1f} TB"

@@ -67,8 +67,8 @@ class DenseCheckpoint(Protocol):
         ...
 
 
-def read_model_type(path: Path, text: str) -> str:
-    """The ``model_type`` of a ``config.json``'s text.
+def check_config_text(path: Path, text: str) -> None:
+    """Refuse the text of a ``config.json`` whose model cannot be upcycled.
 
     Raises:
         UnsupportedModelError: If it is a mixture already, or of a family that cannot be upcycled.
@@ -79,8 +79,7 @@ def read_model_type(path: Path, text: str) -> str:
         model_type = fields["model_type"]
     except (ValueError, KeyError, TypeError) as exc:
         raise WeightsError(f"{path}: expected a configuration with a model_type, found: {exc!r}") from exc
-    check_family(path, model_type, fields)
-    return str(model_type)
+    check_family(path.parent, model_type, fields)
 
 
 def check_family(path: Path, model_type: str, fields: Mapping[str, Any]) -> None:

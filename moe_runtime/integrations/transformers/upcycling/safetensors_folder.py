@@ -7,17 +7,17 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from moe_runtime.errors import UnsupportedModelError, WeightsError
-from moe_runtime.integrations.transformers.upcycling.dense import EMBEDDING, read_config, read_model_type
+from moe_runtime.integrations.transformers.upcycling.dense import EMBEDDING, check_config_text, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedConfig
 
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -65,7 +65,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
         WeightsError: If a file is missing, truncated or not what its index says.
     """
     text = _read_text(path / _CONFIG)
-    read_model_type(path, text)
+    check_config_text(path / _CONFIG, text)
     config = read_config(path / _CONFIG, lambda: AutoConfig.from_pretrained(path, local_files_only=True))
     _check_config(path, config)
     readers, files = _open_files(path)
@@ -76,7 +76,7 @@ def open_folder(path: Path) -> SafetensorsFolder:
                 f"{path}: {name}: expected one of {', '.join(_FLOATS)}, found {view.get_dtype()}"
             )
     shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
-    dtype = config.dtype or _stored_dtype(path, readers)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else _stored_dtype(path, readers)
     return SafetensorsFolder(path, files, config=config, dtype=dtype, shapes=shapes, _readers=readers)
 
 

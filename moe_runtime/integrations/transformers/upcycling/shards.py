@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moe_runtime.integrations.transformers.upcycling.tensors import PlannedTensor
 
 #: How safetensors names the dtypes that a mixture can have.
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 #: Data begins at a multiple of this, as the format wants it: https://github.com/huggingface/safetensors#format
 _ALIGNMENT = 8
 
@@ -77,7 +77,7 @@ def _header(tensors: Iterable[PlannedTensor], dtype: torch.dtype) -> bytes:
     begin = 0
     for tensor in tensors:
         end = begin + num_bytes([tensor], dtype)
-        header[tensor.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
+        header[tensor.name] = {"dtype": DTYPE_NAMES[dtype], "shape": tensor.shape, "data_offsets": (begin, end)}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
