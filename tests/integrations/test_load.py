@@ -8,6 +8,7 @@ import transformers
 import yaml
 
 import moe_runtime.integrations.transformers as moe_hf
+from fakes.tiny_checkpoints import quantise_to_fp8, quantise_to_mxfp4, save_tiny
 from fakes.tiny_models import MODELS, mixtral, prompt, saved, switch_transformers
 from moe_runtime.errors import ConfigError, UnsupportedModelError, WeightsError
 from moe_runtime.launch.runtime import serve
@@ -213,3 +214,22 @@ def test_a_model_that_was_closed_says_so(tmp_path, runtime):
 def test_a_model_with_its_own_experts_has_none_to_close(tmp_path):
     with pytest.raises(UnsupportedModelError, match="found MixtralForCausalLM with its own"):
         moe_hf.close(mixtral())
+
+
+def test_a_model_of_fp8_is_the_one_that_transformers_dequantises(tmp_path, runtime):
+    pytest.importorskip("accelerate", reason="transformers reads checkpoints of FP8 with accelerate only")
+    path = save_tiny("deepseek_v3", tmp_path / "model", dtype=torch.bfloat16)
+    quantise_to_fp8(path)
+    reference = plain(path, quantization_config=transformers.FineGrainedFP8Config(dequantize=True))
+    model = moe_hf.load(path, runtime=runtime)
+    assert model.dtype == torch.bfloat16
+    assert same_logits(model, reference, input_ids=torch.arange(3, 12)[None])
+
+
+def test_a_model_of_mxfp4_is_the_one_that_transformers_dequantises(tmp_path, runtime):
+    path = save_tiny("gpt_oss", tmp_path / "model", dtype=torch.bfloat16)
+    quantise_to_mxfp4(path)
+    reference = plain(path, quantization_config=transformers.Mxfp4Config(dequantize=True))
+    with moe_hf.use(runtime):
+        model = transformers.GptOssForCausalLM.from_pretrained(path, experts_implementation="moe_runtime")
+    assert same_logits(model, reference, input_ids=torch.arange(3, 12)[None])

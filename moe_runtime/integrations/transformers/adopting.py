@@ -77,7 +77,7 @@ def adopt(  # noqa: PLR0913  # each argument is a choice of its own
         name=name,
     )
     with kept_unless_it_fails() as stack:
-        place = folder_for(folder, stack)
+        place = folder_for(folder, stack, kind=model.config.model_type)
         write_experts(model, families, place)
         architecture = type(model).__name__
         source = Source(open_checkpoint(place, architecture=architecture), architecture=architecture)
@@ -86,7 +86,8 @@ def adopt(  # noqa: PLR0913  # each argument is a choice of its own
         bind_experts(model, source, provider=provider, placement=placement, dtypes=dtypes, stack=stack)
     for path in families:
         drop_experts(model.get_submodule(path))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _adoptable(model: PreTrainedModel) -> dict[str, Family]:

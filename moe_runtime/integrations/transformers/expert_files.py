@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 
 
-def folder_for(wanted: str | Path | None, stack: ExitStack) -> Path:
-    """An empty folder to write to: the wanted one, or a private one that ``stack`` removes.
+def folder_for(wanted: str | Path | None, stack: ExitStack, *, kind: str) -> Path:
+    """An empty folder to write to: the wanted one, or a private one that ``stack`` removes, named after a kind.
 
     Raises:
         ConfigError: If the wanted one holds something.
         StartError: If there can be no such folder.
     """
     try:
-        return _private_folder(stack) if wanted is None else _empty_folder(Path(wanted).expanduser().absolute())
+        return _private_folder(stack, kind) if wanted is None else _empty_folder(Path(wanted).expanduser().absolute())
     except OSError as exc:
         raise StartError(
             f"folder: expected one that experts can be written to, found that it cannot be: {exc}"
@@ -94,11 +94,11 @@ def _empty_folder(folder: Path) -> Path:
     return folder
 
 
-def _private_folder(stack: ExitStack) -> Path:
+def _private_folder(stack: ExitStack, kind: str) -> Path:
     root = state_folder() / "adopted"
     with locked_folder(root):
         _remove_forsaken(root)
-        folder = Path(tempfile.mkdtemp(dir=root))
+        folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=root))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         # Says that the folder is in use, for as long as this process lives.
         descriptor = os.open(folder, os.O_RDONLY)

@@ -76,7 +76,7 @@ def layer_blocks(
     return {
         layer_name(layer.module, prefix): {
             "dtype": str(dtypes[layer.module]).removeprefix("torch."),
-            "actor_group": as_name(prefix or "experts"),
+            "actor_group": layer_name("experts", prefix),
             **_block(source, layer, placement),
         }
         for layer in source.checkpoint.layers
@@ -117,7 +117,7 @@ def present_layers(source: Source, config: RuntimeConfig) -> dict[str, str]:
     }
     found: dict[str, str] = {}
     for name, block in config.layers.items():
-        module = block.experts[0].options.get("module")
+        module = str(block.experts[0].options.get("module"))
         is_plain = all(expert.kind == KIND and expert.count == 1 for expert in block.experts)
         if is_plain and [_identity(expert.options) for expert in block.experts] == wanted.get(module):
             found.setdefault(module, name)
