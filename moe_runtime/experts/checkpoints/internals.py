@@ -249,12 +249,13 @@ def model_class_named(name: str) -> type[PreTrainedModel] | None:
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
-class _DequantizingFp8(FineGrainedFP8HfQuantizer):  # type: ignore[misc, no-untyped-call, unused-ignore]
+class _DequantizingFp8(FineGrainedFP8HfQuantizer):
     """Asks for neither a GPU nor accelerate where it only dequantises, which takes none of them."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        own: Any = super()
         if not self.quantization_config.dequantize:
-            super().validate_environment(*args, **kwargs)
+            own.validate_environment(*args, **kwargs)
 
 
 @contextmanager
