@@ -240,27 +240,21 @@ def status(  # noqa: PLR0913  # each argument is an option
 ) -> None:
     """Show the layers, experts, routers and load of a running runtime."""
     connection = Connection(token_file, ca=ca, cert=cert, key=key, tls=tls, insecure=insecure)
-    from moe_runtime.cli.router_views import ask_routers
-    from moe_runtime.cli.status import print_json, print_runtime, print_tables
+    from moe_runtime.cli.status import show_routers, show_runtime
 
+    if name is not None and (address or watch):
+        raise typer.BadParameter("expected --name alone, found --address or --watch beside it")
+    if watch and as_json:
+        raise typer.BadParameter("expected --watch or --json, found both")
+    addresses, console = tuple(address or [DEFAULT_ADDRESS]), stdout_console()
     if name is not None:
-        if address or watch:
-            raise typer.BadParameter("expected --name alone, found --address or --watch beside it")
-        print_runtime(name, ray_address=ray_address, as_json=as_json, console=stdout_console())
-        return
-    addresses = tuple(address or [DEFAULT_ADDRESS])
-    if watch:
-        if as_json:
-            raise typer.BadParameter("expected --watch or --json, found both")
+        show_runtime(name, ray_address=ray_address, as_json=as_json, console=console)
+    elif watch:
         from moe_runtime.cli.watch import watch as watch_routers
 
-        watch_routers(addresses, timeout_s=timeout_s, every_s=every_s, connection=connection, console=stdout_console())
-        return
-    routers = ask_routers(addresses, timeout_s=timeout_s, connection=connection)
-    if as_json:
-        print_json(routers, console=stdout_console())
+        watch_routers(addresses, timeout_s=timeout_s, every_s=every_s, connection=connection, console=console)
     else:
-        print_tables(routers, console=stdout_console())
+        show_routers(addresses, timeout_s=timeout_s, connection=connection, as_json=as_json, console=console)
 
 
 @app.command()

@@ -5,12 +5,30 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from moe_runtime.cli.router_views import ask_routers
 from moe_runtime.cli.status_tables import runtime_tables, status_tables
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moe_runtime.cli.connections import Connection
     from moe_runtime.cli.router_views import RouterView
+
+
+def show_routers(
+    addresses: tuple[str, ...], *, timeout_s: float, connection: Connection, as_json: bool, console: Console
+) -> None:
+    """Print what routers say of themselves.
+
+    Raises:
+        UnavailableError: If one of them does not answer.
+        MoERuntimeError: If one answers with an error.
+    """
+    routers = ask_routers(addresses, timeout_s=timeout_s, connection=connection)
+    if as_json:
+        print_json(routers, console=console)
+    else:
+        print_tables(routers, console=console)
 
 
 def print_json(routers: tuple[RouterView, ...], *, console: Console) -> None:
@@ -19,7 +37,7 @@ def print_json(routers: tuple[RouterView, ...], *, console: Console) -> None:
     console.print(json.dumps(document, indent=2), markup=False, soft_wrap=True)
 
 
-def print_runtime(name: str, *, ray_address: str | None, as_json: bool, console: Console) -> None:
+def show_runtime(name: str, *, ray_address: str | None, as_json: bool, console: Console) -> None:
     """Print what a runtime's controller says of it; of one without routers nobody else knows more.
 
     Raises:

@@ -37,7 +37,6 @@ _LOG = logging.getLogger(__name__)
 
 #: A sleep that takes so much longer than it should was interrupted.
 _LEASE_STEP_S = 1.0
-
 ResultT = TypeVar("ResultT")
 
 
@@ -175,7 +174,7 @@ class Controller:
         return drained
 
     def caller_left(self, caller: str) -> None:
-        """A program that routed for itself does so no longer."""
+        """A program routes for itself no longer."""
         self._board.callers.leave(caller)
 
     async def caller_news(self, note: CallerNote, *, timeout_s: float) -> CallerNews | None:
