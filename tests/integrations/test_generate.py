@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from integrations import zoo
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import moe_runtime.integrations.transformers as moe_hf
+from integrations import zoo
 from moe_runtime.launch.runtime import serve
 
 #: A layout of checkpoints each: per expert, fused with biases, per expert beside a shared expert, per expert.
@@ -69,7 +69,12 @@ def test_generate_gives_the_same_tokens(pair: Pair, way: str, lengths: list[int]
 
 
 def test_the_scores_of_every_step_are_the_same(pair: Pair) -> None:
-    options: dict[str, Any] = {**_NEW_TOKENS, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    options: dict[str, Any] = {
+        **_NEW_TOKENS,
+        "do_sample": False,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     expected = pair.whole.generate(**_prompts([7, 4]), **options)
     found = pair.distributed.generate(**_prompts([7, 4]), **options)
     assert all(torch.equal(one, other) for one, other in zip(found.scores, expected.scores, strict=True))

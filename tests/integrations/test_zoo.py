@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from integrations import zoo
 
 import moe_runtime.integrations.transformers as moe_hf
+from integrations import zoo
 from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
 from moe_runtime.launch.runtime import serve
 

@@ -69,7 +69,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "beam": _DENSE_THEN_SPARSE,
     "dbrx": {
         "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 64, "moe_top_k": 3},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_top_k": 3},
     },
     "deepseek_ocr2": {
         "text_config": {"num_key_value_heads": 4, **_DENSE_THEN_SPARSE},

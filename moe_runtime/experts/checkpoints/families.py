@@ -118,7 +118,7 @@ class DecoratedFamily(Family):
 
     def single(self, module: nn.Module) -> nn.Module:
         """See the base class."""
-        return DecoratedExpert(_with_one_expert(module))
+        return DecoratedExpert(_with_one_expert(module)).eval()
 
     def bind(self, module: nn.Module, rows: RowsOf) -> None:
         """See the base class."""

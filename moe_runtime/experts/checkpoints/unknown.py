@@ -42,9 +42,7 @@ def refuse_unknown_experts(model: nn.Module, known: Collection[str]) -> None:
         if kind in _STAYING:
             settled.add(name)
         elif name not in settled and looks_like_experts(name, type(module)):
-            reason = _REFUSED.get(
-                kind, "it is neither decorated with @use_experts_implementation nor has it an adapter"
-            )
+            reason = _REFUSED.get(kind, "no family of moe_runtime.experts.checkpoints knows its class")
             raise UnsupportedModelError(
                 f"{type(model).__name__}: the experts of {kind} at {name} cannot live in other processes: {reason}; "
                 "supported are the models of transformers whose experts are decorated with "

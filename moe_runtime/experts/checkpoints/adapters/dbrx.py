@@ -39,7 +39,7 @@ class DbrxFamily(Family):
     def single(self, module: Any) -> nn.Module:
         """See the base class."""
         shape = (module.ffn_hidden_size, module.hidden_size)
-        return DbrxExpert(with_parameters(module.mlp, [(name, shape) for name in _MATRICES]))
+        return DbrxExpert(with_parameters(module.mlp, [(name, shape) for name in _MATRICES])).eval()
 
     def bind(self, module: Any, rows: RowsOf) -> None:
         """See the base class."""

@@ -46,7 +46,7 @@ class JetMoeFamily(Family):
         shapes = [(name, (1, *module.get_parameter(name).shape[1:])) for name in _MATRICES]
         one = with_parameters(module, shapes)
         del one.router, one.bias
-        return JetMoeExpert(one)
+        return JetMoeExpert(one).eval()
 
     def bind(self, module: Any, rows: RowsOf) -> None:
         """See the base class."""

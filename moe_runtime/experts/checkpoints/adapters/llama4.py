@@ -1,6 +1,6 @@
-"""Llama 4: the sigmoid of the score scales the expert's input, and the model's own code runs every expert on all tokens.
+"""Llama 4: the sigmoid of the score scales the expert's input, and the model's own code runs all experts on all tokens.
 
-Here an expert gets its own tokens only. For the others its input would be zero, and so would its output be. A matrix
+Here an expert gets its own tokens only: for the others its input would be zero, and so would its output be. A matrix
 product over fewer rows may round otherwise, so the logits are those of the model to a few units in the last place.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 from moe_runtime.experts.checkpoints.adapters.loops import is_of, with_parameters
 from moe_runtime.experts.checkpoints.families import Family, ParameterRows, RowsOf
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor, nn
 
 _MATRICES = ("gate_up_proj", "down_proj")
 

@@ -41,7 +41,7 @@ class LongcatFlashFamily(Family):
     def single(self, module: Any) -> nn.Module:
         """See the base class."""
         one = with_parameters(module, [(name, (1, *module.get_parameter(name).shape[1:])) for name in _MATRICES])
-        return LongcatFlashExpert(one)
+        return LongcatFlashExpert(one).eval()
 
     def bind(self, module: Any, rows: RowsOf) -> None:
         """See the base class."""

@@ -38,7 +38,7 @@ class Step3p7Family(Family):
     def single(self, module: Any) -> nn.Module:
         """See the base class."""
         one = with_parameters(module, [(name, (1, *module.get_parameter(name).shape[1:])) for name in _MATRICES])
-        return Step3p7Expert(one)
+        return Step3p7Expert(one).eval()
 
     def bind(self, module: Any, rows: RowsOf) -> None:
         """See the base class."""
