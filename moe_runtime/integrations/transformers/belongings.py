@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ class Belongings:
         self._stack = stack
         self._lock = threading.Lock()
         self._is_given_back = False
+        self._pid = os.getpid()
         # After Ray was imported, so that this is called before it leaves its cluster.
         atexit.register(self.give_back)
 
@@ -31,7 +33,9 @@ class Belongings:
         return self._is_given_back
 
     def give_back(self) -> None:
-        """Give them back, unless that was done before."""
+        """Give them back, unless that was done before, or they are those of the process that this is a fork of."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             if self._is_given_back:
                 return
