@@ -11,6 +11,7 @@ import moe_runtime.integrations.transformers as moe_hf
 from fakes.tiny_checkpoints import quantise_to_fp8, quantise_to_mxfp4, save_tiny
 from fakes.tiny_models import MODELS, mixtral, prompt, saved, switch_transformers
 from moe_runtime.errors import ConfigError, UnsupportedModelError, WeightsError
+from moe_runtime.experts.checkpoints.internals import dequantizing_anywhere
 from moe_runtime.launch.runtime import serve
 
 
@@ -217,10 +218,11 @@ def test_a_model_with_its_own_experts_has_none_to_close(tmp_path):
 
 
 def test_a_model_of_fp8_is_the_one_that_transformers_dequantises(tmp_path, runtime):
-    pytest.importorskip("accelerate", reason="transformers reads checkpoints of FP8 with accelerate only")
     path = save_tiny("deepseek_v3", tmp_path / "model", dtype=torch.bfloat16)
     quantise_to_fp8(path)
-    reference = plain(path, quantization_config=transformers.FineGrainedFP8Config(dequantize=True))
+    # transformers alone reads them where accelerate is installed only.
+    with dequantizing_anywhere():
+        reference = plain(path, quantization_config=transformers.FineGrainedFP8Config(dequantize=True))
     model = moe_hf.load(path, runtime=runtime)
     assert model.dtype == torch.bfloat16
     assert same_logits(model, reference, input_ids=torch.arange(3, 12)[None])

@@ -36,7 +36,8 @@ from transformers.initialization import no_init_weights  # noqa: E402
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize  # noqa: E402
 from transformers.integrations.moe import use_experts_implementation  # noqa: E402
 from transformers.integrations.mxfp4 import Mxfp4Dequantize  # noqa: E402
-from transformers.quantizers.auto import AutoHfQuantizer  # noqa: E402
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer  # noqa: E402
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -246,3 +247,23 @@ def model_class_named(name: str) -> type[PreTrainedModel] | None:
     """The class of transformers of that name; None if it has none."""
     found = getattr(transformers, name, None)
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+class _DequantizingFp8(FineGrainedFP8HfQuantizer):
+    """Asks for neither a GPU nor accelerate where it only dequantises, which takes none of them."""
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        own: Any = super()
+        if not self.quantization_config.dequantize:
+            own.validate_environment(*args, **kwargs)
+
+
+@contextmanager
+def dequantizing_anywhere() -> Iterator[None]:
+    """Within it, checkpoints in FP8 that are dequantised while loading load where accelerate is not installed, too."""
+    own = AUTO_QUANTIZER_MAPPING["fp8"]
+    AUTO_QUANTIZER_MAPPING["fp8"] = _DequantizingFp8
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING["fp8"] = own

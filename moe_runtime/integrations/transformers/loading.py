@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
-from moe_runtime.experts.checkpoints.internals import untied
+from moe_runtime.experts.checkpoints.internals import dequantizing_anywhere, untied
 from moe_runtime.experts.checkpoints.skeleton import without_experts
 from moe_runtime.integrations.transformers.binding import bind_experts, kept_unless_it_fails
 from moe_runtime.integrations.transformers.layers import Source
@@ -76,6 +76,7 @@ def load_model(
         _unasked_for_experts(source, model_class),
         without_experts(checkpoint.expert_classes),
         untied(checkpoint.model, checkpoint.plan),
+        dequantizing_anywhere(),
     ):
         built = build(path, **_dequantised(source, options))
     model: PreTrainedModel = built[0] if isinstance(built, tuple) else built
