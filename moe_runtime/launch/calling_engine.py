@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -60,16 +61,17 @@ class CallingEngine:
         self._end: UnavailableError | None = None
         self._oldest_used = 0
         self._closing = threading.Event()
-        first = membership.news(oldest_used=0, timeout_s=start_timeout_s)
-        if first is None or first.layers is None:
+        try:
+            self._engine = self._first_engine(start_timeout_s)
+        except BaseException:
             membership.leave()
             membership.transport.close()
-            raise UnavailableError(f"expected a routing table within {start_timeout_s:g} s, found none")
-        self._engine = RouterEngine(self._mine(first.layers), membership.transport, node=membership.node)
-        self._engine.set_table(first.table)
-        self._oldest_used = first.table.version
+            raise
+        self._oldest_used = self._engine.table.version
         self._thread = threading.Thread(target=self._follow, name="moe-follow", daemon=True)
         self._thread.start()
+        # The thread must not ask while the process, and Ray in it, comes to its end.
+        atexit.register(self.close)
 
     @property
     def layers(self) -> Mapping[str, RoutedLayer]:
@@ -153,11 +155,21 @@ class CallingEngine:
 
     def close(self) -> None:
         """Leave the runtime; whoever drives the engine must have stopped. Safe to call twice."""
+        atexit.unregister(self.close)
         self._closing.set()
         self._membership.leave()
         self._thread.join()
         # Only now: the thread wakes it.
         self._membership.transport.close()
+
+    def _first_engine(self, timeout_s: float) -> RouterEngine:
+        membership = self._membership
+        first = membership.news(oldest_used=0, timeout_s=timeout_s)
+        if first is None or first.layers is None:
+            raise UnavailableError(f"expected a routing table within {timeout_s:g} s, found none")
+        engine = RouterEngine(self._mine(first.layers), membership.transport, node=membership.node)
+        engine.set_table(first.table)
+        return engine
 
     def _mine(self, layers: Mapping[str, RoutedLayer]) -> Mapping[str, RoutedLayer]:
         return layers if self._only is None else {name: layers[name] for name in layers if name in self._only}

@@ -14,6 +14,7 @@ import torch
 from moe_runtime.errors import (
     InvalidRequestError,
     MoERuntimeError,
+    StartError,
     UnavailableError,
     UnknownLayerError,
 )
@@ -178,7 +179,10 @@ class LayerCaller:
             self._leave()
             self._is_broken = False
         if self._calling is None:
-            self._calling = self._join()
+            try:
+                self._calling = self._join()
+            except StartError as exc:
+                raise UnavailableError(str(exc)) from exc
         return self._calling
 
     def _rows(self, calling: CallingEngine, layer: str, tokens: Tensor, expert_ids: Tensor) -> Tensor:

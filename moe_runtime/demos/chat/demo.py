@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -10,10 +12,11 @@ from moe_runtime.demos.chat.lines import piped_lines, typed_lines
 from moe_runtime.demos.chat.render import show_comparison, show_ready, show_title
 from moe_runtime.demos.chat.result import ChatResult
 from moe_runtime.demos.chat.settings import SYSTEM_PROMPT
+from moe_runtime.demos.chat.stages import Stages
 from moe_runtime.demos.errors import DemoError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from rich.console import Console
 
@@ -44,12 +47,16 @@ def run(
     """
     settings.check()
     _check_installed()
-    # What follows needs the extra, and takes its time to load.
-    from moe_runtime.demos.chat.opening import opened_model
-
     show_title(notes)
-    with opened_model(settings, notes=notes, ray=ray) as opened:
+    stack = ExitStack()
+    try:
+        with Stages(notes) as stages:
+            with stages.stage("importing", "Loading libraries"):
+                # They take seconds, in which there is something to see.
+                from moe_runtime.demos.chat.opening import opened_model
+            opened = stack.enter_context(opened_model(settings, stages=stages, ray=ray))
         show_comparison(notes, opened.comparison)
+        stack.enter_context(_quiet_logs(notes))
         answers = _converse(opened.served, settings, out=out, notes=notes, lines=lines)
         result = ChatResult(
             model=opened.served.name,
@@ -57,12 +64,28 @@ def run(
             answers=answers,
             comparison=opened.comparison,
             experts=opened.served.read(),
-            start_s=opened.start_s,
+            start_s=stages.seconds,
         )
+    finally:
+        with notes.status("Stopping actors"):
+            stack.close()
     if settings.json_path is not None:
         result.write_json(settings.json_path)
     result.check()
     return result
+
+
+@contextmanager
+def _quiet_logs(notes: Console) -> Iterator[None]:
+    """Keep warnings out of the middle of an answer on a terminal, which says what matters of them; not with --debug."""
+    logger = logging.getLogger("moe_runtime")
+    before = logger.level
+    if notes.is_terminal and logger.getEffectiveLevel() > logging.DEBUG:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _converse(

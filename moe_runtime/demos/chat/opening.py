@@ -11,29 +11,30 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import moe_runtime.integrations.transformers as moe_hf
-from moe_runtime.demos.chat.check import compare, greedy_tokens
+from moe_runtime.demos.chat.check import NUM_CHECKED, compare, greedy_tokens
+from moe_runtime.demos.chat.expected import keep_tokens, kept_tokens
 from moe_runtime.demos.chat.reading import reading_of
 from moe_runtime.demos.chat.served import ServedModel
-from moe_runtime.demos.chat.stages import Stages
 from moe_runtime.demos.errors import DemoError
 from moe_runtime.integrations.transformers.smollm2 import WHEEL, fetch_smollm2, load_dense_smollm2, upcycled_smollm2
 from moe_runtime.launch.host_memory import available_bytes
 from moe_runtime.launch.runtime import serve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from rich.console import Console
 
     from moe_runtime.demos.chat.check import Comparison
     from moe_runtime.demos.chat.settings import ChatSettings
+    from moe_runtime.demos.chat.stages import Stages
     from moe_runtime.launch.served import Runtime
 
 _NUM_EXPERTS, _TOP_K = 4, 2
 #: Every actor loads torch and transformers first, and they may share few cores.
 _START_TIMEOUT_S = 180.0
 _MB = 1e6
+_SMOLLM2 = f"SmolLM2-135M-Instruct, {_NUM_EXPERTS} experts, top-{_TOP_K}"
+_DENSE_TOKENS_NAME = "dense-tokens.json"
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,21 @@ class Opened:
         served: The model.
         checkpoint: Its folder.
         comparison: With the dense model; None where that was not asked for or there is none.
-        start_s: Seconds that each stage took.
     """
 
     served: ServedModel
     checkpoint: Path
     comparison: Comparison | None
-    start_s: Mapping[str, float]
 
 
 @contextmanager
-def opened_model(settings: ChatSettings, *, notes: Console, ray: bool) -> Iterator[Opened]:
+def opened_model(settings: ChatSettings, *, stages: Stages, ray: bool) -> Iterator[Opened]:
     """The model that is asked for, with its experts running; they end with the block.
+
+    Args:
+        settings: What is asked for.
+        stages: Shows how far it is.
+        ray: Whether the experts are Ray actors; otherwise they are threads of this process.
 
     Raises:
         DemoError: If there is not enough memory.
@@ -66,13 +70,15 @@ def opened_model(settings: ChatSettings, *, notes: Console, ray: bool) -> Iterat
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with ExitStack() as stack:
-        with Stages(notes) as stages:
-            checkpoint = _mixture(stages) if settings.checkpoint is None else settings.checkpoint
-            _check_memory(checkpoint)
-            runtime = stack.enter_context(_started(checkpoint, settings, stages=stages, ray=ray))
-            served = _loaded(checkpoint, runtime, stages=stages, stack=stack)
-            comparison = _compared(served, stages) if settings.checks and settings.checkpoint is None else None
-        yield Opened(served, checkpoint, comparison, stages.seconds)
+        checkpoint = _mixture(stages) if settings.checkpoint is None else settings.checkpoint
+        _check_memory(checkpoint)
+        runtime = stack.enter_context(_started(checkpoint, settings, stages=stages, ray=ray))
+        name = _SMOLLM2 if settings.checkpoint is None else checkpoint.resolve().name
+        served = _loaded(checkpoint, runtime, name=name, stages=stages, stack=stack)
+        comparison = None
+        if settings.checks and settings.checkpoint is None:
+            comparison = _compared(served, stages, kept=checkpoint.parent / _DENSE_TOKENS_NAME)
+        yield Opened(served, checkpoint, comparison)
 
 
 def _mixture(stages: Stages) -> Path:
@@ -114,16 +120,21 @@ def _started(checkpoint: Path, settings: ChatSettings, *, stages: Stages, ray: b
         yield runtime
 
 
-def _loaded(checkpoint: Path, runtime: Runtime, *, stages: Stages, stack: ExitStack) -> ServedModel:
-    with stages.stage("loading", "Loading what is no expert"):
+def _loaded(checkpoint: Path, runtime: Runtime, *, name: str, stages: Stages, stack: ExitStack) -> ServedModel:
+    with stages.stage("loading", "Loading attention"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
         model = moe_hf.load(checkpoint, runtime=runtime)
         stack.callback(moe_hf.close, model)
-    return ServedModel(checkpoint.name, model, tokenizer, lambda: reading_of(moe_hf.experts(model)))
+    return ServedModel(name, model, tokenizer, lambda: reading_of(moe_hf.experts(model)))
 
 
-def _compared(served: ServedModel, stages: Stages) -> Comparison:
-    with stages.stage("comparing", "Comparing with the dense model"):
-        dense = load_dense_smollm2()
-        dense_ids = greedy_tokens(dense, served.tokenizer)
-        return compare(greedy_tokens(served.model, served.tokenizer), dense_ids, served.tokenizer)
+def _compared(served: ServedModel, stages: Stages, *, kept: Path) -> Comparison:
+    with stages.stage("comparing", "Comparing tokens") as stage:
+        dense_ids = kept_tokens(kept)
+        if dense_ids is None:
+            stage.show(0.0, "loading the dense model once")
+            dense_ids = greedy_tokens(load_dense_smollm2(), served.tokenizer)
+            keep_tokens(kept, dense_ids)
+        token_ids = greedy_tokens(served.model, served.tokenizer)
+        stage.show(1.0, f"{NUM_CHECKED} tokens")
+        return compare(token_ids, dense_ids, served.tokenizer)

@@ -59,6 +59,7 @@ class Terminal:
         self._out = out
         self._notes = notes
         self._start = served.read()
+        self._ends_line = True
         self.answers: list[Answer] = []
         torch.manual_seed(sampling.seed)
 
@@ -89,6 +90,7 @@ class Terminal:
             ExpertError: If an expert cannot be had.
             KeyboardInterrupt: On Ctrl-C; the answer so far is kept.
         """
+        self._ends_line = False
         prompt = self._conversation.prompt(question, max_new_tokens=self._sampling.max_new_tokens)
         self._tell_forgotten(prompt)
         under_way = AnswerUnderWay(self._served.model, self._served.tokenizer, question=question)
@@ -142,7 +144,8 @@ class Terminal:
                 self._write(wrap.feed(piece))
             elif not told and self._expert_is_gone():
                 told = True
-                self._write(wrap.flush() + "\n")
+                self._write(wrap.flush())
+                self._end_line()
                 self._note("an expert is being replaced: the answer goes on when it is back")
                 wrap = self._new_wrap()
         self._write(wrap.flush())
@@ -154,6 +157,11 @@ class Terminal:
         # Not Rich's print, which would wrap each piece as if it began a line.
         self._out.file.write(text)
         self._out.file.flush()
+        self._ends_line = text.endswith("\n") if text else self._ends_line
+
+    def _end_line(self) -> None:
+        if not self._ends_line:
+            self._write("\n")
 
     def _expert_is_gone(self) -> bool:
         try:
@@ -165,7 +173,7 @@ class Terminal:
     def _keep(self, answer: Answer) -> None:
         if not answer.num_tokens:
             return
-        self._write("\n")
+        self._end_line()
         self._conversation.add(answer.question, answer.text)
         self.answers.append(answer)
         self._note(summary(answer))

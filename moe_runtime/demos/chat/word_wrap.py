@@ -58,7 +58,9 @@ class WordWrap:
         self._word = self._blank = ""
         width = cell_len(word)
         if self._column and self._column + len(blank) + width > self._width:
-            self._column = width % self._width
-            return "\n" + word
-        self._column = (self._column + len(blank) + width) % self._width
+            self._column, blank = 0, "\n"
+        else:
+            self._column += len(blank)
+        # The terminal itself cuts what is longer than a line.
+        self._column = (self._column + width - 1) % self._width + 1
         return blank + word

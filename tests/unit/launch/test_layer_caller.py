@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import copy
 import importlib
 import pickle
@@ -248,19 +249,23 @@ def test_a_runtime_that_is_closed_ends_the_wait(plug_in):
             caller.rows("l", TOKENS, EXPERT_IDS)
 
 
-def test_an_interrupted_call_leaves_the_caller_usable(runtime, monkeypatch):
+def test_an_interrupted_call_leaves_the_caller_usable(runtime, plug_in):
+    def interrupt():
+        plug_in.entered.wait()
+        _thread.interrupt_main()
+
     with LayerCaller(runtime) as caller:
         caller.rows("l", TOKENS, EXPERT_IDS)
-        with monkeypatch.context() as patch:
-            patch.setattr(type(caller._calling), "poll", _interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                caller.rows("l", TOKENS, EXPERT_IDS)
+        plug_in.opened.clear()
+        plug_in.entered.clear()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            caller.rows("l", TOKENS, EXPERT_IDS)
+        thread.join()
+        plug_in.opened.set()
         assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
         assert caller.counts()["l"] == [4, 4, 4]
-
-
-def _interrupt(self, timeout_s):
-    raise KeyboardInterrupt
 
 
 def test_a_closed_caller_says_so_and_leaves_no_thread(runtime):
