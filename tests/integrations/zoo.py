@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_runtime.experts.checkpoints.families import DecoratedFamily, expert_modules
+from moe_runtime.experts.checkpoints.internals import model_on_meta
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -204,6 +205,12 @@ def tiny(family: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """A configuration of a few ten thousand parameters, and the class of the model."""
     model_class = _head(family)
     return shrunk(model_class.config_class, CHANGES.get(family, {})), model_class
+
+
+def bare(family: str) -> PreTrainedModel:
+    """The family's model on the meta device."""
+    config, model_class = tiny(family)
+    return model_on_meta(model_class, config, torch.float32)
 
 
 def built(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
