@@ -11,6 +11,7 @@ import torch
 import moe_runtime.integrations.transformers as moe_hf
 from integrations import zoo
 from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
+from moe_runtime.experts.checkpoints.families import expert_modules
 from moe_runtime.launch.runtime import serve
 
 #: Where logits are not those of the model bit for bit, the largest difference allowed to logits of a scale of 4.
@@ -49,6 +50,16 @@ def test_an_expert_s_tensors_are_all_that_is_read_for_it(family: str, tmp_path: 
         expert = checkpoint.expert(layer.module, layer.num_experts - 1)
         held = sum(parameter.numel() * parameter.element_size() for parameter in expert.parameters())
         assert checkpoint.bytes_read - before == held
+
+
+@pytest.mark.parametrize("family", zoo.families())
+def test_the_experts_of_a_tiny_model_show_in_its_logits(family: str, tmp_path: Path) -> None:
+    zoo.save(family, tmp_path, dtype=torch.bfloat16)
+    model = zoo.reference(family, tmp_path)
+    before = zoo.logits(model)
+    for path, holder in expert_modules(model).items():
+        holder.bind(model.get_submodule(path), lambda hidden, ids: hidden.new_zeros(ids.numel(), hidden.shape[1]))
+    assert not torch.equal(zoo.logits(model), before)
 
 
 def test_every_decorated_family_is_in_the_zoo_or_says_why_it_is_not() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_runtime.experts.checkpoints.families import DecoratedFamily, expert_modules
+from moe_runtime.experts.checkpoints.internals import model_on_meta
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -51,6 +52,9 @@ _AUDIO = {
 }  # fmt: skip
 _DELTA_NET = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+_RELATIVE = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4, "rel_extent": 32,
 }  # fmt: skip
 _INDEXER = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
@@ -109,6 +113,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_state": 4, "mamba_chunk_size": 8,
         "shared_intermediate_size": 24,
     },
+    "inkling": _RELATIVE,
+    "inkling2": _RELATIVE,
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0,
         "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4,
@@ -132,6 +138,10 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
             "patch_sizes": [4], "hidden_sizes": [16], "depths": [1], "num_hidden_layers": 1, "out_hidden_size": 32,
         },
         "out_hidden_size": 32, "projector_hidden_size": 32,
+    },
+    "nemotron_h": {
+        "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 64,
     },
     "qwen3_5_moe": {**_LINEAR_THEN_FULL, **_DELTA_NET},
     "qwen3_next": {**_LINEAR_THEN_FULL, **_DELTA_NET},
@@ -195,6 +205,12 @@ def tiny(family: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """A configuration of a few ten thousand parameters, and the class of the model."""
     model_class = _head(family)
     return shrunk(model_class.config_class, CHANGES.get(family, {})), model_class
+
+
+def bare(family: str) -> PreTrainedModel:
+    """The family's model on the meta device."""
+    config, model_class = tiny(family)
+    return model_on_meta(model_class, config, torch.float32)
 
 
 def built(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
