@@ -195,7 +195,7 @@ class LayerCaller:
         asked.check_size(calling.engine.table)
         result = _serve(calling, asked)
         # Autograd and in-place operations refuse tensors that were made in inference mode.
-        rows = result.outputs.clone()
+        rows = result.outputs.clone() if result.outputs.is_inference() else result.outputs
         if result.failures is not None:
             self._complete(calling, [_Unanswered(asked, result, rows)])
         return rows
