@@ -32,7 +32,7 @@ _THREADS = (1, 2)
 _BATCHES, _QUICK_BATCHES = (1, 4, 16), (1,)
 _PREFILL_TOKENS, _QUICK_PREFILL_TOKENS = 512, 128
 _CHECKED_TOKENS = 3
-_MODULES = ("transformers", "gguf")
+_NEEDED = ("transformers", "gguf")
 PEER = "one process"
 
 
@@ -52,14 +52,17 @@ def _run(settings: BenchSettings) -> Iterator[Row]:
 
 
 def _missing() -> str | None:
-    if all(find_spec(name) is not None for name in _MODULES):
+    if all(find_spec(name) is not None for name in _NEEDED):
         return None
-    return f"expected {' and '.join(_MODULES)}, not installed: pip install 'moe-runtime[bench,transformers]'"
+    return f"expected {' and '.join(_NEEDED)}, not installed: pip install 'moe-runtime[bench,transformers]'"
 
 
 def _measure(model: _Model, folder: Path, settings: BenchSettings) -> Iterator[Row]:
+    from transformers.utils import logging
+
     import moe_runtime.integrations.transformers as moe_hf
 
+    logging.disable_progress_bar()
     settings.begin(f"Loading {model.name}, with its experts in actors and in one process")
     path = model.make(folder)
     num_actors = min(os.cpu_count() or 1, model.num_experts)

@@ -48,9 +48,11 @@ class WholeModel:
 def serve_whole_model(connection: Connection, path: str) -> None:
     """Generate as it is asked to, until the parent closes the connection."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from moe_runtime.bench.generation import generated, time_generation
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="grouped_mm", dtype=torch.float32)
     model.eval().requires_grad_(False)
     connection.send(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
 MAX_BATCH_BYTES = 48 << 20
 #: The weights are the caller's: these are never looked at.
 _NO_RULE = WeightRule(normalize="none")
-_ONE = torch.ones(1)
+
+
+@lru_cache
+def _any_scores(shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(1).expand(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +61,7 @@ class RowsAsked:
         """
         _check(layer, tokens, expert_ids)
         num_tokens = tokens.shape[0]
-        grid = Grid(expert_ids, _ONE.expand(expert_ids.shape))
+        grid = Grid(expert_ids, _any_scores(tuple(expert_ids.shape)))
         assignments = Assignments(grid, None, num_tokens, layer.num_experts, _NO_RULE)
         _check_experts(layer, assignments)
         return cls(layer, tokens, expert_ids, assignments)
@@ -137,7 +142,7 @@ class RowsAsked:
             )
 
     def _of(self, tokens: Tensor, expert_ids: Tensor) -> RowsAsked:
-        grid = Grid(expert_ids, _ONE.expand(expert_ids.shape))
+        grid = Grid(expert_ids, _any_scores(tuple(expert_ids.shape)))
         assignments = Assignments(grid, None, tokens.shape[0], self.layer.num_experts, _NO_RULE)
         return RowsAsked(self.layer, tokens, expert_ids, assignments)
 

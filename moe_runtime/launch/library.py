@@ -194,7 +194,8 @@ class LayerCaller:
         asked.check_size(calling.engine.table)
         result = calling.serve(asked.batch())
         # Autograd and in-place operations refuse tensors that were made in inference mode, except within it.
-        rows = result.outputs if torch.is_inference_mode_enabled() else result.outputs.clone()
+        is_foreign = result.outputs.is_inference() and not torch.is_inference_mode_enabled()
+        rows = result.outputs.clone() if is_foreign else result.outputs
         if result.failures is not None:
             self._completion.complete(calling, [Unanswered(asked, result, rows)])
         return rows

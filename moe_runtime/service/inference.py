@@ -16,11 +16,11 @@ _R = TypeVar("_R")
 
 
 def without_gradients(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
-    """The same method in torch's inference mode, which is not entered again by who is in it already."""
+    """The same method in torch's inference mode, or as it is where gradients are off already: to enter it takes time."""
 
     @wraps(method)
     def run(self: _Self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.is_inference_mode_enabled():
+        if not torch.is_grad_enabled():
             return method(self, *args, **kwargs)
         with torch.inference_mode():
             return method(self, *args, **kwargs)

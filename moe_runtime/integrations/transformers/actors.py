@@ -102,9 +102,13 @@ class LayerRows:
                 "experts in actors comes later; call the model under torch.no_grad(), and leave its parameters frozen"
             )
         self._actors.check_open()
-        tokens = hidden.detach().to("cpu", self._dtype)
-        rows = self._actors.caller.rows(self._layer, tokens, expert_ids.to("cpu", torch.int64))
-        return rows.to(hidden.device)
+        tokens = hidden.detach() if hidden.requires_grad else hidden
+        if tokens.dtype != self._dtype or not tokens.is_cpu:
+            tokens = tokens.to("cpu", self._dtype)
+        if expert_ids.dtype != torch.int64 or not expert_ids.is_cpu:
+            expert_ids = expert_ids.to("cpu", torch.int64)
+        rows = self._actors.caller.rows(self._layer, tokens, expert_ids)
+        return rows if hidden.is_cpu else rows.to(hidden.device)
 
     def __deepcopy__(self, _memo: object) -> LayerRows:
         return self
