@@ -137,7 +137,7 @@ class AnswerUnderWay:
 
     def _generate(self, ids: Tensor, options: dict[str, Any]) -> None:
         try:
-            self._model.generate(  # type: ignore[operator]  # a mixin's method, which mypy takes for a tensor
+            self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 streamer=self._streamer,
