@@ -255,7 +255,7 @@ class RouterEngine:
         return max(0.0, min(timeout_s, self._attempts.next_due - self._clock.now()))
 
     def _finish(self, flight: Flight) -> BatchResult:
-        layer, answered_at = flight.layer, self._clock.now()
+        answered_at = self._clock.now()
         combined = combined_of(flight)
         times = StageTimes(
             gate_s=flight.gate_s,
