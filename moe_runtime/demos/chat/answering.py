@@ -142,7 +142,7 @@ class AnswerUnderWay:
 
     def _generate(self, ids: Tensor, options: dict[str, Any]) -> None:
         try:
-            self._model.generate(
+            self._model.generate(  # type: ignore[operator]  # a mixin's method, which mypy takes for a tensor
                 ids,
                 attention_mask=torch.ones_like(ids),
                 streamer=self._streamer,
@@ -163,7 +163,7 @@ def generate_options(tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int,
     return options if padding is None else {**options, "pad_token_id": padding}
 
 
-class _Watch(StoppingCriteria):  # type: ignore[misc]  # untyped base
+class _Watch(StoppingCriteria):
     """Sees every token, takes the time, and ends the answer when it is told to."""
 
     def __init__(self) -> None:
