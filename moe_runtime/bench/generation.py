@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -68,7 +69,7 @@ def time_generation(model: Any, case: GenerationCase, num_calls: int, *, num_thr
         # Of the first token, most of the time is the prompt's.
         generated(model, case, 1 + max(num_calls, _MIN_STEPS), streamer=streamer)
         steps = streamer.came_at[1:]
-        return [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        return [after - before for before, after in pairwise(steps)]
     times = []
     for _ in range(num_calls):
         started = time.perf_counter()

@@ -73,13 +73,13 @@ def demo_routers(
 
 def demo_chat(  # noqa: PLR0913  # each argument is an option
     *,
-    prompt: Annotated[str | None, typer.Option(help="Answer this and end; else chat. Questions may be piped in.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and end; else chat.")] = None,
     json_path: FoundPath = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 takes the likeliest token each time.")] = 0.2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens per answer.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at random.")] = 0,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system prompt.")] = None,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Hold its tokens against the dense model's.")] = True,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with the dense model.")] = True,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Another Hugging Face MoE model, instead of the one it fetches.")
     ] = None,

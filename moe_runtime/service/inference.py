@@ -16,7 +16,7 @@ _R = TypeVar("_R")
 
 
 def without_gradients(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R]:
-    """The same method in torch's inference mode, or as it is where gradients are off already: to enter it takes time."""
+    """The same method in torch's inference mode, which takes time to enter: not where gradients are off already."""
 
     @wraps(method)
     def run(self: _Self, *args: _P.args, **kwargs: _P.kwargs) -> _R:

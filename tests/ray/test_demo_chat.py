@@ -18,7 +18,7 @@ from moe_runtime.demos.chat import ChatSettings, Sampling, run
 from moe_runtime.errors import WeightsError
 from moe_runtime.integrations.transformers.smollm2 import fetch_smollm2
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="session")

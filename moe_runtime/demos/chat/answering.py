@@ -36,7 +36,7 @@ class Answer:
         num_prompt_tokens: Tokens that it continues: what was said before, and the question.
         seconds: From the question to the last token.
         first_token_s: From the question to the first token.
-        ending: Whether the model ended it, ``max_new_tokens`` did, or whoever asked.
+        ending: Whether the model ended it, ``max_new_tokens`` did, or something else: Ctrl-C, or an error.
     """
 
     question: str
@@ -70,6 +70,7 @@ class AnswerUnderWay:
         self._question = question
         self._streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._watch = _Watch()
+        self._max_new_tokens = 0
         self._pieces: list[str] = []
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -82,8 +83,10 @@ class AnswerUnderWay:
             sampling: How.
             context: Tokens of question and answer that the model can look back on.
         """
-        max_new_tokens = max(1, min(sampling.max_new_tokens, context - ids.shape[1]))
-        options = generate_options(self._tokenizer, max_new_tokens=max_new_tokens, temperature=sampling.temperature)
+        self._max_new_tokens = max(1, min(sampling.max_new_tokens, context - ids.shape[1]))
+        options = generate_options(
+            self._tokenizer, max_new_tokens=self._max_new_tokens, temperature=sampling.temperature
+        )
         self._watch.start(ids.shape[1])
         # A daemon: a process that ends does not wait for an expert that is being replaced.
         self._thread = threading.Thread(target=self._generate, args=(ids, options), name="chat-answer", daemon=True)
@@ -128,12 +131,14 @@ class AnswerUnderWay:
             num_prompt_tokens=watch.num_prompt_tokens,
             seconds=watch.seconds,
             first_token_s=watch.first_token_s,
-            ending="stopped" if watch.stopped else "end" if self._ended(token_ids) else "length",
+            ending=self._ending(token_ids),
         )
 
-    def _ended(self, token_ids: tuple[int, ...]) -> bool:
+    def _ending(self, token_ids: tuple[int, ...]) -> Ending:
         ends: Any = self._model.generation_config.eos_token_id
-        return bool(token_ids) and token_ids[-1] in (ends if isinstance(ends, list) else [ends])
+        if token_ids and token_ids[-1] in (ends if isinstance(ends, list) else [ends]):
+            return "end"
+        return "length" if len(token_ids) >= self._max_new_tokens else "stopped"
 
     def _generate(self, ids: Tensor, options: dict[str, Any]) -> None:
         try:
@@ -158,7 +163,7 @@ def generate_options(tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int,
     return options if padding is None else {**options, "pad_token_id": padding}
 
 
-class _Watch(StoppingCriteria):  # type: ignore[misc]  # untyped base
+class _Watch(StoppingCriteria):
     """Sees every token, takes the time, and ends the answer when it is told to."""
 
     def __init__(self) -> None:

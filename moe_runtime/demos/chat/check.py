@@ -50,7 +50,7 @@ class Comparison:
 
 def compare(token_ids: tuple[int, ...], dense_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> Comparison:
     """Both continuations of ``CHECK_PROMPT``, with their texts."""
-    text, dense_text = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (token_ids, dense_ids))
+    text, dense_text = (str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in (token_ids, dense_ids))
     return Comparison(CHECK_PROMPT, token_ids, dense_ids, text.strip(), dense_text.strip())
 
 

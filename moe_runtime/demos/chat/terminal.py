@@ -101,6 +101,10 @@ class Terminal:
             if not under_way.stop(timeout_s=_STOP_S):
                 self._note("an expert is being replaced: the next answer begins when it is back")
             raise
+        except BaseException:
+            # The process ends, or an expert is gone for good.
+            under_way.stop(timeout_s=0.0)
+            raise
         finally:
             self._keep(under_way.answer())
         return self.answers[-1]

@@ -69,3 +69,15 @@ def test_messages_and_router_time_are_held_against_hosts_and_tokens():
 def test_the_worst_of_the_killed_counts():
     killed = row(9.0, figures={"worst_ms": 101.0}, fault="killed")
     assert judge("`wire`", killed, row(fault="frozen")) == Finding("9 ms median, 101 ms at worst", False)
+
+
+def test_generating_is_held_against_the_speed_of_one_process():
+    rows = [
+        row(1 / speed, phase="decode", batch=1, model=model)
+        for speed, model in ((0.96, "a, 4 layers"), (0.9, "b, 30 layers"))
+    ]
+    assert judge("`transformers`, decoding at batch 1,", rows[0]) == Finding("0.96 a", True)
+    assert judge("`transformers`, decoding at batch 1,", *rows) == Finding("0.96 a, 0.90 b", False)
+    assert judge("`transformers`, prefill", row(1 / 1.25, phase="prefill", batch=1, model="a")) == Finding(
+        "1.25 a", True
+    )

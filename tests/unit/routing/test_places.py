@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime.routing.places import inverse_permutation, order_by_group, positions_in_group
+from moe_runtime.routing.assignments import count_per_expert
+from moe_runtime.routing.places import FEW_ENTRIES, inverse_permutation, order_by_group, positions_in_group
 
 GROUPS = torch.tensor([2, 0, 2, 1, 0])
 
@@ -33,6 +34,21 @@ def test_no_entries_have_an_empty_order() -> None:
 
 def test_the_inverse_of_an_order_says_where_each_entry_stands() -> None:
     assert inverse_permutation(torch.tensor([1, 4, 3, 0, 2])).tolist() == [3, 0, 4, 2, 1]
+
+
+@pytest.mark.parametrize("num_entries", [FEW_ENTRIES - 1, FEW_ENTRIES, FEW_ENTRIES + 1])
+def test_few_entries_are_ordered_inverted_and_counted_as_many_are(num_entries: int) -> None:
+    groups = torch.randint(5, (num_entries,), generator=torch.Generator().manual_seed(num_entries))
+    order = order_by_group(groups, num_groups=5)
+    assert torch.equal(order, torch.argsort(groups, stable=True))
+    assert torch.equal(order[inverse_permutation(order)], torch.arange(num_entries))
+    assert count_per_expert(groups, num_experts=5) == tuple((groups == group).sum().item() for group in range(5))
+
+
+def test_an_expert_that_there_is_not_is_counted_beside_the_others_or_refused() -> None:
+    assert count_per_expert(torch.tensor([0, 3]), num_experts=2) == (1, 0, 0, 1)
+    with pytest.raises(RuntimeError, match="negative"):
+        count_per_expert(torch.tensor([0, -1]), num_experts=2)
 
 
 @pytest.mark.parametrize(

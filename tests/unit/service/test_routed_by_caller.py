@@ -8,7 +8,7 @@ import torch
 from fakes.service import FakeClock, FakeTransport, endpoint, make_layer, table_of, tokens_of
 from moe_runtime.config.models import CapacityConfig, OnFailureConfig
 from moe_runtime.config.policies import CallerPolicyConfig
-from moe_runtime.errors import InvalidRequestError
+from moe_runtime.errors import InvalidRequestError, ShapeError
 from moe_runtime.routing.assignments import Assignments, Grid, Pairs, WeightRule
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.service.batch import Batch
@@ -29,6 +29,9 @@ class Bench:
 
     def submit(self, choices: Grid | Pairs, tokens: torch.Tensor) -> None:
         assignments = Assignments(choices, None, tokens.shape[0], 3, WeightRule(normalize="none"))
+        self.submit_assignments(assignments, tokens)
+
+    def submit_assignments(self, assignments: Assignments, tokens: torch.Tensor) -> None:
         self.engine.submit(Batch("layer", tokens, assignments=assignments))
 
     def answer_by_expert(self) -> None:
@@ -91,3 +94,29 @@ def test_what_nobody_serves_is_zero_and_told() -> None:
 def test_a_layer_that_its_caller_routes_refuses_a_batch_that_nobody_has_routed() -> None:
     with pytest.raises(InvalidRequestError, match="expected a batch with assignments of its own, found none"):
         POLICY.assign(torch.empty(2, 0))
+
+
+@pytest.mark.parametrize("choice", [(2, 0), (1, 0), (0, 2, 1), (1,)])
+def test_the_rows_of_a_single_token_come_back_by_choice_wherever_its_experts_are(choice: tuple[int, ...]) -> None:
+    bench = Bench()
+    token = tokens_of(1)
+    bench.submit(grid(choice), token)
+    bench.answer_by_expert()
+    (result,) = bench.engine.poll(0.0)
+    assert torch.equal(result.outputs, torch.cat([token * (expert_id + 1) for expert_id in choice]))
+
+
+def test_a_single_token_whose_assignments_are_of_two_is_refused() -> None:
+    with pytest.raises(ShapeError, match="made for 2 rows"):
+        Bench().submit_assignments(
+            Assignments(grid((0,), (1,)), None, 2, 3, WeightRule(normalize="none")), tokens_of(1)
+        )
+
+
+def test_rows_are_ordinary_tensors_where_gradients_are_off_already() -> None:
+    bench = Bench()
+    with torch.no_grad():
+        bench.submit(grid((0, 1)), tokens_of(1))
+        bench.answer_by_expert()
+        (result,) = bench.engine.poll(0.0)
+    assert not result.outputs.is_inference()
