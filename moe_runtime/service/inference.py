@@ -19,7 +19,7 @@ def without_gradients(method: Callable[Concatenate[_Self, _P], _R]) -> Callable[
     """The same method in torch's inference mode, which takes time to enter: not where gradients are off already."""
 
     @wraps(method)
-    def run(self: _Self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def run(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.is_grad_enabled():
             return method(self, *args, **kwargs)
         with torch.inference_mode():

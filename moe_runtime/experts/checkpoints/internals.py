@@ -94,7 +94,7 @@ def ignoring_keys(model_class: type[PreTrainedModel], patterns: Collection[str])
 
 def mark_initialized(holder: nn.Module | Tensor) -> None:
     """Have transformers leave a module's own parameters, or a tensor, as they are when it initialises a model."""
-    holder._is_hf_initialized = True  # type: ignore[assignment, union-attr]
+    holder._is_hf_initialized = True  # type: ignore[union-attr]
 
 
 def wrap_from_pretrained(load: Callable[[Callable[..., Any], type[PreTrainedModel], Any, dict[str, Any]], Any]) -> None:
