@@ -56,7 +56,7 @@ def bytes_of(module: nn.Module) -> int:
 @torch.inference_mode()
 def test_expert_is_bit_equal_to_the_model_s_own(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(zoo.save(name, tmp_path, dtype=dtype))
-    model = load_whole(tmp_path)
+    model = zoo.reference(name, tmp_path)
     assert checkpoint.dtype == dtype
     for layer in checkpoint.layers:
         assert layer.num_experts == NUM_EXPERTS
@@ -84,7 +84,7 @@ def test_rows_of_all_experts_weighted_and_summed_are_bit_equal_to_the_layer_s(
     for number in range(NUM_EXPERTS):
         chosen = (index.reshape(-1) == number).nonzero().squeeze(1)
         rows[chosen] = checkpoint.expert(layer.module, number)(tokens[chosen // 2])
-    expected = load_whole(tmp_path).get_submodule(layer.module)(tokens, index, weights)
+    expected = zoo.reference(name, tmp_path).get_submodule(layer.module)(tokens, index, weights)
     assert torch.equal(weighted_sum(rows, weights, dtype=dtype), expected)
 
 
@@ -129,8 +129,8 @@ def test_fp8_is_dequantised_for_one_expert_alone(dtype: torch.dtype, tmp_path: P
 
     assert torch.equal(expert.get_parameter("experts.gate_up_proj")[0], torch.cat([plain("gate"), plain("up")]))
     assert torch.equal(expert.get_parameter("experts.down_proj")[0], plain("down"))
-    # 3 projections of 32 * 32 bytes, each with 4 * 4 scales of 4 bytes.
-    assert checkpoint.bytes_read == 3 * (1024 + 64)
+    # 3 projections of 64 * 32 bytes, each with 8 * 4 scales of 4 bytes.
+    assert checkpoint.bytes_read == 3 * (2048 + 128)
     assert all(".experts.2." in key for key in checkpoint.keys_read)
 
 
