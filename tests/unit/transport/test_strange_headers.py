@@ -103,7 +103,10 @@ def test_frames_that_are_no_request_are_a_transport_error(frames, message):
         ),
         (reply_frames(rows=False), "rows: expected bytes, true or null, found false"),
         (reply_frames(results=[["a", 2, None, 1.0, 5]]), "results: Expected `array`, got `int`"),
-        (reply_frames(results=[["a", 2, None, 1.0, [], False, 5]]), "results: Expected `array` of at most length 6, got 7"),
+        (
+            reply_frames(results=[["a", 2, None, 1.0, [], False, 5]]),
+            "results: Expected `array` of at most length 6, got 7",
+        ),
         (reply_frames(results=[["a", 2, None, 1.0, [0]]]), "expected an error and some of its 2 rows"),
         (reply_frames(results=[["a", 2, "bad", 1.0, [0, 1]]]), "expected an error and some of its 2 rows"),
         (reply_frames(results=[["a", 2, "bad", 1.0, [2]]]), "expected an error and some of its 2 rows"),
