@@ -48,7 +48,7 @@ class GenerationCase:
         return torch.randint(_FIRST_WORD, _NUM_WORDS, (self.batch, self.prompt_tokens), generator=generator)
 
 
-class _StepTimes(BaseStreamer):  # type: ignore[misc]  # transformers has no types
+class _StepTimes(BaseStreamer):
     """Notes when each token comes; the prompt comes first."""
 
     def __init__(self) -> None:

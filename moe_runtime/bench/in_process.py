@@ -107,12 +107,14 @@ def _time(layer: Callable[[Tensor], Tensor], tokens: Tensor, *, num_threads: int
 
 
 def _layers(spec: ExpertSpec, modules: Sequence[nn.Module], routing: _Routing) -> dict[str, Callable[[Tensor], Tensor]]:
+    from moe_runtime.experts.checkpoints.internals import choose_experts
+
     make = {"swiglu": _mixtral_experts, "feed_forward": _plain_experts}[spec.kind]
     experts, config = make(modules)
 
     def hugging_face(implementation: str) -> Callable[[Tensor], Tensor]:
         def layer(tokens: Tensor) -> Tensor:
-            config._experts_implementation = implementation
+            choose_experts(config, implementation)
             outputs: Tensor = experts(tokens, *routing(tokens))
             return outputs
 

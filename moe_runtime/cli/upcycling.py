@@ -29,6 +29,11 @@ DensePath = Annotated[
 ]
 OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.", show_default=False)]
 
+GateInit = Annotated[Literal["normal", "zeros"], typer.Option(help="Gates of random weights, or of zeros.")]
+DType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto is the dense model's.")
+]
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", re.IGNORECASE)
 _KILLED_BY_SIGTERM = 128 + signal.SIGTERM
@@ -55,15 +60,10 @@ def upcycle(  # noqa: PLR0913  # each argument is an option
     noise: Annotated[
         float, typer.Option(metavar="S", help="Noise on each copy, relative to the weights' standard deviation.")
     ] = 0.0,
-    gate_init: Annotated[
-        Literal["normal", "zeros"], typer.Option(help="Gates of random weights, or of zeros.")
-    ] = "normal",
+    gate_init: GateInit = "normal",
     gate_std: Annotated[float, typer.Option(metavar="STD", help="Standard deviation of random gates.")] = 0.02,
     seed: Annotated[int, typer.Option(help="Of gates and noise.")] = 0,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of the weights; auto is the dense model's."),
-    ] = "auto",
+    dtype: DType = "auto",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="No weight file is larger.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it was made by this command.")] = False,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from moe_runtime.errors import InnerLayerError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,12 +26,15 @@ class ExpertOutcome(NamedTuple):
         error: None, or what went wrong, in words.
         compute_ms: Time that the product took that these rows were part of, with those of merged calls.
         failed_rows: Where there are rows and an error: the rows that it costs, ascending; they are zeros.
+        is_expert_error: Whether the expert itself made the error, from these rows: it raised, or its output cannot be
+            used. False where it was not asked, or another layer that it asked has failed.
     """
 
     rows: Tensor | None
     error: str | None
     compute_ms: float
     failed_rows: tuple[int, ...] = ()
+    is_expert_error: bool = False
 
 
 def outcomes_of(
@@ -65,9 +70,11 @@ def _outcome(rows: Tensor, failed: Sequence[FailedRows], compute_ms: float) -> E
         return ExpertOutcome(rows, None, compute_ms)
     fault = next((each.failure.error for each in failed if each.failure.is_fault), None)
     error = fault or failed[0].failure.error
+    is_own = not any(isinstance(each.failure.cause, InnerLayerError) for each in failed)
     numbers = [number for each in failed for number in range(each.start, each.stop)]
     if fault is not None or len(numbers) == len(rows):
-        return ExpertOutcome(None, error, compute_ms)
+        return ExpertOutcome(None, error, compute_ms, is_expert_error=is_own)
     # Not in place: an output may lie in the memory of the call's rows, or of the expert's parameters.
     zeroed = rows.index_fill(0, torch.tensor(numbers), 0)
-    return ExpertOutcome(zeroed, f"{error}, in {len(numbers)} of {len(rows)} rows", compute_ms, tuple(numbers))
+    error = f"{error}, in {len(numbers)} of {len(rows)} rows"
+    return ExpertOutcome(zeroed, error, compute_ms, tuple(numbers), is_expert_error=is_own)

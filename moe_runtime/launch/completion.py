@@ -11,6 +11,7 @@ import torch
 
 from moe_runtime.errors import ExpertError, PoisonedRequestError
 from moe_runtime.launch.called_rows import missing_of
+from moe_runtime.service.failures import FailureKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from moe_runtime.launch.called_rows import RowsAsked
     from moe_runtime.launch.calling_engine import CallingEngine
     from moe_runtime.service.batch import BatchResult
+    from moe_runtime.service.failures import FailedAttempt
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ class Completion:
 
         Args:
             waits: Whether missing rows are asked for again; otherwise they are zeros.
-            patience_s: For how long after a batch that lacks some.
+            patience_s: For how long after a batch that lacks some; an expert that answers badly twice in a row is not
+                waited for.
         """
         self.num_dropped = 0
         self.num_retried = 0
@@ -82,6 +85,7 @@ class Completion:
 
     def _ask_again(self, calling: CallingEngine, each: Unanswered, missing: Tensor, *, deadline: float) -> None:
         asked, result, pause_s = each.asked, each.result, _FIRST_PAUSE_S
+        bad = _bad_answers(result)
         _LOG.warning("%s; asking again for %g s", failure_of(asked, result), self._patience_s)
         while True:
             for error in result.errors.values():
@@ -101,6 +105,10 @@ class Completion:
             still = missing_of(result)
             if still is None:
                 return
+            bad_before, bad = bad, _bad_answers(result)
+            again = bad.keys() & bad_before.keys()
+            if again:
+                raise ExpertError(f"{_named(asked, bad[min(again)])}; it was asked twice")
             missing = torch.zeros_like(missing)
             missing[places[still]] = True
 
@@ -114,8 +122,17 @@ class Completion:
 
 def failure_of(asked: RowsAsked, result: BatchResult) -> str:
     """Which expert failed last in a batch, and why, in words."""
-    layer, failures = asked.layer, result.failures
-    if failures is None or not failures.attempts:
-        return f"layer {layer.name}: an expert gave no answer"
-    last = failures.attempts[-1]
-    return f"layer {layer.name}: expert {layer.experts[last.expert_id].name}: {last.reason}"
+    if result.failures is None or not result.failures.attempts:
+        return f"layer {asked.layer.name}: an expert gave no answer"
+    return _named(asked, result.failures.attempts[-1])
+
+
+def _named(asked: RowsAsked, attempt: FailedAttempt) -> str:
+    layer = asked.layer
+    return f"layer {layer.name}: expert {layer.experts[attempt.expert_id].name}: {attempt.reason}"
+
+
+def _bad_answers(result: BatchResult) -> dict[int, FailedAttempt]:
+    """What experts that are there gave instead of the rows that are missing, by their ids."""
+    last = {} if result.failures is None else result.failures.given_up()
+    return {expert_id: each for expert_id, each in last.items() if each.kind is FailureKind.BAD_ANSWER}

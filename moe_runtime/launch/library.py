@@ -59,7 +59,8 @@ class LayerCaller:
             runtime: The runtime.
             layers: Names of the layers; all that it has, or will have, when None.
             on_failure: What becomes of rows that no expert answers: ``wait`` asks again, by a newer table where one
-                comes, until ``patience_s`` is over; ``drop`` leaves zeros, counts them, and warns once.
+                comes, until ``patience_s`` is over, or an expert has answered badly twice in a row; ``drop`` leaves
+                zeros, counts them, and warns once.
             patience_s: How long a call waits for experts that fail; ``start_timeout_s`` of the runtime when None.
 
         Raises:
@@ -115,7 +116,8 @@ class LayerCaller:
         Raises:
             UnknownLayerError: If there is no such layer.
             InvalidRequestError: If the tensors are not what the layer expects, or are too many.
-            ExpertError: If an expert has not answered when ``patience_s`` was over.
+            ExpertError: If an expert raises or gives what cannot be used, and does so again; or if it has not answered
+                when ``patience_s`` was over.
             UnavailableError: If the runtime has ended, or this was closed.
         """
         with self._lock:

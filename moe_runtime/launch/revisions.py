@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from moe_runtime.launch.recipes import HostSpec, LayerRecipe, RouterRecipe
 
 _NUM_CHARS = 12
-#: Routers and their addresses are of the plan; what they serve is not theirs.
 #: Of a layer, what is hashed otherwise, or is nothing to a router.
 _NOT_ROUTED = (
     "gate",
@@ -30,6 +29,7 @@ _NOT_ROUTED = (
     "strategy",
     "balance",
 )
+#: Routers and their addresses are of the plan; what they serve is not theirs.
 _NOT_SERVED = {"replicas", "address", "node_labels"}
 
 

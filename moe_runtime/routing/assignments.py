@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moe_runtime.routing.places import FEW_ENTRIES, inverse_permutation
+from moe_runtime.routing.places import count_per_expert, inverse_permutation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from moe_runtime.config.policies import Normalize
@@ -283,20 +281,3 @@ class DispatchPlan:
     def expert_ids(self) -> Tensor:
         """Expert per planned row, int64 ``(num_planned,)``; ascending until rows are moved."""
         return self.admission.assignments.expert_ids[self.assignment_ids]
-
-
-def count_per_expert(expert_ids: Tensor, *, num_experts: int) -> tuple[int, ...]:
-    """How often each expert of ``num_experts`` occurs in a flat tensor."""
-    if expert_ids.is_cpu and expert_ids.shape[0] <= FEW_ENTRIES:
-        ids = expert_ids.tolist()
-        # What no expert has is for `bincount` to refuse.
-        if not ids or (min(ids) >= 0 and max(ids) < num_experts):
-            return _count_few(ids, num_experts=num_experts)
-    return tuple(torch.bincount(expert_ids, minlength=num_experts).tolist())
-
-
-def _count_few(expert_ids: Sequence[int], *, num_experts: int) -> tuple[int, ...]:
-    counts = [0] * num_experts
-    for expert_id in expert_ids:
-        counts[expert_id] += 1
-    return tuple(counts)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.routing.assignments import Selection, count_per_expert
+from moe_runtime.routing.assignments import Selection
+from moe_runtime.routing.places import count_per_expert
 from moe_runtime.routing.plan import weigh_planned
 from moe_runtime.routing.shared import with_shared_of, without_shared
 from moe_runtime.routing.weights import largest_per_token, near_softmax, sum_per_token

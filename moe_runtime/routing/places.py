@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 # Groups that have numbers of 16 bits, which numpy sorts digit by digit.
@@ -57,3 +59,20 @@ def positions_in_group(group_ids: Tensor, *, order: Tensor | None, sizes: Tensor
         by_group = order[order_by_group(group_ids[order], num_groups=sizes.shape[0])]
     starts = sizes.cumsum(0) - sizes
     return inverse_permutation(by_group) - starts[group_ids]
+
+
+def count_per_expert(expert_ids: Tensor, *, num_experts: int) -> tuple[int, ...]:
+    """How often each expert of ``num_experts`` occurs in a flat tensor."""
+    if expert_ids.is_cpu and expert_ids.shape[0] <= FEW_ENTRIES:
+        ids = expert_ids.tolist()
+        # What no expert has is for `bincount` to refuse.
+        if not ids or (min(ids) >= 0 and max(ids) < num_experts):
+            return _count_few(ids, num_experts=num_experts)
+    return tuple(torch.bincount(expert_ids, minlength=num_experts).tolist())
+
+
+def _count_few(expert_ids: Sequence[int], *, num_experts: int) -> tuple[int, ...]:
+    counts = [0] * num_experts
+    for expert_id in expert_ids:
+        counts[expert_id] += 1
+    return tuple(counts)

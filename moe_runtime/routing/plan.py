@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moe_runtime.routing.assignments import DispatchPlan, count_per_expert
-from moe_runtime.routing.places import order_by_group
+from moe_runtime.routing.assignments import DispatchPlan
+from moe_runtime.routing.places import count_per_expert, order_by_group
 from moe_runtime.routing.weights import requested_weights, weigh_assignments, weigh_grid
 
 if TYPE_CHECKING:

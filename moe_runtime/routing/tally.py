@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from moe_runtime.errors import InvalidRequestError, ShapeError
-from moe_runtime.routing.assignments import count_per_expert
 from moe_runtime.routing.metrics import gate_confidence
+from moe_runtime.routing.places import count_per_expert
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,6 +9,7 @@ from moe_runtime.routing.plan import plan_dispatch
 from moe_runtime.service.attempts import Attempt, Attempts
 from moe_runtime.service.batch import BatchResult, StageTimes
 from moe_runtime.service.dispatch import fault_in, split_by_host
+from moe_runtime.service.failures import FailureKind
 from moe_runtime.service.finishing import combined_of, overflowed
 from moe_runtime.service.flight import Flight
 from moe_runtime.service.gathering import gather_messages
@@ -210,7 +211,7 @@ class RouterEngine:
         if race is not None and race.is_won:
             return
         if rows is None:
-            self._recovery.fail(flight, (segment,), result.error or "no rows")
+            self._recovery.fail(flight, (segment,), result.error or "no rows", kind=FailureKind.of(result))
             return
         if race is not None:
             race.is_won = True
@@ -237,7 +238,7 @@ class RouterEngine:
         for attempt in self._attempts.take_overdue(now):
             share = "" if attempt.flight.deadline <= now else "its share of "
             reason = f"no answer within {share}the layer's timeout_ms"
-            self._recovery.fail(attempt.flight, attempt.message.segments, reason, timed_out=True)
+            self._recovery.fail(attempt.flight, attempt.message.segments, reason, kind=FailureKind.TIMED_OUT)
 
     def _recover(self) -> None:
         while self._recovery.has_work or self._attempts.has_turns:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from moe_runtime.errors import MoERuntimeError
+    from moe_runtime.service.ports import SegmentResult
+
+
+class FailureKind(Enum):
+    """What came of an attempt that failed."""
+
+    #: The replica is absent, or its host was lost or could do nothing with the rows.
+    NO_ANSWER = "no answer"
+    #: Its host may still be at work.
+    TIMED_OUT = "timed out"
+    #: The expert is there, and has raised or answered what cannot be used.
+    BAD_ANSWER = "bad answer"
+
+    @classmethod
+    def of(cls, result: SegmentResult) -> FailureKind:
+        """By what a host says of a segment that failed."""
+        return cls.BAD_ANSWER if result.is_expert_error else cls.NO_ANSWER
 
 
 class FailedAttempt(NamedTuple):
@@ -18,11 +36,13 @@ class FailedAttempt(NamedTuple):
         expert_id: The expert's.
         rows: The planned rows.
         reason: Why, in words.
+        kind: What came of it.
     """
 
     expert_id: int
     rows: Sequence[int]
     reason: str
+    kind: FailureKind
 
 
 @dataclass(slots=True)
@@ -44,3 +64,8 @@ class BatchFailures:
     retried: set[int] = field(default_factory=set)
     hedged: set[int] = field(default_factory=set)
     errors: dict[int, MoERuntimeError] = field(default_factory=dict)
+
+    def given_up(self) -> dict[int, FailedAttempt]:
+        """The last attempt at rows that were given up in the end, by the expert's id."""
+        unserved = set(self.unserved)
+        return {each.expert_id: each for each in self.attempts if not unserved.isdisjoint(each.rows)}

@@ -109,6 +109,12 @@ class Flight:
         moves = self.failures.moves
         return move_rows(self.plan, torch.tensor([*moves.keys()]), torch.tensor([*moves.values()]))
 
+    def num_reachable(self) -> int:
+        """Experts that rows may be moved to, as far as the table knows: those that are routed to and have a replica."""
+        layer, table = self.layer, self.table
+        shared = range(layer.num_routed, layer.num_experts)
+        return table.num_reachable(layer.name) - sum(bool(table.usable(layer.name, expert_id)) for expert_id in shared)
+
     def served(self) -> Tensor | None:
         """Which planned rows came back, bool ``(num_planned,)``; None is all."""
         if self.failures is None or not self.failures.unserved:

@@ -36,7 +36,13 @@ def too_late(request: HostRequest) -> HostReply:
 def all_failed(results: Iterable[SegmentResult], error: str) -> tuple[SegmentResult, ...]:
     """The same without rows; those that had no error have this one."""
     return tuple(
-        SegmentResult(result.replica_id, result.num_rows, result.error or error, result.compute_ms)
+        SegmentResult(
+            result.replica_id,
+            result.num_rows,
+            result.error or error,
+            result.compute_ms,
+            is_expert_error=result.is_expert_error,
+        )
         for result in results
     )
 

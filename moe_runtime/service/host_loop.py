@@ -230,7 +230,8 @@ class HostLoop:
         results: list[SegmentResult] = []
         kept: list[Tensor] = []
         has_failed = False
-        for segment, (rows, error, compute_ms, failed_rows) in zip(request.segments, outcomes, strict=False):
+        for segment, outcome in zip(request.segments, outcomes, strict=False):
+            rows, error, compute_ms, failed_rows, is_expert_error = outcome
             if rows is not None:
                 mistake = mismatch(rows, kept[0]) if kept else None
                 if mistake is None:
@@ -239,7 +240,9 @@ class HostLoop:
                     error, failed_rows = mistake, ()
             if error is not None:
                 has_failed = True
-            results.append(SegmentResult(segment.replica_id, segment.num_rows, error, compute_ms, failed_rows))
+            results.append(
+                SegmentResult(segment.replica_id, segment.num_rows, error, compute_ms, failed_rows, is_expert_error)
+            )
         joined = torch.cat(kept) if len(kept) > 1 else kept[0] if kept else None
         if has_failed:
             self._note_failures(request, results)

@@ -96,6 +96,7 @@ class SegmentResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
         compute_ms: Time that the expert took over these rows, with those of other requests in the same product.
         failed_rows: Where there is an error: the rows of the segment that it costs, ascending, and not all of them; the
             reply holds zeros for these. Empty: it costs the segment, and the reply holds no rows of it.
+        is_expert_error: Whether the expert itself made the error: asked for the same again, it may well make it again.
     """
 
     replica_id: ReplicaId
@@ -103,6 +104,7 @@ class SegmentResult(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
     error: str | None = None
     compute_ms: float = 0.0
     failed_rows: tuple[NaturalNumber, ...] = ()
+    is_expert_error: bool = False
 
     @property
     def has_rows(self) -> bool:

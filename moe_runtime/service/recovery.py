@@ -10,7 +10,7 @@ import torch
 from moe_runtime.errors import ExpertError, PoisonedRequestError
 from moe_runtime.service.attempts import Attempt
 from moe_runtime.service.dispatch import PlannedSegment, as_rows, make_message
-from moe_runtime.service.failures import FailedAttempt
+from moe_runtime.service.failures import FailedAttempt, FailureKind
 from moe_runtime.service.gathering import gather_anew
 from moe_runtime.service.rerouting import Rerouting
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moe_runtime.service.stats import RouterStats
 
 
+_NO_ANSWER = FailureKind.NO_ANSWER
 #: Replicas that may be held up by the same rows.
 _MAX_TIMEOUTS = 2
 #: Hosts that may die while they have the same request alone and have not said that they have begun with it. The note
@@ -84,11 +85,13 @@ class Recovery:
             reason = "its replicas do not answer" if replicas else "no replica is ready"
             self._failed.append(_Failed(flight, segment, reason))
 
-    def fail(self, flight: Flight, segments: Iterable[PlannedSegment], reason: str, *, timed_out: bool = False) -> None:
+    def fail(
+        self, flight: Flight, segments: Iterable[PlannedSegment], reason: str, *, kind: FailureKind = _NO_ANSWER
+    ) -> None:
         """An attempt at these rows has failed."""
         for segment in segments:
-            if self._is_over(flight, segment, reason, timed_out=timed_out):
-                self._failed.append(_Failed(flight, _tried(segment, timed_out=timed_out), reason))
+            if self._is_over(flight, segment, reason, kind):
+                self._failed.append(_Failed(flight, _tried(segment, kind=kind), reason))
 
     def fail_rows(
         self, flight: Flight, segment: PlannedSegment, result: SegmentResult, values: Tensor
@@ -102,7 +105,7 @@ class Recovery:
         after = PlannedSegment(
             segment.expert_id, as_rows(failed), segment.replica_id, segment.history._replace(tried=tried)
         )
-        self.fail(flight, (after,), result.error or "it failed")
+        self.fail(flight, (after,), result.error or "it failed", kind=FailureKind.of(result))
         good = sorted({*range(len(segment.rows))}.difference(result.failed_rows))
         return segment._replace(rows=as_rows([segment.rows[place] for place in good])), values[torch.tensor(good)]
 
@@ -114,7 +117,7 @@ class Recovery:
         Not, for once or twice, those that the host had not begun with: it died of something else.
         """
         for segment in segments:
-            if not self._is_over(flight, segment, reason):
+            if not self._is_over(flight, segment, reason, _NO_ANSWER):
                 continue
             history = segment.history
             if history.alone is not None and not had_begun:
@@ -141,7 +144,7 @@ class Recovery:
 
     def _may_go_on(self, flight: Flight, segments: Iterable[PlannedSegment]) -> bool:
         layer, table = flight.layer, flight.table
-        num_others = _num_reachable(flight) - layer.policy.max_k if layer.can_reroute else 0
+        num_others = flight.num_reachable() - layer.policy.max_k if layer.can_reroute else 0
         for segment in segments:
             if segment.history.num_timeouts + 1 >= _MAX_TIMEOUTS:
                 continue
@@ -156,12 +159,13 @@ class Recovery:
                     return True
         return False
 
-    def _is_over(self, flight: Flight, segment: PlannedSegment, reason: str, *, timed_out: bool = False) -> bool:
+    def _is_over(self, flight: Flight, segment: PlannedSegment, reason: str, kind: FailureKind) -> bool:
         """Write a failed attempt down; whether no other replica is at work on the rows, or has been."""
         race = segment.race
         if race is not None and race.is_won:
             return False
-        flight.log().attempts.append(FailedAttempt(segment.expert_id, segment.rows, reason))
+        flight.log().attempts.append(FailedAttempt(segment.expert_id, segment.rows, reason, kind))
+        timed_out = kind is FailureKind.TIMED_OUT
         flight.stats.count_failed_attempt(segment.expert_id, num_rows=len(segment.rows), timed_out=timed_out)
         return race is None or race.is_lost_by_one()
 
@@ -233,7 +237,7 @@ class Recovery:
     def _note_unreachable(self, flight: Flight, segment: PlannedSegment, reason: str) -> None:
         """Write down what there was no attempt at; attempts were written down when they failed."""
         if not segment.history.tried:
-            flight.log().attempts.append(FailedAttempt(segment.expert_id, segment.rows, reason))
+            flight.log().attempts.append(FailedAttempt(segment.expert_id, segment.rows, reason, _NO_ANSWER))
 
     def _give_up(self, flight: Flight, segment: PlannedSegment, reason: str) -> None:
         flight.give_up(segment.rows)
@@ -259,18 +263,11 @@ class Recovery:
             self.fail(flight, message.segments, reason)
 
 
-def _num_reachable(flight: Flight) -> int:
-    """Experts that rows may be moved to, as far as the table knows: those that are routed to and have a replica."""
-    layer, table = flight.layer, flight.table
-    shared = range(layer.num_routed, layer.num_experts)
-    return table.num_reachable(layer.name) - sum(bool(table.usable(layer.name, expert_id)) for expert_id in shared)
-
-
-def _tried(segment: PlannedSegment, *, alone: int | None = None, timed_out: bool = False) -> PlannedSegment:
+def _tried(segment: PlannedSegment, *, alone: int | None = None, kind: FailureKind = _NO_ANSWER) -> PlannedSegment:
     """The segment without its replica, which has failed it."""
     history = segment.history
     # Where two raced, neither has answered.
-    num_timeouts = history.num_timeouts + timed_out * (1 if segment.race is None else 2)
+    num_timeouts = history.num_timeouts + (kind is FailureKind.TIMED_OUT) * (1 if segment.race is None else 2)
     after = history._replace(
         tried=segment.tried, num_timeouts=num_timeouts, alone=history.alone if alone is None else alone
     )

@@ -133,7 +133,7 @@ class BatchLedger:
             return ()
         planned = self._result.plan.assignment_ids.numpy()
         warnings: dict[str, None] = {}
-        for expert_id, rows, reason in failures.attempts:
+        for expert_id, rows, reason, _ in failures.attempts:
             failed = planned[[*rows]]
             failed = failed[mine[failed]]
             is_dropped = self._outcomes[failed] == DROPPED_FAILURE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.routing.assignments import count_per_expert
+from moe_runtime.routing.places import count_per_expert
 from moe_runtime.service.histograms import ExpertHistograms, LayerHistograms
 
 if TYPE_CHECKING:

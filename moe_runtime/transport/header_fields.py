@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-HEADER_VERSION: Final = 5
+HEADER_VERSION: Final = 6
 MAX_SEGMENTS = 2048
 MAX_REQUEST_IDS = 4096
 MAX_REQUEST_ID_CHARACTERS = 255
@@ -67,7 +67,7 @@ class RequestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
         is_suspect: The request's.
     """
 
-    version: Literal[5]
+    version: Literal[6]
     kind: Literal["request"]
     ticket: NaturalNumber
     address: Address
@@ -95,7 +95,7 @@ class ReplyHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
         is_begun: The reply's.
     """
 
-    version: Literal[5]
+    version: Literal[6]
     kind: Literal["reply"]
     ticket: NaturalNumber
     address: Address

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from integrations import zoo
+from fakes import zoo
 from moe_runtime.experts.checkpoints.adapters.dbrx import DbrxFamily
 from moe_runtime.experts.checkpoints.adapters.jetmoe import JetMoeFamily
 from moe_runtime.experts.checkpoints.adapters.llama4 import Llama4Family

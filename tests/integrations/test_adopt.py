@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import moe_runtime.integrations.transformers as moe_hf
-from fakes.tiny_models import MODELS, mixtral, prompt
+from fakes import zoo
+from fakes.prompts import prompt
 from moe_runtime.errors import ConfigError, StartError, UnsupportedModelError
 
 
@@ -18,16 +19,16 @@ def logits(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe"])
 def test_logits_are_bit_equal_to_those_before(name, dtype, runtime):
-    model = MODELS[name]().to(dtype)
+    model = zoo.built(name).to(dtype)
     before = logits(model)
     assert moe_hf.adopt(model, runtime, experts_per_actor=2) is model
     assert torch.equal(logits(model), before)
 
 
 def test_its_experts_are_freed_here_and_the_rest_is_frozen(runtime):
-    model = mixtral().train()
+    model = zoo.built("mixtral").train()
     moe_hf.adopt(model, runtime)
     assert not any("experts" in name for name, _ in model.named_parameters())
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -35,7 +36,7 @@ def test_its_experts_are_freed_here_and_the_rest_is_frozen(runtime):
 
 
 def test_a_model_of_the_same_configuration_keeps_its_experts(runtime):
-    model = mixtral()
+    model = zoo.built("mixtral")
     other = copy.deepcopy(model)
     other.config = model.config
     before = logits(other)
@@ -44,7 +45,7 @@ def test_a_model_of_the_same_configuration_keeps_its_experts(runtime):
 
 
 def test_its_files_are_private_and_gone_when_it_is_closed(runtime, state_folder):
-    model = moe_hf.adopt(mixtral(), runtime)
+    model = moe_hf.adopt(zoo.built("mixtral"), runtime)
     (folder,) = (state_folder / "adopted").iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     moe_hf.close(model)
@@ -55,15 +56,15 @@ def test_files_that_a_killed_process_left_are_removed_by_the_next(runtime, state
     left = state_folder / "adopted" / "left"
     left.mkdir(parents=True)
     (left / "model.safetensors").touch()
-    first = moe_hf.adopt(mixtral(), runtime)
+    first = moe_hf.adopt(zoo.built("mixtral"), runtime)
     assert not left.exists()
-    second = moe_hf.adopt(mixtral(), runtime)
+    second = moe_hf.adopt(zoo.built("mixtral"), runtime)
     assert len(list((state_folder / "adopted").iterdir())) == 2
     assert torch.equal(logits(first), logits(second))
 
 
 def test_a_folder_of_the_caller_is_used_and_left(runtime, tmp_path):
-    model = mixtral()
+    model = zoo.built("mixtral")
     before = logits(model)
     moe_hf.adopt(model, runtime, folder=tmp_path / "shared")
     assert torch.equal(logits(model), before)
@@ -74,11 +75,11 @@ def test_a_folder_of_the_caller_is_used_and_left(runtime, tmp_path):
 def test_a_folder_that_holds_something_is_refused(runtime, tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(ConfigError, match="folder: expected a new or empty folder, found mine"):
-        moe_hf.adopt(mixtral(), runtime, folder=tmp_path)
+        moe_hf.adopt(zoo.built("mixtral"), runtime, folder=tmp_path)
 
 
 def test_parameters_that_two_layers_share_are_right_in_both(runtime):
-    model = mixtral()
+    model = zoo.built("mixtral")
     first, second = (model.model.layers[i].mlp.experts for i in (0, 1))
     second.down_proj = first.down_proj
     before = logits(model)
@@ -87,7 +88,7 @@ def test_parameters_that_two_layers_share_are_right_in_both(runtime):
 
 
 def test_parameters_that_are_not_in_memory_are_refused(runtime):
-    model = mixtral()
+    model = zoo.built("mixtral")
     model.model.layers[1].mlp.experts.to("meta")
     with pytest.raises(
         UnsupportedModelError, match=r"model\.layers\.1\.mlp\.experts\.down_proj: expected a parameter in"
@@ -96,7 +97,7 @@ def test_parameters_that_are_not_in_memory_are_refused(runtime):
 
 
 def test_quantised_parameters_are_refused(runtime):
-    model = mixtral()
+    model = zoo.built("mixtral")
     experts = model.model.layers[0].mlp.experts
     experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match=r"gate_up_proj: expected a plain parameter .*float8_e4m3fn"):
@@ -104,7 +105,7 @@ def test_quantised_parameters_are_refused(runtime):
 
 
 def test_parameters_of_several_dtypes_are_refused(runtime):
-    model = mixtral()
+    model = zoo.built("mixtral")
     experts = model.model.layers[0].mlp.experts
     experts.down_proj = torch.nn.Parameter(experts.down_proj.double())
     with pytest.raises(UnsupportedModelError, match="expected parameters of one dtype, found"):
@@ -112,7 +113,7 @@ def test_parameters_of_several_dtypes_are_refused(runtime):
 
 
 def test_a_model_is_adopted_once(runtime):
-    model = moe_hf.adopt(mixtral(), runtime)
+    model = moe_hf.adopt(zoo.built("mixtral"), runtime)
     with pytest.raises(UnsupportedModelError, match="whose experts live in actors already"):
         moe_hf.adopt(model, runtime)
 
@@ -123,7 +124,7 @@ def test_what_is_no_model_of_transformers_is_refused(runtime):
 
 
 def test_a_model_that_cannot_be_adopted_is_as_it_was_and_leaves_nothing(runtime, state_folder):
-    model = mixtral()
+    model = zoo.built("mixtral")
     before = logits(model)
     with pytest.raises((ConfigError, StartError)):
         moe_hf.adopt(model, runtime, resources={"num_cpus": -1.0})

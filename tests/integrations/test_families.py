@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from integrations import zoo
+from fakes import zoo
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.families import DecoratedFamily, expert_modules, family_of
 from moe_runtime.experts.checkpoints.internals import model_on_meta

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import moe_runtime.integrations.transformers as moe_hf
-from integrations import zoo
+from fakes import zoo
 from moe_runtime.launch.runtime import serve
 
 #: A layout of checkpoints each: per expert, fused with biases, per expert beside a shared expert, per expert.

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 import moe_runtime.integrations.transformers as moe_hf
-from fakes.tiny_models import mixtral, prompt, saved
+from fakes import zoo
+from fakes.prompts import prompt
 from moe_runtime.errors import ExpertError, UnavailableError, UnsupportedModelError
 from moe_runtime.launch.runtime import serve
 
@@ -23,7 +24,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
 
 @pytest.fixture
 def path(tmp_path):
-    return saved(tmp_path, "mixtral")
+    return zoo.save("mixtral", tmp_path / "mixtral")
 
 
 @pytest.fixture
@@ -184,28 +185,23 @@ def test_infinities_are_those_of_the_model_in_one_process(model, plain):
 
 def overflowing(folder):
     """A checkpoint with a layer whose experts answer finite tokens with infinities."""
-    model = mixtral().to(torch.float16)
+    model = zoo.built("mixtral").to(torch.float16)
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj.fill_(60000.0)
     model.save_pretrained(folder)
     return folder
 
 
-def impatient():
-    return serve({"name": "impatient", "start_timeout_s": 1.0, "router": {"replicas": 0}, "layers": {}}, ray=False)
+def test_an_expert_that_fails_for_good_is_an_error_that_names_it(tmp_path, runtime):
+    model = moe_hf.load(overflowing(tmp_path / "model"), runtime=runtime)
+    expected = r"layer model\.layers\.1\.mlp\.experts: expert expert-\d: .*finite.*; it was asked twice"
+    with pytest.raises(ExpertError, match=expected):
+        model.generate(**prompt(), **GREEDY)
 
 
-def test_an_expert_that_fails_for_good_is_an_error_that_names_it(tmp_path):
-    with impatient() as runtime:
-        model = moe_hf.load(overflowing(tmp_path / "model"), runtime=runtime)
-        with pytest.raises(ExpertError, match=r"layer model\.layers\.1\.mlp\.experts: expert expert-\d: .*finite"):
-            model.generate(**prompt(), **GREEDY)
-
-
-def test_an_expert_that_fails_is_dropped_where_that_is_wanted(tmp_path, caplog):
-    with impatient() as runtime:
-        model = moe_hf.load(overflowing(tmp_path / "model"), runtime=runtime, on_failure="drop")
-        with torch.no_grad():
-            assert model(**prompt()).logits.isfinite().all()
-        assert moe_hf.experts(model).num_dropped > 0
+def test_an_expert_that_fails_is_dropped_where_that_is_wanted(tmp_path, runtime, caplog):
+    model = moe_hf.load(overflowing(tmp_path / "model"), runtime=runtime, on_failure="drop")
+    with torch.no_grad():
+        assert model(**prompt()).logits.isfinite().all()
+    assert moe_hf.experts(model).num_dropped > 0
     assert "model.layers.1.mlp.experts" in caplog.text

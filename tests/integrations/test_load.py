@@ -8,8 +8,9 @@ import transformers
 import yaml
 
 import moe_runtime.integrations.transformers as moe_hf
-from fakes.tiny_checkpoints import quantise_to_fp8, quantise_to_mxfp4, save_tiny
-from fakes.tiny_models import MODELS, mixtral, prompt, saved, switch_transformers
+from fakes import zoo
+from fakes.changed_checkpoints import quantise_to_fp8, quantise_to_mxfp4
+from fakes.prompts import prompt
 from moe_runtime.errors import ConfigError, UnsupportedModelError, WeightsError
 from moe_runtime.experts.checkpoints.internals import dequantizing_anywhere
 from moe_runtime.launch.runtime import serve
@@ -25,9 +26,9 @@ def same_logits(one, other, **inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe"])
 def test_logits_are_bit_equal_to_those_of_the_model_in_one_process(name, dtype, tmp_path, runtime):
-    path = saved(tmp_path, name, dtype=dtype)
+    path = zoo.save(name, tmp_path / name, dtype=dtype)
     model = moe_hf.load(path, runtime=runtime, experts_per_actor=2)
     assert model.dtype == dtype
     assert same_logits(model, plain(path), **prompt())
@@ -43,9 +44,9 @@ def test_logits_are_bit_equal_to_those_of_the_model_in_one_process(name, dtype, 
     ],
     ids=["greedy", "sampled", "beams", "static-cache"],
 )
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe"])
 def test_generate_gives_the_tokens_of_the_model_in_one_process(name, how, tmp_path, runtime):
-    path = saved(tmp_path, name)
+    path = zoo.save(name, tmp_path / name)
     found = []
     for model in (plain(path), moe_hf.load(path, runtime=runtime)):
         torch.manual_seed(11)
@@ -54,20 +55,20 @@ def test_generate_gives_the_tokens_of_the_model_in_one_process(name, how, tmp_pa
 
 
 def test_experts_of_another_dtype_than_the_checkpoint_s_are_those_of_the_model_in_that_dtype(tmp_path, runtime):
-    path = saved(tmp_path, "mixtral", dtype=torch.bfloat16)
+    path = zoo.save("mixtral", tmp_path / "mixtral", dtype=torch.bfloat16)
     model = moe_hf.load(path, runtime=runtime, dtype="float32")
     assert same_logits(model, plain(path, dtype=torch.float32), **prompt())
 
 
 def test_without_exact_the_logits_are_near(tmp_path, runtime):
-    path = saved(tmp_path, "mixtral")
+    path = zoo.save("mixtral", tmp_path / "mixtral")
     model = moe_hf.load(path, runtime=runtime, exact=False)
     with torch.no_grad():
         torch.testing.assert_close(model(**prompt()).logits, plain(path)(**prompt()).logits)
 
 
 def test_a_model_with_an_encoder_and_a_decoder_is_loaded_as_what_it_is(tmp_path, runtime):
-    switch_transformers().save_pretrained(tmp_path / "switch")
+    zoo.built("switch_transformers").save_pretrained(tmp_path / "switch")
     model = moe_hf.load(tmp_path / "switch", runtime=runtime)
     reference = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "switch")
     assert type(model) is type(reference)
@@ -78,7 +79,7 @@ def test_a_model_with_an_encoder_and_a_decoder_is_loaded_as_what_it_is(tmp_path,
 
 
 def test_another_class_of_the_same_checkpoint_finds_its_experts(tmp_path, runtime):
-    path = saved(tmp_path, "mixtral")
+    path = zoo.save("mixtral", tmp_path / "mixtral")
     model = moe_hf.load(path, runtime=runtime, auto_class=transformers.AutoModel)
     reference = transformers.AutoModel.from_pretrained(path, experts_implementation="grouped_mm")
     with torch.no_grad():
@@ -86,14 +87,14 @@ def test_another_class_of_the_same_checkpoint_finds_its_experts(tmp_path, runtim
 
 
 def test_the_rest_of_the_model_is_frozen_and_has_no_expert(tmp_path, runtime):
-    model = moe_hf.load(saved(tmp_path, "mixtral"), runtime=runtime)
+    model = moe_hf.load(zoo.save("mixtral", tmp_path / "mixtral"), runtime=runtime)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any("experts" in name for name in model.state_dict())
     assert not model.training
 
 
 def test_loading_says_nothing_of_experts_that_it_leaves_out(tmp_path, runtime, caplog, monkeypatch):
-    path = saved(tmp_path, "mixtral")
+    path = zoo.save("mixtral", tmp_path / "mixtral")
     monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
     _, about = moe_hf_load_with_info(path, runtime)
     assert about["unexpected_keys"] == set() == about["missing_keys"]
@@ -109,7 +110,7 @@ def moe_hf_load_with_info(path, runtime):
 
 
 def test_an_actor_has_its_experts_of_every_layer(tmp_path, runtime):
-    model = moe_hf.load(saved(tmp_path, "mixtral"), runtime=runtime, experts_per_actor=2)
+    model = moe_hf.load(zoo.save("mixtral", tmp_path / "mixtral"), runtime=runtime, experts_per_actor=2)
     hosted = sorted(sorted(host["replicas"]) for host in runtime.describe()["hosts"])
     layers = [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
     assert hosted == [
@@ -119,7 +120,7 @@ def test_an_actor_has_its_experts_of_every_layer(tmp_path, runtime):
 
 
 def test_what_experts_did_can_be_seen(tmp_path, runtime):
-    path = saved(tmp_path, "mixtral")
+    path = zoo.save("mixtral", tmp_path / "mixtral")
     model = moe_hf.load(path, runtime=runtime)
     tokens = prompt()
     with torch.no_grad():
@@ -134,7 +135,7 @@ def test_what_experts_did_can_be_seen(tmp_path, runtime):
 
 
 def test_a_configuration_written_as_yaml_serves_the_model_that_is_loaded_from_it(tmp_path):
-    path = saved(tmp_path, "qwen3_moe")
+    path = zoo.save("qwen3_moe", tmp_path / "qwen3_moe")
     written = tmp_path / "served.yaml"
     configuration = moe_hf.config(path, experts_per_actor=4, name="qwen")
     configuration["layers"]["model.layers.0.mlp.experts"]["timeout_ms"] = 5000.0
@@ -146,26 +147,30 @@ def test_a_configuration_written_as_yaml_serves_the_model_that_is_loaded_from_it
 
 
 def test_a_model_is_served_by_the_layers_of_the_same_checkpoint_that_are_there(tmp_path, runtime):
-    path = saved(tmp_path, "mixtral")
+    path = zoo.save("mixtral", tmp_path / "mixtral")
     moe_hf.load(path, runtime=runtime)
     moe_hf.load(path, runtime=runtime)
     assert list(runtime.config.layers) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 
 
 def test_models_of_one_runtime_have_layers_of_different_names(tmp_path, runtime):
-    paths = [saved(tmp_path, "mixtral"), saved(tmp_path, "gpt_oss"), saved(tmp_path / "other", "mixtral")]
+    paths = [
+        zoo.save("mixtral", tmp_path / "mixtral"),
+        zoo.save("gpt_oss", tmp_path / "gpt_oss"),
+        zoo.save("mixtral", tmp_path / "other" / "mixtral"),
+    ]
     models = [
         moe_hf.load(path, runtime=runtime, name=name) for path, name in zip(paths, (None, None, "third"), strict=True)
     ]
     assert list(runtime.config.layers) == [
         *(f"model.layers.{i}.mlp.experts" for i in (0, 1)),
-        *(f"gpt_oss-float32.model.layers.{i}.mlp.experts" for i in (0, 1)),
+        *(f"gpt_oss.model.layers.{i}.mlp.experts" for i in (0, 1)),
         *(f"third.model.layers.{i}.mlp.experts" for i in (0, 1)),
     ]
     for path, model in zip(paths, models, strict=True):
         assert same_logits(model, plain(path), **prompt())
     with pytest.raises(ConfigError, match="name: expected one under which the runtime has no layers, found 'third'"):
-        moe_hf.load(saved(tmp_path / "more", "mixtral"), runtime=runtime, name="third")
+        moe_hf.load(zoo.save("mixtral", tmp_path / "more" / "mixtral"), runtime=runtime, name="third")
 
 
 def test_a_model_without_experts_is_refused(tmp_path, runtime):
@@ -187,17 +192,17 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, runtime):
 
 def test_a_device_that_is_not_there_is_refused(tmp_path, runtime):
     with pytest.raises(ConfigError, match="device: expected auto or a device of torch, found 'gpu'"):
-        moe_hf.load(saved(tmp_path, "mixtral"), runtime=runtime, device="gpu")
+        moe_hf.load(zoo.save("mixtral", tmp_path / "mixtral"), runtime=runtime, device="gpu")
 
 
 def test_an_option_that_experts_elsewhere_cannot_follow_is_refused(tmp_path, runtime):
-    path = saved(tmp_path, "mixtral")
+    path = zoo.save("mixtral", tmp_path / "mixtral")
     with pytest.raises(UnsupportedModelError, match="expected no key_mapping"):
         moe_hf.load(path, runtime=runtime, options={"key_mapping": {"a": "b"}})
 
 
 def test_an_expert_whose_tensors_are_missing_is_an_error_that_names_them_and_leaves_nothing(tmp_path, runtime):
-    path = saved(tmp_path, "mixtral")
+    path = zoo.save("mixtral", tmp_path / "mixtral")
     (path / "model.safetensors").unlink()
     with pytest.raises((WeightsError, OSError), match=r"model\.safetensors"):
         moe_hf.load(path, runtime=runtime)
@@ -205,7 +210,7 @@ def test_an_expert_whose_tensors_are_missing_is_an_error_that_names_them_and_lea
 
 
 def test_a_model_that_was_closed_says_so(tmp_path, runtime):
-    model = moe_hf.load(saved(tmp_path, "mixtral"), runtime=runtime)
+    model = moe_hf.load(zoo.save("mixtral", tmp_path / "mixtral"), runtime=runtime)
     moe_hf.close(model)
     moe_hf.close(model)
     with pytest.raises(Exception, match="the model's experts were closed: load it again"):
@@ -214,11 +219,11 @@ def test_a_model_that_was_closed_says_so(tmp_path, runtime):
 
 def test_a_model_with_its_own_experts_has_none_to_close(tmp_path):
     with pytest.raises(UnsupportedModelError, match="found MixtralForCausalLM with its own"):
-        moe_hf.close(mixtral())
+        moe_hf.close(zoo.built("mixtral"))
 
 
 def test_a_model_of_fp8_is_the_one_that_transformers_dequantises(tmp_path, runtime):
-    path = save_tiny("deepseek_v3", tmp_path / "model", dtype=torch.bfloat16)
+    path = zoo.save("deepseek_v3", tmp_path / "model", dtype=torch.bfloat16)
     quantise_to_fp8(path)
     # transformers alone reads them where accelerate is installed only.
     with dequantizing_anywhere():
@@ -229,7 +234,7 @@ def test_a_model_of_fp8_is_the_one_that_transformers_dequantises(tmp_path, runti
 
 
 def test_a_model_of_mxfp4_is_the_one_that_transformers_dequantises(tmp_path, runtime):
-    path = save_tiny("gpt_oss", tmp_path / "model", dtype=torch.bfloat16)
+    path = zoo.save("gpt_oss", tmp_path / "model", dtype=torch.bfloat16)
     quantise_to_mxfp4(path)
     reference = plain(path, quantization_config=transformers.Mxfp4Config(dequantize=True))
     with moe_hf.use(runtime):

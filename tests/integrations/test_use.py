@@ -10,7 +10,8 @@ import torch
 import transformers
 
 import moe_runtime.integrations.transformers as moe_hf
-from fakes.tiny_models import mixtral, prompt, saved
+from fakes import zoo
+from fakes.prompts import prompt
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.launch.runtime import serve
 
@@ -28,7 +29,7 @@ def logits(model):
 
 @pytest.fixture
 def path(tmp_path):
-    return saved(tmp_path, "mixtral")
+    return zoo.save("mixtral", tmp_path / "mixtral")
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_threads_that_load_at_once_do_not_meet(path, plain, runtime):
 
 
 def test_a_model_that_was_given_the_name_without_actors_says_so_when_it_is_called(runtime):
-    model = mixtral()
+    model = zoo.built("mixtral")
     model.set_experts_implementation("moe_runtime")
     with pytest.raises(UnsupportedModelError, match=r"MixtralExperts: expected experts that live in actors"):
         model(**prompt())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moe_runtime.integrations.transformers as moe_hf
-from integrations import zoo
+from fakes import zoo
 from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
 from moe_runtime.experts.checkpoints.families import expert_modules
 from moe_runtime.launch.runtime import serve

@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import moe_runtime.integrations.transformers as moe_hf
-from fakes.tiny_models import prompt, saved
+from fakes import zoo
+from fakes.prompts import prompt
 from moe_runtime.errors import AlreadyRunningError
 from moe_runtime.launch.runtime import serve
 from moe_runtime.launch.served import Runtime
@@ -33,7 +34,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.utils.logging.disable_progress_bar()
-    return saved(tmp_path_factory.mktemp("checkpoints"), "mixtral")
+    return zoo.save("mixtral", tmp_path_factory.mktemp("checkpoints") / "mixtral")
 
 
 @pytest.fixture(scope="module")

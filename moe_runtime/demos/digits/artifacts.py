@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_runtime.config.cache_folder import cache_folder
 from moe_runtime.demos.digits.training import DigitsLayer
 from moe_runtime.errors import WeightsError
 from moe_runtime.experts.golden_probe import golden_probe
@@ -25,13 +26,9 @@ CONFIG_NAME = "config.yaml"
 GATE_NAME = "gate.safetensors"
 
 
-def cache_folder(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> Path:
-    """Where the recipe's layer is kept: under ``$MOE_RUNTIME_CACHE``, else in the user's cache folder."""
-    root = environ.get("MOE_RUNTIME_CACHE")
-    if root:
-        return Path(root).absolute() / f"digits-{recipe.key}"
-    user_cache = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(user_cache).absolute() / "moe_runtime" / f"digits-{recipe.key}"
+def folder_of(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the recipe's layer is kept, in the cache folder."""
+    return cache_folder(environ) / f"digits-{recipe.key}"
 
 
 def save(layer: DigitsLayer, recipe: Recipe, folder: Path) -> None:

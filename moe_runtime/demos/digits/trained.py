@@ -71,7 +71,7 @@ def trained_layer(recipe: Recipe, images: Images, *, fresh: bool, progress: Prog
         fresh: Train anew even if the cache has it.
         progress: Shows how far training is.
     """
-    folder = artifacts.cache_folder(recipe)
+    folder = artifacts.folder_of(recipe)
     task = progress.add_task("Training gate and experts", total=recipe.num_epochs, note=f"{len(images):,} images")
     if folder.exists() and not fresh:
         try:

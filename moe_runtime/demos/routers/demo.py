@@ -61,7 +61,7 @@ def run(
         MoERuntimeError: If the runtime does not start or roll, or a request ends with an error.
     """
     check_installed(recipe)
-    check_writable(artifacts.cache_folder(recipe), json_path)
+    check_writable(artifacts.folder_of(recipe), json_path)
     show_title(console)
     started = time.perf_counter()
     data = load_digits(seed=recipe.seed, held_out_share=recipe.held_out_share)

@@ -9,13 +9,14 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.families import Family, expert_modules, twin_on_meta
 from moe_runtime.experts.checkpoints.filling import Destination, fill
 from moe_runtime.experts.checkpoints.folder import check_folder, file_of_each_key, first_dtype, stamp, version_of
-from moe_runtime.experts.checkpoints.internals import model_class_named, model_on_meta
+from moe_runtime.experts.checkpoints.internals import model_on_meta
 from moe_runtime.experts.checkpoints.plan import ParameterPlan, plan_parameters
 from moe_runtime.experts.checkpoints.reader import ShardReader
 from moe_runtime.experts.weights_memory import WEIGHTS_MEMORY
@@ -218,11 +219,11 @@ def _configuration(folder: Path) -> PretrainedConfig:
 def _model_class(config: PretrainedConfig, architecture: str | None) -> type[PreTrainedModel]:
     names = [architecture] if architecture is not None else list(config.architectures or ())
     for name in names:
-        found = model_class_named(name)
-        if found is not None:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    if not names and type(config) in AutoModelForCausalLM._model_mapping:
-        causal: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    if not names and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         return cast("type[PreTrainedModel]", causal)
     raise UnsupportedModelError(
         f"expected a model class of transformers for a configuration of type {config.model_type!r}, "

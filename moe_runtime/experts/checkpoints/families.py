@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_runtime.errors import UnsupportedModelError
-from moe_runtime.experts.checkpoints.internals import is_decorated
+from moe_runtime.experts.checkpoints.internals import apply_gate, is_decorated
 from moe_runtime.experts.checkpoints.unknown import refuse_unknown_experts
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class DecoratedExpert(nn.Module):
         experts = self.experts
         outer = "gate_up_proj" if experts.has_gate else "up_proj"
         inner = _linear(experts, outer, rows)
-        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        inner = apply_gate(experts, inner) if experts.has_gate else experts.act_fn(inner)
         outputs = _linear(experts, "down_proj", inner)
         if experts.has_post_expert_norm:
             outputs = experts.post_expert_norm(outputs)

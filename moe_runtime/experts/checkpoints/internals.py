@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,33 +20,23 @@ check_transformers()
 
 # Below the check, which explains what a failing import would not.
 import transformers  # noqa: E402
+from transformers import core_model_loading as loading  # noqa: E402
 from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: E402
-from transformers.core_model_loading import (  # noqa: E402
-    Concatenate,
-    ConversionOps,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts as _ERNIE  # noqa: E402, N814
 from transformers.initialization import no_init_weights  # noqa: E402
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize  # noqa: E402
-from transformers.integrations.moe import use_experts_implementation  # noqa: E402
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation  # noqa: E402
 from transformers.integrations.mxfp4 import Mxfp4Dequantize  # noqa: E402
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer  # noqa: E402
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+_ERNIE = loading.ErnieFuseAndSplitTextVisionExperts
 #: How the keys end that hold scales of other tensors.
 _SCALES = ("_scale_inv", "activation_scale", "_scales")
 #: Quantisations that are undone when an expert is loaded.
@@ -58,11 +49,6 @@ def model_on_meta(model_class: type[PreTrainedModel], config: PretrainedConfig, 
         model: PreTrainedModel = model_class._from_config(deepcopy(config), dtype=dtype)
         model.eval()
     return model
-
-
-def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
-    """The names of parameters that are another one once more, each with the name of that other one."""
-    return dict(model.all_tied_weights_keys)
 
 
 @contextmanager
@@ -95,9 +81,57 @@ def _is_about(pattern: str, model: nn.Module, *, only: Collection[str]) -> bool:
     return bool(found) and found <= set(only)
 
 
+@contextmanager
+def ignoring_keys(model_class: type[PreTrainedModel], patterns: Collection[str]) -> Iterator[None]:
+    """Within it, models of a class load without a word where a checkpoint has keys like these, and they have not."""
+    own = model_class._keys_to_ignore_on_load_unexpected
+    model_class._keys_to_ignore_on_load_unexpected = {*(own or ()), *patterns}
+    try:
+        yield
+    finally:
+        model_class._keys_to_ignore_on_load_unexpected = own
+
+
+def mark_initialized(holder: nn.Module | Tensor) -> None:
+    """Have transformers leave a module's own parameters, or a tensor, as they are when it initialises a model."""
+    holder._is_hf_initialized = True  # type: ignore[union-attr]
+
+
+def wrap_from_pretrained(load: Callable[[Callable[..., Any], type[PreTrainedModel], Any, dict[str, Any]], Any]) -> None:
+    """Have another function load every model from now on: it gets what did so far, the class, the path and options."""
+    original = transformers.PreTrainedModel.__dict__["from_pretrained"].__func__
+
+    @wraps(original)
+    def from_pretrained(cls: type[PreTrainedModel], path: Any, *args: Any, **options: Any) -> Any:
+        return load(lambda path, **options: original(cls, path, *args, **options), cls, path, options)
+
+    setattr(transformers.PreTrainedModel, original.__name__, classmethod(from_pretrained))
+
+
+def register_experts(name: str, forward: Callable[..., Any]) -> None:
+    """Make an implementation of experts known by a name."""
+    ExpertsInterface.register(name, forward)
+
+
+def experts_implementation(config: object) -> str | None:
+    """Name of the implementation of experts that a configuration asks for, if it is one and does."""
+    return getattr(config, "_experts_implementation", None)
+
+
+def choose_experts(config: PretrainedConfig, name: str) -> None:
+    """Have the modules that share a configuration run their experts by the implementation of that name."""
+    config._experts_implementation = name
+
+
+def apply_gate(experts: Any, inner: Tensor) -> Tensor:
+    """What experts of a decorated class make of the products with gate and up projection, ``(N, 2I)`` to ``(N, I)``."""
+    gated: Tensor = experts._apply_gate(inner)
+    return gated
+
+
 def natural_order(key: str) -> Any:
     """Sorts checkpoint keys by their numbers rather than their digits, as transformers collects them."""
-    return dot_natural_key(key)
+    return loading.dot_natural_key(key)
 
 
 def is_decorated(module_class: type[nn.Module]) -> bool:
@@ -121,8 +155,8 @@ class KeyMap:
         self.tied: Mapping[str, str] = dict(model.all_tied_weights_keys)
         quantizer = _dequantizer(model.config)
         mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         self._prefix = model.base_model_prefix
         self._config = model.config
@@ -140,7 +174,7 @@ class KeyMap:
         return Conversion(self._by_pattern[pattern], self._config)
 
     def _renamed(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
-        target, pattern = rename_source_key(key, renamings, converters, self._prefix, self._parameters)
+        target, pattern = loading.rename_source_key(key, renamings, converters, self._prefix, self._parameters)
         return str(target), pattern
 
 
@@ -170,10 +204,9 @@ class Conversion:
         stacking = self._converter.operations[1 if self.operations[0] == "Fp8Dequantize" else 0 :]
         if len(stacking) == 1 and isinstance(stacking[0], _ERNIE):
             return stacking[0].stack_dim == 0 and self.concat_dim > 0
-        merging = isinstance(stacking[0], MergeModulelist) and stacking[0].dim == 0 and self.num_targets == 1
-        return merging and (
-            len(stacking) == 1 or (len(stacking) == 2 and isinstance(stacking[1], Concatenate) and stacking[1].dim > 0)
-        )
+        merging = isinstance(stacking[0], loading.MergeModulelist) and stacking[0].dim == 0 and self.num_targets == 1
+        joined = [isinstance(each, loading.Concatenate) and each.dim > 0 for each in stacking[1:]]
+        return merging and joined in ([], [True])
 
     @property
     def keeps_rows(self) -> bool:
@@ -219,10 +252,10 @@ class Conversion:
         return parameter
 
 
-def _keeps_rows(operation: ConversionOps) -> bool:
-    if isinstance(operation, Transpose):
+def _keeps_rows(operation: loading.ConversionOps) -> bool:
+    if isinstance(operation, loading.Transpose):
         return 0 not in (operation.dim0, operation.dim1)
-    if isinstance(operation, Concatenate | Interleave):
+    if isinstance(operation, loading.Concatenate | loading.Interleave):
         return operation.dim != 0
     return isinstance(operation, Fp8Dequantize | Mxfp4Dequantize)
 
@@ -241,12 +274,6 @@ def _dequantizer(config: PretrainedConfig) -> Any:
     quantizer = AutoHfQuantizer.from_config(deepcopy(settings), pre_quantized=True)
     quantizer.quantization_config.dequantize = True
     return quantizer
-
-
-def model_class_named(name: str) -> type[PreTrainedModel] | None:
-    """The class of transformers of that name; None if it has none."""
-    found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 class _DequantizingFp8(FineGrainedFP8HfQuantizer):

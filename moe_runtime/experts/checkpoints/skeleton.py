@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_runtime.experts.checkpoints.families import family_of
+from moe_runtime.experts.checkpoints.internals import mark_initialized
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _CHANGING = threading.RLock()
 #: Where an expert's parameter was: transformers leaves it alone, and it is no parameter.
 _ABSENT = torch.empty(0)
-_ABSENT._is_hf_initialized = True  # type: ignore[attr-defined]
+mark_initialized(_ABSENT)
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def drop_experts(module: nn.Module) -> None:
         owner = module.get_submodule(owner_name)
         del owner._parameters[parameter]
         # Or transformers would initialise what is no longer there, or fail to: in this module, or in one around it.
-        owner._is_hf_initialized = True  # type: ignore[assignment]
+        mark_initialized(owner)
         owner.__dict__[parameter] = _ABSENT
 
 

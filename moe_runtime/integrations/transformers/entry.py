@@ -70,7 +70,8 @@ def load(  # noqa: PLR0913  # each argument is a choice of its own
         dtype: Of the whole model; ``auto`` is what the checkpoint says.
         exact: Whether outputs are bit-identical to one process's. Without it, requests may be joined and split.
         on_failure: What becomes of tokens whose expert fails: ``wait`` for its replacement, up to the runtime's
-            ``start_timeout_s``; or ``drop`` the expert from the token's sum, which is counted and logged once.
+            ``start_timeout_s``, unless it is there and fails twice in a row; or ``drop`` the expert from the token's
+            sum, which is counted and logged once.
         runtime: Where the experts are to live, of ``moe_runtime.serve`` with ``router.replicas: 0``.
         ray_address: Address of the cluster to start a runtime on.
         name: Of the runtime that is started, or what precedes the names of the layers in the one that is given.

@@ -6,19 +6,18 @@ import copy
 import os
 import re
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
-from moe_runtime.experts.checkpoints.internals import dequantizing_anywhere, untied
+from moe_runtime.experts.checkpoints.internals import dequantizing_anywhere, ignoring_keys, untied
 from moe_runtime.experts.checkpoints.skeleton import without_experts
 from moe_runtime.integrations.transformers.binding import bind_experts, kept_unless_it_fails
 from moe_runtime.integrations.transformers.layers import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
     from transformers import PreTrainedModel
@@ -73,7 +72,7 @@ def load_model(
     checkpoint = source.checkpoint
     with (
         _ONE_AT_A_TIME,
-        _unasked_for_experts(source, model_class),
+        ignoring_keys(model_class, _keys_of_experts(source, model_class)),
         without_experts(checkpoint.expert_classes),
         untied(checkpoint.model, checkpoint.plan),
         dequantizing_anywhere(),
@@ -115,22 +114,11 @@ def _open_source(path: Any, model_class: type[PreTrainedModel], options: Mapping
     return Source(checkpoint, architecture=None if is_its_own else name)
 
 
-@contextmanager
-def _unasked_for_experts(source: Source, model_class: type[PreTrainedModel]) -> Iterator[None]:
-    """Within it, transformers finds nothing strange about experts' tensors in a checkpoint of a model without them."""
-    own = model_class.__dict__.get("_keys_to_ignore_on_load_unexpected")
+def _keys_of_experts(source: Source, model_class: type[PreTrainedModel]) -> set[str]:
+    """Patterns of the tensors that the checkpoint has for experts, which are nothing strange in it."""
     prefix = f"{model_class.base_model_prefix}."
     modules = (layer.module.removeprefix(prefix) for layer in source.checkpoint.layers)
-    patterns = {rf"(^|\.){re.escape(module)}\." for module in modules}
-    ignored = model_class._keys_to_ignore_on_load_unexpected
-    model_class._keys_to_ignore_on_load_unexpected = {*(ignored or ()), *patterns}
-    try:
-        yield
-    finally:
-        if own is None:
-            del model_class._keys_to_ignore_on_load_unexpected
-        else:
-            model_class._keys_to_ignore_on_load_unexpected = own
+    return {rf"(^|\.){re.escape(module)}\." for module in modules}
 
 
 def _dequantised(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:

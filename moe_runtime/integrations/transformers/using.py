@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from transformers import PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
-
 from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.experts.checkpoints.internals import experts_implementation, register_experts, wrap_from_pretrained
 from moe_runtime.integrations.transformers.loading import load_model
 from moe_runtime.integrations.transformers.refusals import IMPLEMENTATION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
+    from transformers import PreTrainedModel
 
     from moe_runtime.integrations.transformers.placement import Placement
     from moe_runtime.integrations.transformers.providing import Provider
@@ -51,35 +49,28 @@ def used(provider: Provider, placement: Placement) -> Iterator[None]:
 
 def make_known() -> None:
     """Tell transformers of our name, and look at every model that it loads from then on; once per process."""
-    ExpertsInterface.register(IMPLEMENTATION, _unbound)
-    original = PreTrainedModel.__dict__["from_pretrained"].__func__
+    register_experts(IMPLEMENTATION, _unbound)
+    wrap_from_pretrained(_load)
 
-    @functools.wraps(original)
-    def from_pretrained(cls: type[PreTrainedModel], path: Any, *args: Any, **options: Any) -> Any:
-        if not _is_asked_for(options):
-            return original(cls, path, *args, **options)
-        use = _USED.get()
-        if use is None:
-            raise UnsupportedModelError(
-                f"experts_implementation: expected {IMPLEMENTATION!r} only where a runtime is used, found it for "
-                f"{cls.__name__} outside of that; {_WHAT_TO_DO}"
-            )
 
-        def build(path: Any, **options: Any) -> Any:
-            return original(cls, path, *args, **options)
-
-        return load_model(build, cls, path, options=options, provider=use.provider, placement=use.placement)
-
-    setattr(PreTrainedModel, original.__name__, classmethod(from_pretrained))
+def _load(build: Callable[..., Any], model_class: type[PreTrainedModel], path: Any, options: dict[str, Any]) -> Any:
+    if not _is_asked_for(options):
+        return build(path, **options)
+    use = _USED.get()
+    if use is None:
+        raise UnsupportedModelError(
+            f"experts_implementation: expected {IMPLEMENTATION!r} only where a runtime is used, found it for "
+            f"{model_class.__name__} outside of that; {_WHAT_TO_DO}"
+        )
+    return load_model(build, model_class, path, options=options, provider=use.provider, placement=use.placement)
 
 
 def _is_asked_for(options: dict[str, Any]) -> bool:
     wanted = options.get("experts_implementation")
     if wanted is not None:
         return IMPLEMENTATION in (wanted.values() if isinstance(wanted, dict) else (wanted,))
-    config = options.get("config")
     # A configuration that belongs to a model of ours says so too.
-    return getattr(config, "_experts_implementation", None) == IMPLEMENTATION
+    return experts_implementation(options.get("config")) == IMPLEMENTATION
 
 
 def _unbound(module: nn.Module, *_args: object) -> NoReturn:

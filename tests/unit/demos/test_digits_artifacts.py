@@ -135,5 +135,5 @@ def test_a_config_that_was_edited_is_not_the_recipes(
 def test_the_cache_folder_follows_the_environment(environ: dict[str, str], parent: Path) -> None:
     recipe = Recipe()
 
-    assert artifacts.cache_folder(recipe, environ) == parent / f"digits-{recipe.key}"
-    assert artifacts.cache_folder(replace(recipe, seed=1), environ) != parent / f"digits-{recipe.key}"
+    assert artifacts.folder_of(recipe, environ) == parent / f"digits-{recipe.key}"
+    assert artifacts.folder_of(replace(recipe, seed=1), environ) != parent / f"digits-{recipe.key}"

@@ -41,7 +41,7 @@ def hasty_recipe(short_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.Monke
 def cached(short_recipe: Recipe, trained: DigitsLayer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The recipe's folder in a cache of this test's own, with the trained layer in it."""
     monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path / "cache"))
-    folder = artifacts.cache_folder(short_recipe)
+    folder = artifacts.folder_of(short_recipe)
     artifacts.save(trained, short_recipe, folder)
     return folder
 
@@ -60,7 +60,7 @@ def test_the_demo_trains_serves_calls_checks_and_reports(
     result = run(json_path=json_path, console=console, recipe=short_recipe, load=load, ray=False)
 
     assert result.training_s is not None
-    assert result.config_path == artifacts.cache_folder(short_recipe) / "config.yaml"
+    assert result.config_path == artifacts.folder_of(short_recipe) / "config.yaml"
     assert json.loads(json_path.read_text())["accuracy"] == result.accuracy >= 0.96
     for word in ("Training", "Starting", "Classifying", "transformer", "p99", "tokens/s", "moe-runtime"):
         assert word in text_of(console)
@@ -80,7 +80,7 @@ def test_a_layer_is_trained_again_when_asked_for_or_damaged(
     fresh: bool, console: Console, hasty_recipe: Recipe, trained: DigitsLayer, load: Load
 ) -> None:
     """The cached layer is good; that the demo fails shows that the hasty one took its place."""
-    folder = artifacts.cache_folder(hasty_recipe)
+    folder = artifacts.folder_of(hasty_recipe)
     artifacts.save(trained, hasty_recipe, folder)
     if not fresh:
         (folder / "conv-0.safetensors").write_bytes(b"damaged")

@@ -31,7 +31,7 @@ def outcome(
     console = Console(file=io.StringIO(), width=100, highlight=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_RUNTIME_CACHE", str(folder / "cache"))
-        artifacts.save(trained, short_recipe, artifacts.cache_folder(short_recipe))
+        artifacts.save(trained, short_recipe, artifacts.folder_of(short_recipe))
         result = run(json_path=folder / "result.json", console=console, recipe=short_recipe, ray=False)
     assert isinstance(console.file, io.StringIO)
     return result, console.file.getvalue(), folder / "result.json"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import _thread
 import copy
 import importlib
+import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +32,13 @@ import torch
 from torch import nn
 
 from moe_runtime.config.strict import StrictModel
+from moe_runtime.errors import InnerLayerError
 from moe_runtime.experts import ExpertContract, ExpertKind
 
-#: Scales of experts that fail, and whether those that are held may answer.
-failing = set()
+#: Scales of experts that raise, with how often they do; of experts that another layer fails; and whether those that are
+#: held may answer.
+failing = {}
+failed_by_others = set()
 opened = threading.Event()
 opened.set()
 entered = threading.Event()
@@ -45,7 +49,7 @@ class Options(StrictModel):
 
 
 class Scale(nn.Module):
-    """Answers its input times a number; raises while the test says so, and waits until the test lets it go on."""
+    """Answers its input times a number; raises when the test says so, and waits until the test lets it go on."""
 
     def __init__(self, shape, options):
         super().__init__()
@@ -55,7 +59,10 @@ class Scale(nn.Module):
     def forward(self, rows):
         entered.set()
         opened.wait()
-        if self.scale in failing:
+        if self.scale in failed_by_others:
+            raise InnerLayerError("layer inner: no expert answers")
+        if failing.get(self.scale, 0) > 0:
+            failing[self.scale] -= 1
             raise RuntimeError("the licence server is gone")
         return rows * self.scale
 
@@ -76,6 +83,7 @@ def plug_in(tmp_path, monkeypatch):
     module = importlib.import_module("scale_expert")
     yield module
     module.failing.clear()
+    module.failed_by_others.clear()
     module.opened.set()
 
 
@@ -185,12 +193,12 @@ def test_a_layer_that_is_not_there_is_named(runtime):
 
 
 def test_an_expert_that_recovers_is_waited_for(runtime, plug_in):
-    plug_in.failing.add(2.0)
+    plug_in.failed_by_others.add(2.0)
     with LayerCaller(runtime, patience_s=30.0) as caller, ThreadPoolExecutor(1) as pool:
         call = pool.submit(caller.rows, "l", TOKENS, EXPERT_IDS)
         while not caller.num_retried:
             assert not call.done()
-        plug_in.failing.clear()
+        plug_in.failed_by_others.clear()
         assert torch.equal(call.result(), ROWS)
         # The two rows of that expert alone were asked for again.
         assert caller.num_retried % 2 == 0
@@ -198,16 +206,48 @@ def test_an_expert_that_recovers_is_waited_for(runtime, plug_in):
 
 
 def test_an_expert_that_does_not_recover_is_named_when_patience_ends(runtime, plug_in):
-    plug_in.failing.add(2.0)
+    plug_in.failed_by_others.add(2.0)
     with LayerCaller(runtime, patience_s=0.2) as caller:
-        with pytest.raises(ExpertError, match=r"layer l: expert e1: .*licence server is gone.*; waited 0.2 s for it"):
+        with pytest.raises(ExpertError, match=r"layer l: expert e1: .*no expert answers.*; waited 0.2 s for it"):
             caller.rows("l", TOKENS, EXPERT_IDS)
-        plug_in.failing.clear()
+        plug_in.failed_by_others.clear()
         assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
 
 
+def test_an_expert_that_answers_badly_once_is_asked_again(plug_in):
+    with serve(config(l=layer(exact=True)), ray=False) as runtime, LayerCaller(runtime) as caller:
+        plug_in.failing[2.0] = 1
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        assert caller.num_retried == 2
+
+
+def test_an_expert_that_raises_each_time_is_asked_twice_and_not_waited_for(plug_in):
+    with serve(config(l=layer(exact=True)), ray=False) as runtime, LayerCaller(runtime, patience_s=1e6) as caller:
+        plug_in.failing[2.0] = 3
+        with pytest.raises(ExpertError, match=r"layer l: expert e1: .*licence server is gone.*; it was asked twice"):
+            caller.rows("l", TOKENS, EXPERT_IDS)
+        # The one failure that is left does not count with those of the call before.
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+
+
+def test_an_expert_whose_answer_overflows_each_time_is_not_waited_for(plug_in):
+    served = layer((1.0, 3e38, 3.0))
+    with serve(config(l=served), ray=False) as runtime, LayerCaller(runtime, patience_s=1e6) as caller:
+        with pytest.raises(ExpertError, match=r"layer l: expert e1: .*NaN or infinity; it was asked twice"):
+            caller.rows("l", torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[1], [1]]))
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS.clamp(max=0)), TOKENS.repeat_interleave(2, 0))
+
+
+def test_an_expert_that_answers_badly_is_found_beside_one_that_is_waited_for(plug_in):
+    with serve(config(l=layer(exact=True)), ray=False) as runtime, LayerCaller(runtime, patience_s=1e6) as caller:
+        plug_in.failing[2.0] = 2
+        plug_in.failed_by_others.update((1.0, 3.0))
+        with pytest.raises(ExpertError, match=r"layer l: expert e1: .*licence server is gone.*; it was asked twice"):
+            caller.rows("l", TOKENS, EXPERT_IDS)
+
+
 def test_rows_of_a_failed_expert_are_zeros_where_they_may_be_dropped(runtime, plug_in, caplog):
-    plug_in.failing.add(2.0)
+    plug_in.failing[2.0] = math.inf
     expected = ROWS.clone()
     expected[3] = expected[4] = 0.0
     with LayerCaller(runtime, on_failure="drop") as caller:
@@ -237,7 +277,7 @@ def test_in_an_exact_layer_all_rows_of_the_failed_expert_are_sent_again(plug_in)
 
 def test_a_runtime_that_is_closed_ends_the_wait(plug_in):
     runtime = serve(config(l=layer()), ray=False)
-    plug_in.failing.add(2.0)
+    plug_in.failed_by_others.add(2.0)
     with LayerCaller(runtime) as caller, ThreadPoolExecutor(1) as pool:
         call = pool.submit(caller.rows, "l", TOKENS, EXPERT_IDS)
         while not caller.num_retried:
@@ -330,7 +370,7 @@ def test_a_layer_that_has_the_name_of_another_one_is_refused(runtime):
 
 
 def test_a_layer_that_cannot_be_built_changes_nothing(runtime, plug_in):
-    plug_in.failing.add(7.0)
+    plug_in.failing[7.0] = math.inf
     with pytest.raises(ConfigError, match="licence server is gone"):
         runtime.add_layers({"n": layer((6.0, 7.0))})
     assert list(runtime.describe()["layers"]) == ["l", "m"]

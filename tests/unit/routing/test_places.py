@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime.routing.assignments import count_per_expert
-from moe_runtime.routing.places import FEW_ENTRIES, inverse_permutation, order_by_group, positions_in_group
+from moe_runtime.routing.places import (
+    FEW_ENTRIES,
+    count_per_expert,
+    inverse_permutation,
+    order_by_group,
+    positions_in_group,
+)
 
 GROUPS = torch.tensor([2, 0, 2, 1, 0])
 

@@ -25,7 +25,7 @@ from moe_runtime.transport.row_frames import MAX_FRAME_BYTES, MAX_INLINE_BYTES
 def test_few_rows_are_part_of_the_header():
     (header,) = encode_request(REQUEST, address=ADDRESS)
     assert dict(zip(REQUEST_FIELDS, msgpack.unpackb(header), strict=True)) == {
-        "version": 5,
+        "version": 6,
         "kind": "request",
         "ticket": 5,
         "address": [2**64 - 1, 1],
@@ -159,7 +159,7 @@ def test_request_tells_whose_rows_it_carries():
 
 
 def test_reply_with_failed_rows_holds_all_rows_of_their_segment():
-    results = (SegmentResult("a/b/0", 2, "not finite", 1.5, (1,)), SegmentResult("a/c/0", 1, "it raised", 0.0))
+    results = (SegmentResult("a/b/0", 2, "not finite", 1.5, (1,), True), SegmentResult("a/c/0", 1, "it raised", 0.0))
     reply = HostReply(5, results, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
     incoming = decode_reply(views(encode_reply(reply, address=ADDRESS)))
     assert incoming.reply.results == results

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from moe_runtime.experts.checkpoints.adapters.loops import is_of, sum_by_expert, with_parameters
 from moe_runtime.experts.checkpoints.families import Family, ParameterRows, RowsOf
+from moe_runtime.experts.checkpoints.internals import apply_gate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,5 +64,5 @@ class Step3p7Expert(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """``(N, H)`` to ``(N, H)``, not weighted."""
-        inner = self.experts._apply_gate(functional.linear(rows, self.experts.gate_up_proj[0]))
+        inner = apply_gate(self.experts, functional.linear(rows, self.experts.gate_up_proj[0]))
         return functional.linear(inner, self.experts.down_proj[0])

@@ -10,20 +10,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from fakes.tiny_checkpoints import (
-    MODELS,
-    NUM_EXPERTS,
+from fakes import zoo
+from fakes.changed_checkpoints import (
     change_json,
     change_tensors,
     quantise_to_fp8,
     quantise_to_mxfp4,
-    save_tiny,
 )
 from moe_runtime.experts.checkpoints import checkpoint as checkpoint_module
 from moe_runtime.experts.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from moe_runtime.experts.checkpoints.families import weighted_sum
 
-every_layout = pytest.mark.parametrize("name", MODELS)
+NUM_EXPERTS = zoo.SIZES["num_experts"]
+#: Of checkpoints: per expert; the same beside shared experts, and below a dense layer; fused, with biases and without;
+#: and without a gate projection.
+every_layout = pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe", "nemotron_h"]
+)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -52,8 +55,8 @@ def bytes_of(module: nn.Module) -> int:
 @every_layout
 @torch.inference_mode()
 def test_expert_is_bit_equal_to_the_model_s_own(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(save_tiny(name, tmp_path, dtype=dtype))
-    model = load_whole(tmp_path)
+    checkpoint = open_checkpoint(zoo.save(name, tmp_path, dtype=dtype))
+    model = zoo.reference(name, tmp_path)
     assert checkpoint.dtype == dtype
     for layer in checkpoint.layers:
         assert layer.num_experts == NUM_EXPERTS
@@ -72,7 +75,7 @@ def test_expert_is_bit_equal_to_the_model_s_own(name: str, dtype: torch.dtype, t
 def test_rows_of_all_experts_weighted_and_summed_are_bit_equal_to_the_layer_s(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(save_tiny(name, tmp_path, dtype=dtype))
+    checkpoint = open_checkpoint(zoo.save(name, tmp_path, dtype=dtype))
     layer = checkpoint.layers[-1]
     tokens, drawn = rows_of(checkpoint, 9, dtype), torch.Generator().manual_seed(3)
     index = torch.stack([torch.randperm(NUM_EXPERTS, generator=drawn)[:2] for _ in range(9)])
@@ -81,13 +84,13 @@ def test_rows_of_all_experts_weighted_and_summed_are_bit_equal_to_the_layer_s(
     for number in range(NUM_EXPERTS):
         chosen = (index.reshape(-1) == number).nonzero().squeeze(1)
         rows[chosen] = checkpoint.expert(layer.module, number)(tokens[chosen // 2])
-    expected = load_whole(tmp_path).get_submodule(layer.module)(tokens, index, weights)
+    expected = zoo.reference(name, tmp_path).get_submodule(layer.module)(tokens, index, weights)
     assert torch.equal(weighted_sum(rows, weights, dtype=dtype), expected)
 
 
 @every_layout
 def test_hosts_together_read_the_experts_bytes_once_and_each_its_own_keys(name: str, tmp_path: Path) -> None:
-    save_tiny(name, tmp_path, shard_size="20kB")
+    zoo.save(name, tmp_path, shard_size="20kB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     hosts = [Checkpoint(tmp_path) for _ in range(NUM_EXPERTS)]
     for index, host in enumerate(hosts):
@@ -102,7 +105,7 @@ def test_hosts_together_read_the_experts_bytes_once_and_each_its_own_keys(name: 
 
 
 def test_planning_reads_no_tensor_and_opens_no_shard(tmp_path: Path) -> None:
-    save_tiny("mixtral", tmp_path, shard_size="20kB")
+    zoo.save("mixtral", tmp_path, shard_size="20kB")
     for shard in tmp_path.glob("*.safetensors"):
         shard.unlink()
     checkpoint = Checkpoint(tmp_path)
@@ -113,7 +116,7 @@ def test_planning_reads_no_tensor_and_opens_no_shard(tmp_path: Path) -> None:
 
 @both_dtypes
 def test_fp8_is_dequantised_for_one_expert_alone(dtype: torch.dtype, tmp_path: Path) -> None:
-    quantise_to_fp8(save_tiny("deepseek_v3", tmp_path, dtype=dtype))
+    quantise_to_fp8(zoo.save("deepseek_v3", tmp_path, dtype=dtype))
     checkpoint = Checkpoint(tmp_path)
     expert = checkpoint.expert(checkpoint.layers[0].module, 2, dtype=dtype)
     stored: dict[str, Tensor] = {}
@@ -126,14 +129,14 @@ def test_fp8_is_dequantised_for_one_expert_alone(dtype: torch.dtype, tmp_path: P
 
     assert torch.equal(expert.get_parameter("experts.gate_up_proj")[0], torch.cat([plain("gate"), plain("up")]))
     assert torch.equal(expert.get_parameter("experts.down_proj")[0], plain("down"))
-    # 3 projections of 32 * 32 bytes, each with 4 * 4 scales of 4 bytes.
-    assert checkpoint.bytes_read == 3 * (1024 + 64)
+    # 3 projections of 64 * 32 bytes, each with 8 * 4 scales of 4 bytes.
+    assert checkpoint.bytes_read == 3 * (2048 + 128)
     assert all(".experts.2." in key for key in checkpoint.keys_read)
 
 
 @torch.inference_mode()
 def test_mxfp4_is_dequantised_for_one_expert_alone(tmp_path: Path) -> None:
-    quantise_to_mxfp4(save_tiny("gpt_oss", tmp_path, dtype=torch.bfloat16))
+    quantise_to_mxfp4(zoo.save("gpt_oss", tmp_path, dtype=torch.bfloat16))
     checkpoint = Checkpoint(tmp_path)
     model = load_whole(tmp_path, quantization_config=Mxfp4Config(dequantize=True))
     module = checkpoint.layers[1].module
@@ -145,7 +148,7 @@ def test_mxfp4_is_dequantised_for_one_expert_alone(tmp_path: Path) -> None:
 
 
 def test_expert_takes_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(save_tiny("qwen2_moe", tmp_path, dtype=torch.bfloat16))
+    checkpoint = open_checkpoint(zoo.save("qwen2_moe", tmp_path, dtype=torch.bfloat16))
     module = checkpoint.layers[0].module
     wide = checkpoint.expert(module, 0, dtype=torch.float32).get_parameter("experts.down_proj")
     assert wide.dtype == torch.float32
@@ -153,7 +156,7 @@ def test_expert_takes_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_checkpoint_that_names_no_dtype_has_that_of_its_tensors(tmp_path: Path) -> None:
-    save_tiny("mixtral", tmp_path, dtype=torch.bfloat16)
+    zoo.save("mixtral", tmp_path, dtype=torch.bfloat16)
     change_json(tmp_path / "config.json", dtype=None)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.dtype == torch.bfloat16 == AutoModelForCausalLM.from_pretrained(tmp_path).dtype
@@ -161,7 +164,7 @@ def test_checkpoint_that_names_no_dtype_has_that_of_its_tensors(tmp_path: Path) 
 
 
 def test_checkpoint_is_opened_once_until_its_files_change(tmp_path: Path) -> None:
-    save_tiny("mixtral", tmp_path)
+    zoo.save("mixtral", tmp_path)
     first = open_checkpoint(tmp_path)
     assert open_checkpoint(str(tmp_path)) is first
     change_json(tmp_path / "config.json", dtype="bfloat16")
@@ -170,7 +173,7 @@ def test_checkpoint_is_opened_once_until_its_files_change(tmp_path: Path) -> Non
 
 
 def test_experts_of_thousands_share_what_was_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = Checkpoint(save_tiny("mixtral", tmp_path))
+    checkpoint = Checkpoint(zoo.save("mixtral", tmp_path))
     plan, model = checkpoint.plan, checkpoint.model
     made: list[str] = []
     monkeypatch.setattr(checkpoint_module, "model_on_meta", lambda *_: made.append("model"))
@@ -183,7 +186,7 @@ def test_experts_of_thousands_share_what_was_found_once(tmp_path: Path, monkeypa
 
 
 def test_experts_of_one_layer_share_no_parameter(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(save_tiny("gpt_oss", tmp_path))
+    checkpoint = open_checkpoint(zoo.save("gpt_oss", tmp_path))
     module = checkpoint.layers[0].module
     first, second = checkpoint.bare_expert(module), checkpoint.bare_expert(module)
     first.to(torch.float16)

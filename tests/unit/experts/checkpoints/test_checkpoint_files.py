@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fakes.tiny_checkpoints import change_json, change_tensors, quantise_to_fp8, save_tiny
+from fakes import zoo
+from fakes.changed_checkpoints import change_json, change_tensors, quantise_to_fp8
 from moe_runtime.errors import UnsupportedModelError, WeightsError
 from moe_runtime.experts.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
@@ -22,12 +23,12 @@ KEY = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    return save_tiny("mixtral", tmp_path / "sharded", shard_size="20kB")
+    return zoo.save("mixtral", tmp_path / "sharded", shard_size="20kB")
 
 
 @pytest.fixture
 def single(tmp_path: Path) -> Path:
-    return save_tiny("mixtral", tmp_path / "single")
+    return zoo.save("mixtral", tmp_path / "single")
 
 
 def shard_of(folder: Path, key: str) -> Path:
@@ -111,7 +112,7 @@ def test_tensor_of_another_number_of_dimensions_is_refused(single: Path, shape: 
 
 def test_fused_tensor_with_fewer_experts_is_refused(tmp_path: Path) -> None:
     key = "model.layers.1.block_sparse_moe.input_linear.weight"
-    change_tensors(save_tiny("granitemoe", tmp_path), set_tensor(key, torch.zeros(2, 128, 32)))
+    change_tensors(zoo.save("granitemoe", tmp_path), set_tensor(key, torch.zeros(2, 128, 32)))
     checkpoint = Checkpoint(tmp_path)
     with pytest.raises(WeightsError, match=rf"{re.escape(key)}"):
         checkpoint.expert(checkpoint.layers[1].module, 3)
@@ -133,14 +134,14 @@ def test_tensor_of_another_float_type_is_cast(single: Path, dtype: torch.dtype) 
 
 def test_scales_that_do_not_fit_their_tensor_are_refused(tmp_path: Path) -> None:
     key = "model.layers.1.mlp.experts.2.up_proj.weight"
-    quantise_to_fp8(save_tiny("deepseek_v3", tmp_path))
+    quantise_to_fp8(zoo.save("deepseek_v3", tmp_path))
     change_tensors(tmp_path, set_tensor(f"{key}_scale_inv", torch.ones(5, 4)))
     assert_loading_fails(tmp_path, key, "[5, 4]")
 
 
 def test_scale_that_is_missing_is_named(tmp_path: Path) -> None:
     scale = "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"
-    quantise_to_fp8(save_tiny("deepseek_v3", tmp_path))
+    quantise_to_fp8(zoo.save("deepseek_v3", tmp_path))
     change_tensors(tmp_path, without(scale))
     assert_loading_fails(tmp_path, f"{scale} is missing")
 

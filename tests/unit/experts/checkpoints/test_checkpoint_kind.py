@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fakes.tiny_checkpoints import change_tensors, save_tiny
+from fakes import zoo
+from fakes.changed_checkpoints import change_tensors
 from moe_runtime.errors import ConfigError, UnsupportedModelError, WeightsError
 from moe_runtime.experts.build import build_expert, check_weights
 from moe_runtime.experts.checkpoints import requirement
@@ -25,7 +26,7 @@ NUM_WEIGHTS = 3 * 32 * 64
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("mixtral", tmp_path_factory.mktemp("mixtral"))
+    return zoo.save("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
 def spec_of(
@@ -74,7 +75,7 @@ def test_loading_allocates_what_the_expert_takes_and_no_more(folder: Path) -> No
 
 
 def test_version_is_the_checkpoint_s_and_changes_with_its_files(tmp_path: Path) -> None:
-    spec = spec_of(save_tiny("mixtral", tmp_path))
+    spec = spec_of(zoo.save("mixtral", tmp_path))
     before = check_weights(spec)
     assert build_expert(spec).weights_version == before
     change_tensors(tmp_path, lambda tensors: {**tensors, "extra": torch.zeros(1)})
@@ -112,7 +113,7 @@ def test_weights_beside_the_checkpoint_are_refused(folder: Path) -> None:
 
 
 def test_broken_checkpoint_is_an_error_at_the_expert_s_place(tmp_path: Path) -> None:
-    save_tiny("mixtral", tmp_path)
+    zoo.save("mixtral", tmp_path)
     spec = spec_of(tmp_path)
     check_weights(spec)
     change_tensors(tmp_path, lambda tensors: dict(list(tensors.items())[:3]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from fakes.tiny_checkpoints import save_tiny
+from fakes import zoo
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.families import RowsOf, expert_modules, family_of, weighted_sum
 from moe_runtime.experts.checkpoints.skeleton import without_experts
@@ -20,7 +20,7 @@ from moe_runtime.experts.checkpoints.skeleton import without_experts
 @pytest.fixture
 def model(tmp_path: Path) -> nn.Module:
     whole: nn.Module = AutoModelForCausalLM.from_pretrained(
-        save_tiny("mixtral", tmp_path), experts_implementation="grouped_mm"
+        zoo.save("mixtral", tmp_path), experts_implementation="grouped_mm"
     )
     return whole.eval()
 
@@ -34,7 +34,7 @@ def names_of_experts(model: nn.Module) -> list[str]:
 
 
 def test_model_built_without_experts_has_all_other_parameters(tmp_path: Path) -> None:
-    save_tiny("mixtral", tmp_path)
+    zoo.save("mixtral", tmp_path)
     with without_experts([MixtralExperts]):
         skeleton = build(tmp_path)
     whole = {name for name, _ in build(tmp_path).named_parameters()}
@@ -48,18 +48,18 @@ def test_classes_are_as_before_when_building_fails(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), without_experts([MixtralExperts, MixtralExperts]):
         raise KeyboardInterrupt
     assert MixtralExperts.__init__ is before
-    assert len(names_of_experts(build(save_tiny("mixtral", tmp_path)))) == 4
+    assert len(names_of_experts(build(zoo.save("mixtral", tmp_path)))) == 4
 
 
 def test_other_threads_build_whole_models_meanwhile(tmp_path: Path) -> None:
-    save_tiny("mixtral", tmp_path)
+    zoo.save("mixtral", tmp_path)
     with without_experts([MixtralExperts]), ThreadPoolExecutor(1) as other:
         assert len(names_of_experts(other.submit(build, tmp_path).result())) == 4
         assert names_of_experts(build(tmp_path)) == []
 
 
 def test_two_threads_that_build_skeletons_leave_the_classes_as_they_were(tmp_path: Path) -> None:
-    save_tiny("mixtral", tmp_path)
+    zoo.save("mixtral", tmp_path)
     before = MixtralExperts.__init__
 
     def build_skeleton(_: int) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_runtime.experts.checkpoints.families import DecoratedFamily, expert_modules
-from moe_runtime.experts.checkpoints.internals import model_on_meta
+from moe_runtime.experts.checkpoints.internals import choose_experts, model_on_meta
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -201,10 +201,10 @@ def families() -> tuple[str, ...]:
     return (*(name for name in decorated() if name not in UNBUILDABLE), *ADAPTED)
 
 
-def tiny(family: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+def tiny(family: str, **changes: Any) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """A configuration of a few ten thousand parameters, and the class of the model."""
     model_class = _head(family)
-    return shrunk(model_class.config_class, CHANGES.get(family, {})), model_class
+    return shrunk(model_class.config_class, {**CHANGES.get(family, {}), **changes}), model_class
 
 
 def bare(family: str) -> PreTrainedModel:
@@ -213,9 +213,9 @@ def bare(family: str) -> PreTrainedModel:
     return model_on_meta(model_class, config, torch.float32)
 
 
-def built(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def built(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """The family's model with random parameters, of a size that makes its experts matter, always the same."""
-    config, model_class = tiny(family)
+    config, model_class = tiny(family, **changes)
     torch.manual_seed(0)
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(1)
@@ -228,9 +228,10 @@ def built(family: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     return model.to(dtype)
 
 
-def save(family: str, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write the family's model as a checkpoint."""
-    built(family, dtype=dtype).save_pretrained(folder)
+def save(family: str, folder: Path, *, shard_size: str = "1GB", **how: Any) -> Path:
+    """Write the family's model, ``built`` in some way, as a checkpoint, and return its folder."""
+    built(family, **how).save_pretrained(folder, max_shard_size=shard_size)
+    return folder
 
 
 def reference(family: str, folder: Path) -> PreTrainedModel:
@@ -246,7 +247,7 @@ def reference(family: str, folder: Path) -> PreTrainedModel:
     for path, holder in expert_modules(model).items():
         module = model.get_submodule(path)
         if isinstance(holder, DecoratedFamily):
-            module.config._experts_implementation = "grouped_mm"
+            choose_experts(module.config, "grouped_mm")
         for parameter in module.parameters():
             parameter.data = parameter.data.clone()
     return model
