@@ -22,7 +22,10 @@ from moe_runtime.rpc.methods import ERROR_KEY, RETRY_AFTER_KEY
 from moe_runtime.rpc.status import STATUS_CODES, error_of, metadata_of, status_of
 
 CODES = grpc.StatusCode
-OF_THE_START = {"ConfigError", "PlugInError", "WeightsError", "StartError", "PlacementError", "AlreadyRunningError"}
+OF_THE_START = {
+    *("ConfigError", "PlugInError", "UnsupportedModelError", "WeightsError"),
+    *("StartError", "PlacementError", "AlreadyRunningError"),
+}
 #: What routers get as the text of an outcome.
 OF_HOSTS = {"InnerLayerError"}
 

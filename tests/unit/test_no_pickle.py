@@ -11,12 +11,16 @@ import pytest
 import moe_runtime
 
 PACKAGE = Path(moe_runtime.__file__).parent
-#: Factories are pickled in the operator's process, and unpickled in the actors that the controller gives them to.
+#: Factories are pickled in the process of the operator, and unpickled in the actors that the controller gives them to, and
+#: in programs on the cluster that route for the runtime themselves or add layers to it.
 MAY_PICKLE = {
     "bench/bare/victims.py",
+    "launch/adding.py",
     "launch/plans.py",
     "ray_backend/expert_actor.py",
+    "ray_backend/member.py",
     "ray_backend/router_actor.py",
+    "ray_backend/session.py",
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "shelve", "marshal", "joblib", "cloudpickle"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
