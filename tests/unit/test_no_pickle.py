@@ -11,7 +11,7 @@ import pytest
 import moe_runtime
 
 PACKAGE = Path(moe_runtime.__file__).parent
-#: Factories are pickled in the process of the operator, and unpickled in the actors that the controller gives them to, and
+#: Factories are pickled in the operator's process, and unpickled in the actors that the controller gives them to, and
 #: in programs on the cluster that route for the runtime themselves or add layers to it.
 MAY_PICKLE = {
     "bench/bare/victims.py",
