@@ -18,6 +18,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+#: Of each shard, for the version: a megabyte at most.
+_NUM_SAMPLES, _SAMPLE_BYTES = 256, 4096
 _REFUSED = {
     ".gguf": "a GGUF file, whose experts cannot be read one by one; "
     "`moe-runtime upcycle` makes a checkpoint of a dense model's",
@@ -90,12 +92,27 @@ def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def version_of(folder: Path) -> str:
-    """Stands for the weights: sha256 over the names, sizes and times of change of the configuration and of every shard.
+    """Stands for the weights: sha256 over the configuration, and the names, sizes and samples of every shard.
 
-    No tensor is read for it, so that a copy that did not keep the times counts as another version.
+    A copy has the same, whatever its times. Of each shard the beginning, which names its tensors, and blocks all over
+    it are read: what training changes, changes it; a change of few weights alone may go unseen.
+
+    Raises:
+        WeightsError: If a file cannot be read.
     """
-    shards = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors")
-    return hashlib.sha256(repr((stamp(folder), [_stat(shard) for shard in shards])).encode()).hexdigest()
+    digest = hashlib.sha256()
+    try:
+        digest.update((folder / CONFIG).read_bytes())
+        for shard in sorted(file for file in folder.iterdir() if file.suffix == ".safetensors"):
+            size = shard.stat().st_size
+            digest.update(f"{shard.name} {size}".encode())
+            with shard.open("rb") as file:
+                for place in sorted({size * block // _NUM_SAMPLES for block in range(_NUM_SAMPLES)}):
+                    file.seek(place)
+                    digest.update(file.read(_SAMPLE_BYTES))
+    except OSError as exc:
+        raise WeightsError(f"{folder}: expected files that can be read, found one that cannot: {exc}") from exc
+    return digest.hexdigest()
 
 
 def _stat(file: Path) -> tuple[str, int, int] | None:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moe_runtime.config.strict import StrictModel
-from moe_runtime.errors import ConfigError
+from moe_runtime.errors import ConfigError, WeightsError
 from moe_runtime.experts.protocol import ExpertContract, ExpertKind
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class CheckpointOptions(StrictModel):
     expert: int = Field(ge=0, description="Place of the expert in that module.")
     architecture: str | None = Field(
         None, description="Class of transformers that the path is of; the checkpoint's first when not given."
+    )
+    version: str | None = Field(
+        None, description="Stands for the weights that are meant; a checkpoint with others is refused when it is read."
     )
 
 
@@ -55,8 +58,14 @@ class CheckpointExpert(nn.Module):
         """Read the parameters, in the dtypes that they have by now.
 
         Raises:
-            WeightsError: If a tensor is missing, broken or of another shape.
+            WeightsError: If a tensor is missing, broken or of another shape, or the files are not those that are meant.
         """
+        wanted = self._options.version
+        if wanted not in (None, self.stored_version):
+            raise WeightsError(
+                f"{self._checkpoint.folder}: expected the files of version {wanted}, found {self.stored_version}: they "
+                "have changed since the layer was configured; put them back, or load the model anew"
+            )
         self._checkpoint.load_expert(self.expert, self._options.module, self._options.expert)
 
     def forward(self, rows: Tensor) -> Tensor:

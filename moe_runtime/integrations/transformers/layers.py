@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Mapping
+    from collections.abc import Container, Iterator, Mapping, Sequence
 
     import torch
 
@@ -46,9 +46,10 @@ class Source:
 
     def expert_options(self, layer: ExpertLayer) -> list[dict[str, Any]]:
         """The options of the kind ``transformers`` for each expert of a layer."""
+        version = self.checkpoint.version
         named = {} if self.architecture is None else {"architecture": self.architecture}
         return [
-            {"checkpoint": str(self.folder), "module": layer.module, "expert": expert, **named}
+            {"checkpoint": str(self.folder), "version": version, "module": layer.module, "expert": expert, **named}
             for expert in range(layer.num_experts)
         ]
 
@@ -107,26 +108,45 @@ def free_prefix(source: Source, taken: Container[str], *, wanted: str | None) ->
     raise ConfigError(f"name: expected one under which the runtime has no layers, found {wanted!r}: it has {clash!r}")
 
 
-def present_layers(source: Source, config: RuntimeConfig) -> dict[str, str]:
-    """The runtime's layers that serve a model's experts already: their names, by the paths of the modules.
+def present_layers(
+    source: Source, config: RuntimeConfig, *, dtypes: Mapping[str, torch.dtype], exact: bool
+) -> dict[str, str]:
+    """The runtime's layers that compute what a model's experts do: their names, by the paths of the modules.
 
-    Empty unless every MoE layer of the model is there, with all of its experts in order.
+    Empty unless every MoE layer of the model is there, with all of its experts in order, of the same weights.
+
+    Args:
+        source: Where the experts come from.
+        config: The runtime's.
+        dtypes: Of the experts, by the paths of the modules that hold them.
+        exact: Whether the layers have to be exact; those that are will do in any case.
     """
-    wanted = {
-        layer.module: [_identity(each) for each in source.expert_options(layer)] for layer in source.checkpoint.layers
-    }
+    wanted = {layer.module: source.expert_options(layer) for layer in source.checkpoint.layers}
     found: dict[str, str] = {}
     for name, block in config.layers.items():
         module = str(block.experts[0].options.get("module"))
         is_plain = all(expert.kind == KIND and expert.count == 1 for expert in block.experts)
-        if is_plain and [_identity(expert.options) for expert in block.experts] == wanted.get(module):
+        if not is_plain or module not in wanted or (exact and not block.exact):
+            continue
+        options = [expert.options for expert in block.experts]
+        if f"torch.{block.dtype}" == str(dtypes[module]) and _are_same(options, wanted[module]):
             found.setdefault(module, name)
     return found if len(found) == len(wanted) else {}
 
 
-def _identity(options: Mapping[str, Any]) -> tuple[object, ...]:
-    folder = Path(str(options.get("checkpoint"))).expanduser().resolve()
-    return (folder, options.get("module"), options.get("expert"), options.get("architecture"))
+def _are_same(present: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> bool:
+    return len(present) == len(wanted) and all(map(_is_same, present, wanted))
+
+
+def _is_same(present: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    # Who has written no version into a configuration means whatever is there.
+    version = present.get("version")
+    folder = Path(str(present.get("checkpoint"))).expanduser().resolve()
+    return (
+        folder == Path(wanted["checkpoint"]).resolve()
+        and all(present.get(key) == wanted.get(key) for key in ("module", "expert", "architecture"))
+        and version in (None, wanted["version"])
+    )
 
 
 def _prefixes(folder: Path) -> Iterator[str | None]:

@@ -60,7 +60,7 @@ class GivenRuntime:
         """See ``Provider``."""
         with _ADDING:
             config = self._runtime.config
-            present = present_layers(source, config)
+            present = present_layers(source, config, dtypes=dtypes, exact=placement.exact)
             if present:
                 return self._runtime, present
             prefix = free_prefix(source, config.layers, wanted=placement.name)
