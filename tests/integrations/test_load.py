@@ -25,6 +25,15 @@ def same_logits(one, other, **inputs):
         return torch.equal(one(**inputs).logits, other(**inputs).logits)
 
 
+def train_experts(path):
+    """Write other weights of the same shapes into a checkpoint."""
+    model = plain(path)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.data.neg_()
+    model.save_pretrained(path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral", "qwen3_moe"])
 def test_logits_are_bit_equal_to_those_of_the_model_in_one_process(name, dtype, tmp_path, runtime):
@@ -151,6 +160,33 @@ def test_a_model_is_served_by_the_layers_of_the_same_checkpoint_that_are_there(t
     moe_hf.load(path, runtime=runtime)
     moe_hf.load(path, runtime=runtime)
     assert list(runtime.config.layers) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+
+
+def test_a_checkpoint_that_was_written_anew_is_another_model(tmp_path, runtime):
+    path = zoo.save("mixtral", tmp_path / "mixtral")
+    moe_hf.load(path, runtime=runtime)
+    train_experts(path)
+    model = moe_hf.load(path, runtime=runtime)
+    assert [name.partition(".")[0] for name in runtime.config.layers] == ["model", "model", "mixtral", "mixtral"]
+    assert same_logits(model, plain(path), **prompt())
+
+
+def test_layers_of_another_dtype_or_less_exact_ones_are_not_those_of_the_model(tmp_path, runtime):
+    path = zoo.save("mixtral", tmp_path / "mixtral")
+    moe_hf.load(path, runtime=runtime, exact=False)
+    for how, num_layers in (({}, 4), ({"dtype": "bfloat16"}, 6), ({"exact": False}, 6)):
+        model = moe_hf.load(path, runtime=runtime, **how)
+        assert len(runtime.config.layers) == num_layers
+        if how != {"exact": False}:
+            assert same_logits(model, plain(path, dtype=how.get("dtype", "float32")), **prompt())
+
+
+def test_layers_that_were_configured_for_other_files_do_not_start(tmp_path):
+    path = zoo.save("mixtral", tmp_path / "mixtral")
+    configuration = moe_hf.config(path)
+    train_experts(path)
+    with pytest.raises(WeightsError, match="they have changed since the layer was configured"):
+        serve(configuration, ray=False)
 
 
 def test_models_of_one_runtime_have_layers_of_different_names(tmp_path, runtime):

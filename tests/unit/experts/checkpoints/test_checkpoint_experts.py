@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -170,6 +172,17 @@ def test_checkpoint_is_opened_once_until_its_files_change(tmp_path: Path) -> Non
     change_json(tmp_path / "config.json", dtype="bfloat16")
     assert open_checkpoint(tmp_path) is not first
     assert open_checkpoint(tmp_path).version != first.version
+
+
+def test_a_copy_has_the_version_of_the_original_and_a_trained_one_has_another(tmp_path: Path) -> None:
+    original = zoo.save("mixtral", tmp_path / "original")
+    shutil.copytree(original, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert open_checkpoint(tmp_path / "copy").version == open_checkpoint(original).version
+    shutil.copytree(original, tmp_path / "trained")
+    weights = load_file(tmp_path / "trained" / "model.safetensors")
+    moved = {name: weight + 1e-3 for name, weight in weights.items()}
+    save_file(moved, tmp_path / "trained" / "model.safetensors", metadata={"format": "pt"})
+    assert open_checkpoint(tmp_path / "trained").version != open_checkpoint(original).version
 
 
 def test_experts_of_thousands_share_what_was_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
