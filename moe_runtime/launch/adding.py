@@ -1,9 +1,10 @@
-"""Layers are added to a runtime that runs."""
+"""Layers are added to a runtime that runs, and removed from it."""
 
 from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from moe_runtime.launch.packing import plan_hosts
 from moe_runtime.launch.plans import plan_runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from moe_runtime.config.load import LoadedConfig
     from moe_runtime.launch.served import Session
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from moe_runtime.ray_backend.session import RaySession
 
     OnProgress = Callable[[int, int], None]
+    Change = Callable[[LoadedConfig], LoadedConfig]
 
 
 def config_of(session: Session) -> LoadedConfig:
@@ -53,23 +55,54 @@ def grown(loaded: LoadedConfig, layers: Mapping[str, Any]) -> LoadedConfig:
     return loaded if set(layers) <= set(known) else wanted
 
 
+def shrunk(loaded: LoadedConfig, names: Iterable[str]) -> LoadedConfig:
+    """A configuration without some layers; itself where it has none of them.
+
+    Raises:
+        ConfigError: If another layer needs one of them.
+    """
+    gone = {*names}
+    if gone.isdisjoint(loaded.config.layers):
+        return loaded
+    data = loaded.config.model_dump(exclude_unset=True)
+    layers = {name: block for name, block in data["layers"].items() if name not in gone}
+    return replace(loaded, config=load_config({**data, "layers": layers}).config)
+
+
 def add_layers(
     session: Session, layers: Mapping[str, Any], *, cluster: Cluster | None, on_progress: OnProgress | None
 ) -> None:
     """Have a runtime serve some more layers; see ``Runtime.add_layers``."""
+    _change(session, partial(grown, layers=layers), cluster=cluster, on_progress=on_progress)
+
+
+def remove_layers(session: Session, names: Iterable[str], *, cluster: Cluster | None) -> None:
+    """Have a runtime serve some layers no longer; see ``Runtime.remove_layers``."""
+    gone = frozenset(names)
+    known = config_of(session).config.layers
+    unknown = sorted(gone.difference(known))
+    if unknown:
+        raise ConfigError(
+            f"expected layers of the runtime, which has {', '.join(known) or 'none'}, found {', '.join(unknown)}"
+        )
+    # From here on one that is not there was removed by this, in a call whose answer got lost, or by somebody else.
+    _change(session, partial(shrunk, names=gone), cluster=cluster, on_progress=None)
+
+
+def _change(session: Session, change: Change, *, cluster: Cluster | None, on_progress: OnProgress | None) -> None:
     if isinstance(session, InProcessSession):
-        _grow_in_process(session, layers, on_progress)
+        _change_in_process(session, change, on_progress)
         return
     if cluster is None:
         raise StartError("expected a connected cluster, found none")
-    while not _grow_on_ray(_on_ray(session), layers, cluster=cluster, on_progress=on_progress):
+    while not _change_on_ray(_on_ray(session), change, cluster=cluster, on_progress=on_progress):
         # Somebody else has changed it meanwhile; that is to stay.
         continue
 
 
-def _grow_in_process(session: InProcessSession, layers: Mapping[str, Any], on_progress: OnProgress | None) -> None:
+def _change_in_process(session: InProcessSession, change: Change, on_progress: OnProgress | None) -> None:
     with session.changing:
-        wanted = grown(session.loaded, layers)
+        wanted = change(session.loaded)
         if wanted is session.loaded:
             return
         recipe = build_router(wanted)
@@ -77,16 +110,14 @@ def _grow_in_process(session: InProcessSession, layers: Mapping[str, Any], on_pr
         session.change(wanted, recipe, hosts, on_progress=on_progress)
 
 
-def _grow_on_ray(
-    session: RaySession, layers: Mapping[str, Any], *, cluster: Cluster, on_progress: OnProgress | None
-) -> bool:
+def _change_on_ray(session: RaySession, change: Change, *, cluster: Cluster, on_progress: OnProgress | None) -> bool:
     """Whether it was done; not if the runtime was changed meanwhile."""
     # Not before: Ray reads how to authenticate when it is imported.
     from moe_runtime.ray_backend.roll import ChangedMeanwhileError
 
     source = session.source()
     loaded = _unpacked(source)
-    wanted = grown(loaded, layers)
+    wanted = change(loaded)
     if wanted is loaded:
         return True
     plan = plan_runtime(wanted.config, build_router(wanted), cluster=cluster, detach=True, source=wanted)

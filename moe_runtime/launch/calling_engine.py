@@ -88,10 +88,20 @@ class CallingEngine:
 
         Raises:
             UnavailableError: If the runtime has ended.
+            UnknownLayerError: If the layer was removed.
         """
         if self._news or self._end is not None:
             self.catch_up()
+        self.check_has(batch.layer)
         return self._engine.submit(batch)
+
+    def check_has(self, layer: str) -> None:
+        """Check that a layer is there, which may have been removed meanwhile.
+
+        Raises:
+            UnknownLayerError: If it is not.
+        """
+        self._engine.lineup.layer(layer)
 
     def poll(self, timeout_s: float) -> list[BatchResult]:
         """Finished batches; waits up to ``timeout_s`` for hosts, less when one is done or there are news.
@@ -109,6 +119,7 @@ class CallingEngine:
 
         Raises:
             UnavailableError: If the runtime has ended.
+            UnknownLayerError: If the layer was removed.
         """
         batch_id = self.submit(batch)
         while True:

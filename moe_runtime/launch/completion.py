@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moe_runtime.launch.calling_engine import CallingEngine
     from moe_runtime.service.batch import BatchResult
     from moe_runtime.service.failures import FailedAttempt
+    from moe_runtime.service.routing_table import RoutingTable
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Completion:
         Raises:
             ExpertError: If an expert has not answered in the end.
             UnavailableError: If the runtime has ended.
+            UnknownLayerError: If the layer was removed.
         """
         deadline = time.monotonic() + self._patience_s
         for each in batches:
@@ -93,8 +95,10 @@ class Completion:
                     raise error
             version = calling.engine.table.version if pause_s > _FIRST_PAUSE_S else result.table_version
             calling.await_table(newer_than=version, until=min(deadline, time.monotonic() + pause_s))
+            calling.check_has(asked.layer.name)
             if time.monotonic() >= deadline:
-                raise ExpertError(f"{failure_of(asked, result)}; waited {self._patience_s:g} s for it")
+                state = _state_of_failed(asked, result, calling.engine.table)
+                raise ExpertError(f"{failure_of(asked, result)}; waited {self._patience_s:g} s for it{state}")
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             if not asked.may_be_served(missing, calling.engine.table):
                 continue
@@ -130,6 +134,15 @@ def failure_of(asked: RowsAsked, result: BatchResult) -> str:
 def _named(asked: RowsAsked, attempt: FailedAttempt) -> str:
     layer = asked.layer
     return f"layer {layer.name}: expert {layer.experts[attempt.expert_id].name}: {attempt.reason}"
+
+
+def _state_of_failed(asked: RowsAsked, result: BatchResult, table: RoutingTable) -> str:
+    """What the runtime knows of the expert that failed last in a batch, to follow a sentence; empty if nothing."""
+    if result.failures is None or not result.failures.attempts:
+        return ""
+    replicas = table.replicas.get((asked.layer.name, result.failures.attempts[-1].expert_id), ())
+    known = (f"; replica {each.replica_id} is {each.state}: {each.reason}" for each in replicas if each.reason)
+    return "".join(known)
 
 
 def _bad_answers(result: BatchResult) -> dict[int, FailedAttempt]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_runtime.errors import StartError
+from moe_runtime.errors import StartError, UnavailableError
 from moe_runtime.launch.balance import LocalBalance, bias_rules
 from moe_runtime.launch.expert_process import ExpertProcess
 from moe_runtime.launch.local_member import LocalMember, RoutesBoard
@@ -136,7 +136,10 @@ class InProcessSession:
         Raises:
             ConfigError: If an expert cannot be built; then nothing has changed.
             StartError: If it is to run on a GPU and there is none; then, too.
+            UnavailableError: If it was closed.
         """
+        if self._closing.is_set():
+            raise UnavailableError(f"runtime {self._recipe.runtime}: it was closed")
         present = {host.spec.host_id: host for host in self._hosts}
         hosts = [
             host if (host := present.get(spec.host_id)) is not None and host.spec == spec else self._host(spec)

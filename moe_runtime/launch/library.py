@@ -114,7 +114,7 @@ class LayerCaller:
             ``(num_tokens * k, *out_shape)`` in the layer's dtype, by token, then by choice.
 
         Raises:
-            UnknownLayerError: If there is no such layer.
+            UnknownLayerError: If there is no such layer, or it is removed meanwhile.
             InvalidRequestError: If the tensors are not what the layer expects, or are too many.
             ExpertError: If an expert raises or gives what cannot be used, and does so again; or if it has not answered
                 when ``patience_s`` was over.
@@ -124,6 +124,10 @@ class LayerCaller:
             calling = self._open()
             try:
                 rows = self._rows(calling, layer, tokens, expert_ids)
+            except UnknownLayerError:
+                # Parts of a call to a layer that was removed may be under way; they are nothing to the next call.
+                self._is_broken = calling.engine.num_in_flight > 0
+                raise
             except MoERuntimeError:
                 raise
             except BaseException:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moe_runtime.errors import StartError, UnavailableError
-from moe_runtime.launch.adding import add_layers, config_of
+from moe_runtime.launch.adding import add_layers, config_of, remove_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     from moe_runtime.config.runtime import RuntimeConfig
@@ -65,6 +65,7 @@ class Runtime:
         self._session = session
         self._cluster = cluster
         self._detached = detached
+        self._is_left = False
         self._addresses = tuple(session.addresses())
 
     @property
@@ -125,8 +126,28 @@ class Runtime:
             ConfigError: If the layers cannot work, or one has the name of another one.
             PlacementError: If the cluster has no room for their actors.
             StartError: If something did not start; then nothing has changed.
+            UnavailableError: If it is one of this process and has ended.
         """
         add_layers(self._session, layers, cluster=self._cluster, on_progress=on_progress)
+
+    def remove_layers(self, names: Iterable[str]) -> None:
+        """Have the runtime serve some layers no longer, and return when their hosts have ended.
+
+        Hosts that have experts of other layers, too, are replaced by others without these. Whoever calls a layer that
+        was removed gets ``UnknownLayerError``.
+
+        Args:
+            names: Of the layers.
+
+        Raises:
+            ConfigError: If the runtime has no layer of such a name, or another layer needs it.
+            StartError: If the controller does not answer, or a host that has other layers cannot be replaced; then
+                nothing has changed.
+            UnavailableError: If the runtime was closed, or left.
+        """
+        if self._is_left:
+            raise UnavailableError("expected a runtime that runs, found one that was closed or left")
+        remove_layers(self._session, names, cluster=self._cluster)
 
     def describe(self) -> dict[str, Any]:
         """What runs where: name, addresses, table version, layers, hosts and routers, as plain values.
@@ -183,6 +204,7 @@ class Runtime:
 
     def _disconnect(self) -> None:
         # Ray must not be used any more when it is shut down.
+        self._is_left = True
         self._session.dismiss("it was left")
         if self._cluster is not None:
             self._cluster.disconnect()

@@ -141,13 +141,16 @@ class RaySession:
         """
         is_over = threading.Event()
         watcher = threading.Thread(target=self._show_progress, args=(on_progress, is_over), daemon=True)
-        watcher.start()
+        if on_progress is not None:
+            # Not for nobody: at the end of a process no thread can start.
+            watcher.start()
         try:
             timeout_s = 2 * plan.start_timeout_s + plan.routers.let_go_s + _SPARE_S
             outcome = self._ask("upgrade", plan, instead_of, timeout_s=timeout_s)
         finally:
             is_over.set()
-            watcher.join()
+            if on_progress is not None:
+                watcher.join()
         upgraded: Upgraded = _unless_failed(outcome)
         return upgraded
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import moe_runtime.integrations.transformers as moe_hf
 from fakes import zoo
 from fakes.prompts import prompt
 from moe_runtime.errors import ConfigError, StartError, UnsupportedModelError
+from moe_runtime.launch.runtime import serve
 
 
 def logits(model):
@@ -50,6 +53,55 @@ def test_its_files_are_private_and_gone_when_it_is_closed(runtime, state_folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     moe_hf.close(model)
     assert not list((state_folder / "adopted").iterdir())
+
+
+def test_a_runtime_loses_its_layers_when_it_is_closed_and_goes_on_with_others(runtime, tmp_path):
+    other = zoo.built("qwen3_moe")
+    before = logits(other)
+    path = zoo.save("mixtral", tmp_path / "mixtral")
+    for _ in range(2):
+        moe_hf.close(moe_hf.adopt(zoo.built("mixtral"), runtime))
+        assert not runtime.config.layers
+    loaded = moe_hf.load(path, runtime=runtime)
+    first = logits(loaded)
+    adopted = moe_hf.adopt(zoo.built("mixtral"), runtime)
+    moe_hf.adopt(other, runtime)
+    moe_hf.close(adopted)
+    assert torch.equal(logits(other), before)
+    assert torch.equal(logits(loaded), first)
+    moe_hf.close(loaded)
+    # What was loaded stays, for the next who loads it; what was adopted goes with its model.
+    assert len(runtime.config.layers) == len(moe_hf.experts(other).layers) + len(
+        moe_hf.experts(moe_hf.load(path, runtime=runtime)).layers
+    )
+
+
+def test_a_runtime_loses_the_layers_of_a_model_that_is_forgotten(runtime, state_folder):
+    model = moe_hf.adopt(zoo.built("mixtral"), runtime)
+    assert runtime.config.layers
+    del model
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "moe-runtime-give-back":
+            thread.join()
+    assert not runtime.config.layers
+    assert not list((state_folder / "adopted").iterdir())
+
+
+def test_its_files_go_also_when_the_runtime_has_ended(state_folder, caplog):
+    with serve({"name": "ended", "router": {"replicas": 0}, "layers": {}}, ray=False) as runtime:
+        model = moe_hf.adopt(zoo.built("mixtral"), runtime)
+    moe_hf.close(model)
+    assert not list((state_folder / "adopted").iterdir())
+    assert not caplog.records
+
+
+def test_its_files_go_and_it_is_said_when_its_layers_cannot(runtime, state_folder, caplog):
+    model = moe_hf.adopt(zoo.built("mixtral"), runtime)
+    runtime.remove_layers([*runtime.config.layers])
+    moe_hf.close(model)
+    assert not list((state_folder / "adopted").iterdir())
+    assert "cannot be removed: expected layers of the runtime, which has none" in caplog.text
 
 
 def test_files_that_a_killed_process_left_are_removed_by_the_next(runtime, state_folder):

@@ -128,6 +128,30 @@ def test_patience_that_ends_names_the_expert(runtime, caller, eventually):
             call_for_ever(hasty)
 
 
+def test_patience_that_ends_says_why_the_expert_does_not_come_back(runtime, tmp_path, eventually):
+    licence = tmp_path / "licence"
+    licence.touch()
+    experts = [{"kind": "licensed", "name": "e", "options": {"licence": str(licence)}}]
+    own = {"experts": experts, "experts_per_actor": 1, "actor_group": None}
+    runtime.add_layers({"licensed": layer(**own)})
+    with LayerCaller(runtime, ["licensed"], patience_s=0.3) as hasty:
+        ids = torch.zeros(6, 1, dtype=torch.int64)
+        assert torch.equal(hasty.rows("licensed", TOKENS, ids), TOKENS)
+        licence.unlink()
+        os.kill(pids(runtime)["licensed/e/0"], signal.SIGKILL)
+
+        def reason():
+            hosts = {host["host_id"]: host for host in runtime.describe()["hosts"]}
+            return hosts["licensed/e/0"]["reason"] or ""
+
+        eventually(lambda: "the licence server is gone" in reason())
+        said = r"layer licensed: expert e: .*; waited 0.3 s for it; replica licensed/e/0 is \w+: .*the licence server"
+        with pytest.raises(ExpertError, match=said):
+            hasty.rows("licensed", TOKENS, ids)
+    runtime.remove_layers(["licensed"])
+    assert "licensed/e/0" not in pids(runtime)
+
+
 def test_callers_go_on_without_a_controller_and_follow_the_one_that_comes_back(runtime, caller, rows, eventually):
     eventually(lambda: {host["state"] for host in runtime.describe()["hosts"]} == {"ready"})
     before = runtime.describe()

@@ -132,4 +132,9 @@ def test_an_adopted_model_outlives_an_actor(empty, plain, state_folder):
     (killed,) = pids(model)
     tokens = model.generate(**inputs, **GREEDY, streamer=Killer(killed, at_token=4))
     assert torch.equal(tokens, plain.generate(**inputs, **GREEDY))
+    adopted = {layer.layer for layer in moe_hf.experts(model).layers}
+    others = empty.config.layers.keys() - adopted
     moe_hf.close(model)
+    assert empty.config.layers.keys() == others
+    assert {host["host_id"] for host in empty.describe()["hosts"]}.isdisjoint({"group:adopted.experts/0/0"})
+    assert not list((state_folder / "adopted").iterdir())

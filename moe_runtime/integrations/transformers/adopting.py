@@ -44,7 +44,8 @@ def adopt(  # noqa: PLR0913  # each argument is a choice of its own
 
     They are written as safetensors files, layer by layer, for the actors to read. The files stay as long as the model
     does, since an actor that is replaced reads them again: until ``close(model)``, or until the model is forgotten or
-    the process ends. If anything fails the model is as it was, and the files are gone.
+    the process ends. Then the runtime loses the model's layers first. If anything fails the model is as it was, and
+    layers and files are gone.
 
     Args:
         model: Any of transformers with experts, on any device; its parameters are plain floating tensors.
@@ -82,7 +83,7 @@ def adopt(  # noqa: PLR0913  # each argument is a choice of its own
         architecture = type(model).__name__
         source = Source(open_checkpoint(place, architecture=architecture), architecture=architecture)
         dtypes = {path: _dtype_of(model, path, family) for path, family in families.items()}
-        provider = GivenRuntime(runtime)
+        provider = GivenRuntime(runtime, keeps_layers=False)
         bind_experts(model, source, provider=provider, placement=placement, dtypes=dtypes, stack=stack)
     for path in families:
         drop_experts(model.get_submodule(path))

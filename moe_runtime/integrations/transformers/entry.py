@@ -207,8 +207,8 @@ def experts(model: torch.nn.Module) -> ExpertsView:
 def close(model: torch.nn.Module) -> None:
     """Give back what a model's experts hold; the model cannot be called from then on. Safe to call twice.
 
-    Ends the runtime that ``load`` started for it, and removes the files that ``adopt`` made of its experts. A runtime
-    that was given goes on, and keeps the layers.
+    Ends the runtime that ``load`` started for it. A runtime that was given goes on, and keeps the layers that ``load``
+    added; those that ``adopt`` added are removed, and then the files that it made of the experts.
 
     Raises:
         UnsupportedModelError: If the model's experts are its own.

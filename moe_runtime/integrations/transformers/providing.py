@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moe_runtime.errors import MoERuntimeError, UnavailableError
 from moe_runtime.integrations.transformers.layers import as_name, free_prefix, layer_blocks, layer_name, present_layers
 from moe_runtime.launch.runtime import serve
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from contextlib import ExitStack
 
     import torch
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
     from moe_runtime.integrations.transformers.placement import Placement
     from moe_runtime.launch.served import Runtime
 
-#: Between looking which names are taken and taking some.
-_ADDING = threading.Lock()
+_LOG = logging.getLogger(__name__)
+
+#: Between looking which names are taken and taking some; and between looking which there are and removing some.
+_CHANGING = threading.Lock()
 
 
 class Provider(Protocol):
@@ -48,24 +52,29 @@ class GivenRuntime:
     """The caller's runtime; layers that it has already are used as they are, others are added.
 
     Args:
-        runtime: Stays when the experts are closed, and so do its layers.
+        runtime: Stays when the experts are closed.
+        keeps_layers: Whether those that were added stay as well.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, *, keeps_layers: bool = True) -> None:
         self._runtime = runtime
+        self._keeps_layers = keeps_layers
 
     def provide(
         self, source: Source, placement: Placement, *, dtypes: Mapping[str, torch.dtype], stack: ExitStack
     ) -> tuple[Runtime, dict[str, str]]:
         """See ``Provider``."""
-        with _ADDING:
+        with _CHANGING:
             config = self._runtime.config
             present = present_layers(source, config, dtypes=dtypes, exact=placement.exact)
             if present:
                 return self._runtime, present
             prefix = free_prefix(source, config.layers, wanted=placement.name)
             self._runtime.add_layers(layer_blocks(source, placement, dtypes=dtypes, prefix=prefix))
-            return self._runtime, layers_of(source, prefix)
+            layers = layers_of(source, prefix)
+            if not self._keeps_layers:
+                stack.callback(_remove, self._runtime, layers.values())
+            return self._runtime, layers
 
 
 class OwnRuntime:
@@ -102,3 +111,14 @@ def library_config(name: str, layers: Mapping[str, Any], **more: Any) -> dict[st
 def layers_of(source: Source, prefix: str | None) -> dict[str, str]:
     """The names of a model's layers, by the paths of the modules that hold experts."""
     return {layer.module: layer_name(layer.module, prefix) for layer in source.checkpoint.layers}
+
+
+def _remove(runtime: Runtime, layers: Collection[str]) -> None:
+    try:
+        # One after the other: who removes some reads what the others are made of, until they are gone as well.
+        with _CHANGING:
+            runtime.remove_layers(layers)
+    except UnavailableError as exc:
+        _LOG.debug("the layers have ended with their runtime: %s", exc)
+    except MoERuntimeError as exc:
+        _LOG.warning("the runtime keeps the layers %s, since they cannot be removed: %s", ", ".join(layers), exc)

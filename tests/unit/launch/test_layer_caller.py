@@ -363,6 +363,82 @@ def test_layers_that_are_there_are_left_alone_when_others_are_added(runtime):
         assert caller.counts()["l"] == [2, 2, 2]
 
 
+def test_a_layer_that_is_removed_is_unknown_while_others_are_left_alone(runtime):
+    with LayerCaller(runtime) as caller:
+        caller.rows("m", TOKENS, torch.zeros(3, 1, dtype=torch.int64))
+        caller.rows("l", TOKENS, EXPERT_IDS)
+        before = runtime.describe()["layers"]["l"]
+        runtime.remove_layers(["m"])
+        assert list(runtime.config.layers) == list(caller.layers) == ["l"]
+        assert [host["host_id"] for host in runtime.describe()["hosts"]] == [f"l/e{i}/0" for i in range(3)]
+        assert runtime.describe()["layers"] == {"l": before}
+        with pytest.raises(UnknownLayerError, match="expected one of the layers l, found 'm'"):
+            caller.rows("m", TOKENS, EXPERT_IDS)
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        runtime.add_layers({"m": layer((7.0,))})
+        assert torch.equal(caller.rows("m", TOKENS, torch.zeros(3, 1, dtype=torch.int64)), TOKENS * 7)
+
+
+def test_all_layers_may_be_removed(runtime):
+    with LayerCaller(runtime) as caller:
+        runtime.remove_layers(["l", "m"])
+        assert runtime.describe()["hosts"] == []
+        assert not caller.layers
+
+
+def test_a_layer_that_leaves_its_group_is_served_by_its_hosts_no_longer(plug_in):
+    group = {"actor_group": "g"}
+    with serve(config(l=layer(**group), m=layer(**group)), ray=False) as runtime, LayerCaller(runtime) as caller:
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+        runtime.remove_layers(["m"])
+        assert [host["replicas"] for host in runtime.describe()["hosts"]] == [[f"l/e{i}/0"] for i in range(3)]
+        assert torch.equal(caller.rows("l", TOKENS, EXPERT_IDS), ROWS)
+
+
+def test_layers_that_the_runtime_does_not_have_cannot_be_removed(runtime):
+    with pytest.raises(ConfigError, match=r"expected layers of the runtime, which has l, m, found j, k"):
+        runtime.remove_layers(["l", "k", "j"])
+    assert list(runtime.config.layers) == ["l", "m"]
+
+
+def test_a_runtime_that_was_closed_has_no_layers_to_remove(plug_in):
+    with serve(config(l=layer()), ray=False) as runtime:
+        pass
+    with pytest.raises(UnavailableError, match="closed or left"):
+        runtime.remove_layers(["l"])
+
+
+def test_a_call_that_waits_for_a_layer_that_is_removed_ends(runtime, plug_in):
+    plug_in.failed_by_others.add(2.0)
+    with LayerCaller(runtime, patience_s=1e6) as caller, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(caller.rows, "l", TOKENS, EXPERT_IDS)
+        while not caller.num_retried:
+            assert not call.done()
+        runtime.remove_layers(["l"])
+        with pytest.raises(UnknownLayerError, match="expected one of the layers m, found 'l'"):
+            call.result()
+        assert torch.equal(caller.rows("m", TOKENS[:1], torch.tensor([[1]])), TOKENS[:1] * 20)
+
+
+def test_a_call_in_parts_ends_when_its_layer_is_removed_and_the_next_gets_only_its_own(runtime, plug_in, monkeypatch):
+    # A token with two choices has two rows of 8 bytes.
+    monkeypatch.setattr(called_rows, "MAX_BATCH_BYTES", 16)
+    with LayerCaller(runtime) as caller, ThreadPoolExecutor(2) as pool:
+        plug_in.opened.clear()
+        plug_in.entered.clear()
+        call = pool.submit(caller.rows, "l", TOKENS, EXPERT_IDS)
+        plug_in.entered.wait()
+        version = caller._calling.engine.table.version
+        removing = pool.submit(runtime.remove_layers, ["l"])
+        while caller._calling.engine.table.version == version:
+            assert not call.done()
+        plug_in.opened.set()
+        with pytest.raises(UnknownLayerError, match="found 'l'"):
+            call.result()
+        removing.result()
+        assert torch.equal(caller.rows("m", TOKENS, torch.tensor([[0, 1]] * 3))[::2], TOKENS * 10)
+
+
 def test_a_layer_that_has_the_name_of_another_one_is_refused(runtime):
     with pytest.raises(ConfigError, match=r"layers.l: expected a name that no layer of the runtime has"):
         runtime.add_layers({"n": layer(), "l": layer((5.0,))})
@@ -397,10 +473,15 @@ def test_layers_are_added_beside_routers_as_well(plug_in):
 
 
 def test_a_caller_is_told_when_its_program_leaves_the_runtime(runtime):
+    def call_for_ever(caller):
+        while True:
+            caller.rows("l", TOKENS, EXPERT_IDS)
+
     with LayerCaller(runtime) as caller:
         runtime._session.dismiss("it was left")
+        # What is served before the caller's thread hears of it may still be answered.
         with pytest.raises(UnavailableError, match="runtime library: it was left"):
-            caller.rows("l", TOKENS, EXPERT_IDS)
+            call_for_ever(caller)
 
 
 def test_a_layer_that_its_caller_routes_needs_a_runtime_without_routers(plug_in):
