@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
+from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moe_runtime.errors import ConfigError
 from moe_runtime.integrations.transformers.layers import as_name, free_prefix, layer_blocks, layer_name, present_layers
 from moe_runtime.launch.runtime import serve
+from moe_runtime.launch.served import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from contextlib import ExitStack
 
     import torch
 
     from moe_runtime.integrations.transformers.layers import Source
     from moe_runtime.integrations.transformers.placement import Placement
-    from moe_runtime.launch.served import Runtime
 
+#: In what lines of two experts or layers differ.
+_DIGITS = re.compile(r"\d+")
 #: Between looking which names are taken and taking some.
 _ADDING = threading.Lock()
 
@@ -49,9 +55,14 @@ class GivenRuntime:
 
     Args:
         runtime: Stays when the experts are closed, and so do its layers.
+
+    Raises:
+        ConfigError: If it is none.
     """
 
     def __init__(self, runtime: Runtime) -> None:
+        if not isinstance(runtime, Runtime):
+            raise ConfigError(f"runtime: expected what moe_runtime.serve returns, found {runtime!r}")
         self._runtime = runtime
 
     def provide(
@@ -64,7 +75,8 @@ class GivenRuntime:
             if present:
                 return self._runtime, present
             prefix = free_prefix(source, config.layers, wanted=placement.name)
-            self._runtime.add_layers(layer_blocks(source, placement, dtypes=dtypes, prefix=prefix))
+            with _mistakes_once():
+                self._runtime.add_layers(layer_blocks(source, placement, dtypes=dtypes, prefix=prefix))
             return self._runtime, layers_of(source, prefix)
 
 
@@ -89,7 +101,8 @@ class OwnRuntime:
         name = self._name or as_name(f"{source.folder.name[:32]}-{secrets.token_hex(4)}")
         blocks = layer_blocks(source, placement, dtypes=dtypes, prefix=None)
         config = library_config(name, blocks, start_timeout_s=self._start_timeout_s)
-        runtime = serve(config, ray_address=self._ray_address)
+        with _mistakes_once():
+            runtime = serve(config, ray_address=self._ray_address)
         stack.callback(runtime.close)
         return runtime, layers_of(source, None)
 
@@ -102,3 +115,23 @@ def library_config(name: str, layers: Mapping[str, Any], **more: Any) -> dict[st
 def layers_of(source: Source, prefix: str | None) -> dict[str, str]:
     """The names of a model's layers, by the paths of the modules that hold experts."""
     return {layer.module: layer_name(layer.module, prefix) for layer in source.checkpoint.layers}
+
+
+@contextmanager
+def _mistakes_once() -> Iterator[None]:
+    """Say once what is wrong with every expert of every layer alike, and how often it is.
+
+    Raises:
+        ConfigError: What the block raises, or one of its class with fewer lines.
+    """
+    try:
+        yield
+    except ConfigError as exc:
+        lines = str(exc).splitlines()
+        alike = Counter(_DIGITS.sub("", line) for line in lines)
+        if len(alike) == len(lines):
+            raise
+        firsts = {_DIGITS.sub("", line): line for line in reversed(lines)}
+        said = (f"{firsts[kind]}{f' (and {n - 1} more like it)' if n > 1 else ''}" for kind, n in alike.items())
+        # Its cause has a paragraph for each of those lines.
+        raise type(exc)("\n".join(said)) from None
