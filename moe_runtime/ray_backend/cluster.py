@@ -88,7 +88,8 @@ def connect(ray_address: str | None = None, *, total_cpus: float = 0.0) -> Clust
     if not initialised:
         try:
             _init(address, total_cpus=total_cpus)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as exc:
+        except Exception as exc:
+            # Ray raises Exception itself where its own processes take too long.
             if address == "auto" and isinstance(exc, ConnectionError):
                 raise StartError(
                     f"no Ray runs on {socket.gethostname()}: start the cluster with `ray up FILE`, or with "

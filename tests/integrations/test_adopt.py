@@ -12,7 +12,7 @@ import torch
 import moe_runtime.integrations.transformers as moe_hf
 from fakes import zoo
 from fakes.prompts import prompt
-from moe_runtime.errors import ConfigError, StartError, UnsupportedModelError
+from moe_runtime.errors import ConfigError, UnsupportedModelError
 from moe_runtime.launch.runtime import serve
 
 
@@ -176,10 +176,13 @@ def test_what_is_no_model_of_transformers_is_refused(runtime):
 
 
 def test_a_model_that_cannot_be_adopted_is_as_it_was_and_leaves_nothing(runtime, state_folder):
+    other = moe_hf.adopt(zoo.built("mixtral"), runtime, name="taken")
     model = zoo.built("mixtral")
     before = logits(model)
-    with pytest.raises((ConfigError, StartError)):
-        moe_hf.adopt(model, runtime, resources={"num_cpus": -1.0})
+    files = list((state_folder / "adopted").iterdir())
+    with pytest.raises(ConfigError, match="name: expected one under which the runtime has no layers, found 'taken'"):
+        moe_hf.adopt(model, runtime, name="taken")
     assert torch.equal(logits(model), before)
-    assert not list((state_folder / "adopted").iterdir())
+    assert list((state_folder / "adopted").iterdir()) == files
+    assert not any(parameter.requires_grad for parameter in other.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())

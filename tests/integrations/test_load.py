@@ -217,7 +217,7 @@ def test_a_model_without_experts_is_refused(tmp_path, runtime):
 
 
 def test_a_name_on_the_hub_is_refused_with_what_to_do(runtime):
-    with pytest.raises(UnsupportedModelError, match=r"found 'some/model'; huggingface_hub.snapshot_download"):
+    with pytest.raises(WeightsError, match=r"found 'some/model'; huggingface_hub.snapshot_download"):
         moe_hf.load("some/model", runtime=runtime)
 
 

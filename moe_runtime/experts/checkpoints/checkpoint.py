@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.errors import UnsupportedModelError, WeightsError
 from moe_runtime.experts.checkpoints.families import Family, expert_modules, twin_on_meta
 from moe_runtime.experts.checkpoints.filling import Destination, fill
 from moe_runtime.experts.checkpoints.folder import check_folder, file_of_each_key, first_dtype, stamp, version_of
@@ -196,7 +196,7 @@ def open_checkpoint(path: str | Path, *, architecture: str | None = None) -> Che
         architecture: Class of transformers whose module paths are meant; the configuration's first when None.
 
     Raises:
-        WeightsError: If it is no such folder.
+        WeightsError: If it is no such folder, or its configuration is broken.
         UnsupportedModelError: If it is of a model that transformers does not have.
     """
     folder = Path(path).expanduser().absolute()
@@ -211,7 +211,9 @@ def _opened(folder: Path, architecture: str | None, _: object) -> Checkpoint:
 def _configuration(folder: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as exc:
+    except OSError as exc:
+        raise WeightsError(f"{folder}: expected a config.json of transformers, found a broken one: {exc}") from exc
+    except (ValueError, KeyError) as exc:
         raise UnsupportedModelError(f"{folder}: expected a configuration that transformers knows: {exc}") from exc
     return config
 

@@ -14,7 +14,7 @@ from moe_runtime.integrations.transformers.binding import bound_experts
 from moe_runtime.integrations.transformers.layers import Source, layer_blocks
 from moe_runtime.integrations.transformers.loading import checkpoint_folder
 from moe_runtime.integrations.transformers.looking import view_of
-from moe_runtime.integrations.transformers.placement import Placement
+from moe_runtime.integrations.transformers.placement import Placement, chosen_dtype
 from moe_runtime.integrations.transformers.providing import GivenRuntime, OwnRuntime, library_config
 from moe_runtime.integrations.transformers.refusals import IMPLEMENTATION
 from moe_runtime.integrations.transformers.using import used
@@ -86,24 +86,26 @@ def load(  # noqa: PLR0913  # each argument is a choice of its own
     Raises:
         UnsupportedModelError: If the model has no experts, or such as cannot live in actors; or for an option that
             they cannot follow.
-        WeightsError: If there is no checkpoint, or a tensor of it is missing or broken.
-        ConfigError: If the runtime cannot have such layers, or there is no such device.
+        WeightsError: If there is no checkpoint, or a file or a tensor of it is missing or broken.
+        ConfigError: If an argument is none that it can be, or the runtime cannot have such layers.
         StartError: If the experts do not start. Nothing is left behind.
     """
+    placement = Placement(
+        experts_per_actor=experts_per_actor,
+        replicas=replicas,
+        resources={} if resources is None else resources,
+        exact=exact,
+        on_failure=on_failure,
+        name=name,
+        start_timeout_s=start_timeout_s,
+    )
+    chosen_dtype(dtype)
+    place = _device(device)
     provider: Provider
     if runtime is None:
         provider = OwnRuntime(name=name, ray_address=ray_address, start_timeout_s=start_timeout_s)
     else:
         provider = GivenRuntime(runtime)
-    placement = Placement(
-        experts_per_actor=experts_per_actor,
-        replicas=replicas,
-        resources=resources or {},
-        exact=exact,
-        on_failure=on_failure,
-        name=name,
-    )
-    place = _device(device)
     chosen = _auto_class(path) if auto_class is None else auto_class
     with used(provider, placement):
         model = chosen.from_pretrained(path, experts_implementation=IMPLEMENTATION, dtype=dtype, **(options or {}))
@@ -136,11 +138,14 @@ def use(
         exact: Whether outputs are bit-identical to one process's.
         on_failure: What becomes of tokens whose expert fails, as ``load`` has it.
         name: What precedes the names of the layers; chosen when None.
+
+    Raises:
+        ConfigError: If an argument is none that it can be; before anything is loaded.
     """
     placement = Placement(
         experts_per_actor=experts_per_actor,
         replicas=replicas,
-        resources=resources or {},
+        resources={} if resources is None else resources,
         exact=exact,
         on_failure=on_failure,
         name=name,
@@ -180,15 +185,20 @@ def config(  # noqa: PLR0913  # each argument is a choice of its own
 
     Raises:
         UnsupportedModelError: If the model has no experts, or such as cannot live in actors.
-        WeightsError: If there is no checkpoint.
-        ConfigError: If torch has no such dtype.
+        WeightsError: If there is no checkpoint, or its configuration is broken.
+        ConfigError: If an argument is none that it can be.
     """
+    placement = Placement(
+        experts_per_actor=experts_per_actor,
+        replicas=replicas,
+        resources={} if resources is None else resources,
+        exact=exact,
+        name=name,
+    )
+    named = chosen_dtype(dtype)
     folder = checkpoint_folder(path)
     source = Source(open_checkpoint(folder, architecture=architecture), architecture=architecture)
-    placement = Placement(
-        experts_per_actor=experts_per_actor, replicas=replicas, resources=resources or {}, exact=exact
-    )
-    found = _dtype(dtype, source)
+    found = source.checkpoint.dtype if named is None else named
     dtypes = dict.fromkeys((layer.module for layer in source.checkpoint.layers), found)
     return library_config(name or folder.name, layer_blocks(source, placement, dtypes=dtypes, prefix=None))
 
@@ -235,15 +245,6 @@ def _device(wanted: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: expected auto or cpu, since torch finds no GPU, found {wanted!r}")
     return device
-
-
-def _dtype(wanted: str | torch.dtype, source: Source) -> torch.dtype:
-    if wanted == "auto":
-        return source.checkpoint.dtype
-    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype: expected auto or a dtype of torch, found {wanted!r}")
-    return found
 
 
 def _auto_class(path: str | Path) -> Any:

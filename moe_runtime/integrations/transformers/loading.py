@@ -9,12 +9,14 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.errors import UnsupportedModelError, WeightsError
 from moe_runtime.experts.checkpoints.checkpoint import open_checkpoint
 from moe_runtime.experts.checkpoints.internals import dequantizing_anywhere, ignoring_keys, untied
 from moe_runtime.experts.checkpoints.skeleton import without_experts
 from moe_runtime.integrations.transformers.binding import bind_experts, kept_unless_it_fails
+from moe_runtime.integrations.transformers.completeness import check_all_loaded, check_shards
 from moe_runtime.integrations.transformers.layers import Source
+from moe_runtime.integrations.transformers.placement import chosen_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -65,11 +67,16 @@ def load_model(
     Raises:
         UnsupportedModelError: If the model has no experts, or none that can live in actors, or is to be loaded in a
             way that they cannot follow.
-        WeightsError: If there is no checkpoint, or a tensor of it is missing.
+        WeightsError: If there is no checkpoint, or a file or a tensor of it is missing or broken.
+        ConfigError: If experts cannot have the dtype, or the runtime cannot have such layers.
         StartError: If the experts do not start.
     """
+    wanted = options.get("dtype", options.get("torch_dtype"))
+    if wanted is not None and not isinstance(wanted, dict):
+        chosen_dtype(wanted)
     source = _open_source(path, model_class, options)
     checkpoint = source.checkpoint
+    check_shards(checkpoint.folder)
     with (
         _ONE_AT_A_TIME,
         ignoring_keys(model_class, _keys_of_experts(source, model_class)),
@@ -77,23 +84,25 @@ def load_model(
         untied(checkpoint.model, checkpoint.plan),
         dequantizing_anywhere(),
     ):
-        built = build(path, **_dequantised(source, options))
-    model: PreTrainedModel = built[0] if isinstance(built, tuple) else built
-    dtype: torch.dtype = model.config.dtype  # type: ignore[assignment]  # what it was loaded in, by now
+        # A tensor of another shape is an error below, which names it.
+        noted = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, about = build(path, **{**_dequantised(source, options), **noted})
+    check_all_loaded(about, checkpoint.folder, may_differ=bool(options.get("ignore_mismatched_sizes")))
+    dtype: torch.dtype = model.config.dtype  # what it was loaded in, by now
     dtypes = dict.fromkeys((layer.module for layer in source.checkpoint.layers), dtype)
     with kept_unless_it_fails() as stack:
         bind_experts(model, source, provider=provider, placement=placement, dtypes=dtypes, stack=stack)
-    return built
+    return (model, about) if options.get("output_loading_info") else model
 
 
 def checkpoint_folder(path: Any) -> Path:
     """The folder that a caller names.
 
     Raises:
-        UnsupportedModelError: If it is none: experts in actors read their tensors from files, where the actors are.
+        WeightsError: If it is none: experts in actors read their tensors from files, where the actors are.
     """
     if not isinstance(path, str | os.PathLike) or not Path(path).expanduser().is_dir():
-        raise UnsupportedModelError(
+        raise WeightsError(
             f"expected the folder of a checkpoint that this process and the actors can read, found {path!r}; "
             "huggingface_hub.snapshot_download(name) fetches a model from the hub and returns its folder"
         )

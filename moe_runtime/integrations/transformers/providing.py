@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import threading
+from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moe_runtime.errors import MoERuntimeError, UnavailableError
+from moe_runtime.errors import ConfigError, MoERuntimeError, UnavailableError
 from moe_runtime.integrations.transformers.layers import as_name, free_prefix, layer_blocks, layer_name, present_layers
 from moe_runtime.launch.runtime import serve
+from moe_runtime.launch.served import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from contextlib import ExitStack
 
     import torch
 
     from moe_runtime.integrations.transformers.layers import Source
     from moe_runtime.integrations.transformers.placement import Placement
-    from moe_runtime.launch.served import Runtime
 
 _LOG = logging.getLogger(__name__)
 
+#: In what lines of two experts or layers differ.
+_DIGITS = re.compile(r"\d+")
 #: Between looking which names are taken and taking some; and between looking which there are and removing some.
 _CHANGING = threading.Lock()
 
@@ -54,9 +59,14 @@ class GivenRuntime:
     Args:
         runtime: Stays when the experts are closed.
         keeps_layers: Whether those that were added stay as well.
+
+    Raises:
+        ConfigError: If it is no runtime.
     """
 
     def __init__(self, runtime: Runtime, *, keeps_layers: bool = True) -> None:
+        if not isinstance(runtime, Runtime):
+            raise ConfigError(f"runtime: expected what moe_runtime.serve returns, found {runtime!r}")
         self._runtime = runtime
         self._keeps_layers = keeps_layers
 
@@ -70,7 +80,8 @@ class GivenRuntime:
             if present:
                 return self._runtime, present
             prefix = free_prefix(source, config.layers, wanted=placement.name)
-            self._runtime.add_layers(layer_blocks(source, placement, dtypes=dtypes, prefix=prefix))
+            with _mistakes_once():
+                self._runtime.add_layers(layer_blocks(source, placement, dtypes=dtypes, prefix=prefix))
             layers = layers_of(source, prefix)
             if not self._keeps_layers:
                 stack.callback(_remove, self._runtime, layers.values())
@@ -98,7 +109,8 @@ class OwnRuntime:
         name = self._name or as_name(f"{source.folder.name[:32]}-{secrets.token_hex(4)}")
         blocks = layer_blocks(source, placement, dtypes=dtypes, prefix=None)
         config = library_config(name, blocks, start_timeout_s=self._start_timeout_s)
-        runtime = serve(config, ray_address=self._ray_address)
+        with _mistakes_once():
+            runtime = serve(config, ray_address=self._ray_address)
         stack.callback(runtime.close)
         return runtime, layers_of(source, None)
 
@@ -122,3 +134,23 @@ def _remove(runtime: Runtime, layers: Collection[str]) -> None:
         _LOG.debug("the layers have ended with their runtime: %s", exc)
     except MoERuntimeError as exc:
         _LOG.warning("the runtime keeps the layers %s, since they cannot be removed: %s", ", ".join(layers), exc)
+
+
+@contextmanager
+def _mistakes_once() -> Iterator[None]:
+    """Say once what is wrong with every expert of every layer alike, and how often it is.
+
+    Raises:
+        ConfigError: What the block raises, or one of its class with fewer lines.
+    """
+    try:
+        yield
+    except ConfigError as exc:
+        lines = str(exc).splitlines()
+        alike = Counter(_DIGITS.sub("", line) for line in lines)
+        if len(alike) == len(lines):
+            raise
+        firsts = {_DIGITS.sub("", line): line for line in reversed(lines)}
+        said = (f"{firsts[kind]}{f' (and {n - 1} more like it)' if n > 1 else ''}" for kind, n in alike.items())
+        # Its cause has a paragraph for each of those lines.
+        raise type(exc)("\n".join(said)) from None

@@ -43,20 +43,20 @@ def test_the_address_given_comes_before_the_environment_and_local_means_here(mon
 
 def test_the_authentication_mode_is_set_before_ray_starts_and_follows_the_token(monkeypatch, tmp_path, listening):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(AssertionError, match=r"ray\.init"):
+    with pytest.raises(StartError, match=r"a unit test called ray\.init"):
         connect(listening)
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     monkeypatch.delenv("RAY_AUTH_MODE")
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("secret")
-    with pytest.raises(AssertionError, match=r"ray\.init"):
+    with pytest.raises(StartError, match=r"a unit test called ray\.init"):
         connect(listening)
     assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
 def test_a_mode_that_is_set_already_is_left_alone(monkeypatch, listening):
     monkeypatch.setenv("RAY_AUTH_MODE", "k8s")
-    with pytest.raises(AssertionError, match=r"ray\.init"):
+    with pytest.raises(StartError, match=r"a unit test called ray\.init"):
         connect(listening)
     assert os.environ["RAY_AUTH_MODE"] == "k8s"
 
@@ -73,8 +73,14 @@ def test_an_address_where_nobody_listens_is_refused_before_ray_tries_it(host):
 
 @pytest.mark.parametrize("address", ["local", "auto", "ray://127.0.0.1:1"])
 def test_an_address_that_ray_resolves_itself_is_left_to_it(address):
-    with pytest.raises(AssertionError, match=r"ray\.init"):
+    with pytest.raises(StartError, match=r"a unit test called ray\.init"):
         connect(address)
+
+
+def test_whatever_ray_fails_with_is_a_start_error_with_its_cause():
+    with pytest.raises(StartError, match="Ray cannot be started here: a unit test called") as caught:
+        connect("local")
+    assert isinstance(caught.value.__cause__, AssertionError)
 
 
 def test_disconnecting_leaves_ray_alone_where_it_was_initialised_before():

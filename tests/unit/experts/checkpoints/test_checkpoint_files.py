@@ -194,10 +194,16 @@ def test_gguf_is_refused_with_what_to_do(tmp_path: Path) -> None:
             open_checkpoint(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "no_such_model"}', "{}"])
+@pytest.mark.parametrize("text", ["[]", '{"model_type": "no_such_model"}', "{}"])
 def test_configuration_that_transformers_does_not_know_is_refused(single: Path, text: str) -> None:
     (single / "config.json").write_text(text)
     with pytest.raises(UnsupportedModelError, match="expected a configuration that transformers knows"):
+        open_checkpoint(single)
+
+
+def test_configuration_that_is_no_json_is_refused(single: Path) -> None:
+    (single / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"expected a config\.json of transformers, found a broken one"):
         open_checkpoint(single)
 
 
