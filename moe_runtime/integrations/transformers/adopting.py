@@ -77,13 +77,13 @@ def adopt(  # noqa: PLR0913  # each argument is a choice of its own
         on_failure=on_failure,
         name=name,
     )
+    provider = GivenRuntime(runtime, keeps_layers=False)
     with kept_unless_it_fails() as stack:
         place = folder_for(folder, stack, kind=model.config.model_type)
         write_experts(model, families, place)
         architecture = type(model).__name__
         source = Source(open_checkpoint(place, architecture=architecture), architecture=architecture)
         dtypes = {path: _dtype_of(model, path, family) for path, family in families.items()}
-        provider = GivenRuntime(runtime, keeps_layers=False)
         bind_experts(model, source, provider=provider, placement=placement, dtypes=dtypes, stack=stack)
     for path in families:
         drop_experts(model.get_submodule(path))
