@@ -10,26 +10,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
-import transformers
 
+from fakes.alone import _one_thread, _quiet_transformers  # noqa: F401  fixtures
 from moe_runtime.config.state_folder import STATE_FOLDER_VARIABLE
 from moe_runtime.launch.runtime import serve
 from moe_runtime.launch.served import Runtime
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quiet_transformers() -> None:
-    transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrix products depend on the number of threads; experts in this process share it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from moe_runtime.experts.checkpoints.skeleton import drop_experts
 from moe_runtime.integrations.transformers.binding import bind_experts, bound_experts, kept_unless_it_fails
 from moe_runtime.integrations.transformers.expert_files import folder_for, write_experts
 from moe_runtime.integrations.transformers.layers import Source
-from moe_runtime.integrations.transformers.placement import Placement
+from moe_runtime.integrations.transformers.placement import DTYPES, Placement
 from moe_runtime.integrations.transformers.providing import GivenRuntime
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from moe_runtime.experts.checkpoints.families import Family
     from moe_runtime.integrations.transformers.placement import OnFailure
     from moe_runtime.launch.served import Runtime
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def adopt(  # noqa: PLR0913  # each argument is a choice of its own
@@ -118,7 +116,7 @@ def _dtype_of(model: PreTrainedModel, path: str, family: Family) -> torch.dtype:
                 f"{path}.{name}: expected a parameter in memory, found one on the meta device or offloaded; load the "
                 "model whole, or give its checkpoint to load(path)"
             )
-        if type(parameter) is not torch.nn.Parameter or parameter.dtype not in _DTYPES:
+        if type(parameter) is not torch.nn.Parameter or parameter.dtype not in DTYPES:
             raise UnsupportedModelError(
                 f"{path}.{name}: expected a plain parameter of float32, float64, float16 or bfloat16, found "
                 f"{type(parameter).__name__} of {parameter.dtype}; dequantise the model first"

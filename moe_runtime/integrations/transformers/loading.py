@@ -38,8 +38,9 @@ _REFUSED = (
     "tp_plan",
     "tp_size",
 )
-#: A model without experts is built by changing its classes for a while.
-_ONE_AT_A_TIME = threading.RLock()
+#: Held while transformers builds any model: it takes the tying of weights off its class meanwhile, and would leave it
+#: off for good if two threads did so at once; and without experts it is built by changing its classes for a while.
+BUILDING = threading.RLock()
 
 
 def load_model(
@@ -78,7 +79,7 @@ def load_model(
     checkpoint = source.checkpoint
     check_shards(checkpoint.folder)
     with (
-        _ONE_AT_A_TIME,
+        BUILDING,
         ignoring_keys(model_class, _keys_of_experts(source, model_class)),
         without_experts(checkpoint.expert_classes),
         untied(checkpoint.model, checkpoint.plan),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OnFailure = Literal["wait", "drop"]
 #: What experts compute in.
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def chosen_dtype(wanted: object) -> torch.dtype | None:
     if isinstance(wanted, str) and wanted == "auto":
         return None
     found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if not isinstance(found, torch.dtype) or found not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ConfigError(f"dtype: expected auto or one of {names}, found {wanted!r}")
     return found

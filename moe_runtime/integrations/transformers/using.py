@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.experts.checkpoints.internals import experts_implementation, register_experts, wrap_from_pretrained
-from moe_runtime.integrations.transformers.loading import load_model
+from moe_runtime.integrations.transformers.loading import BUILDING, load_model
 from moe_runtime.integrations.transformers.refusals import IMPLEMENTATION
 
 if TYPE_CHECKING:
@@ -34,9 +33,6 @@ class _Use:
     placement: Placement
 
 
-#: Held while transformers builds a model: it takes the tying of weights off its class meanwhile, and would leave it off
-#: for good if two threads did so at once.
-_BUILDING = threading.RLock()
 #: Of this thread: threads that load models at the same time do not meet.
 _USED: ContextVar[_Use | None] = ContextVar("moe_runtime_use", default=None)
 
@@ -58,19 +54,16 @@ def make_known() -> None:
 
 
 def _load(build: Callable[..., Any], model_class: type[PreTrainedModel], path: Any, options: dict[str, Any]) -> Any:
-    def build_alone(path: Any, **options: Any) -> Any:
-        with _BUILDING:
-            return build(path, **options)
-
     if not _is_asked_for(options):
-        return build_alone(path, **options)
+        with BUILDING:
+            return build(path, **options)
     use = _USED.get()
     if use is None:
         raise UnsupportedModelError(
             f"experts_implementation: expected {IMPLEMENTATION!r} only where a runtime is used, found it for "
             f"{model_class.__name__} outside of that; {_WHAT_TO_DO}"
         )
-    return load_model(build_alone, model_class, path, options=options, provider=use.provider, placement=use.placement)
+    return load_model(build, model_class, path, options=options, provider=use.provider, placement=use.placement)
 
 
 def _is_asked_for(options: dict[str, Any]) -> bool:

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_runtime.experts.checkpoints.adapters.loops import is_of, sum_by_expert, with_parameters
-from moe_runtime.experts.checkpoints.families import Family, ParameterRows, RowsOf
+from moe_runtime.experts.checkpoints.adapters.loops import is_of, sum_by_expert
+from moe_runtime.experts.checkpoints.adapters.stacked import StackedFamily
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-_MATRICES = ("gate_up_proj", "down_proj")
+    from moe_runtime.experts.checkpoints.families import RowsOf
 
 
-class LongcatFlashFamily(Family):
+class LongcatFlashFamily(StackedFamily):
     """``LongcatFlashExperts``. Its ``gate_up_proj`` has rows for the zero experts too, which nothing reads."""
 
     def matches(self, module_class: type[nn.Module]) -> bool:
@@ -34,14 +32,9 @@ class LongcatFlashFamily(Family):
         """See the base class."""
         return int(module.hidden_size)
 
-    def parameters(self, module: Any, expert: int) -> Mapping[str, ParameterRows]:
+    def one_of(self, experts: Any) -> nn.Module:
         """See the base class."""
-        return {f"experts.{name}": ParameterRows(name, expert, expert + 1) for name in _MATRICES}
-
-    def single(self, module: Any) -> nn.Module:
-        """See the base class."""
-        one = with_parameters(module, [(name, (1, *module.get_parameter(name).shape[1:])) for name in _MATRICES])
-        return LongcatFlashExpert(one).eval()
+        return LongcatFlashExpert(experts)
 
     def bind(self, module: Any, rows: RowsOf) -> None:
         """See the base class."""

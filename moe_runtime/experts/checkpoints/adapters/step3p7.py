@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_runtime.experts.checkpoints.adapters.loops import is_of, sum_by_expert, with_parameters
-from moe_runtime.experts.checkpoints.families import Family, ParameterRows, RowsOf
+from moe_runtime.experts.checkpoints.adapters.loops import is_of, sum_by_expert
+from moe_runtime.experts.checkpoints.adapters.stacked import StackedFamily
 from moe_runtime.experts.checkpoints.internals import apply_gate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-_MATRICES = ("gate_up_proj", "down_proj")
+    from moe_runtime.experts.checkpoints.families import RowsOf
 
 
-class Step3p7Family(Family):
+class Step3p7Family(StackedFamily):
     """``Step3p7Experts``, called with the router's choice as the decorated classes are."""
 
     def matches(self, module_class: type[nn.Module]) -> bool:
@@ -32,14 +30,9 @@ class Step3p7Family(Family):
         """See the base class."""
         return int(module.hidden_dim)
 
-    def parameters(self, module: Any, expert: int) -> Mapping[str, ParameterRows]:
+    def one_of(self, experts: Any) -> nn.Module:
         """See the base class."""
-        return {f"experts.{name}": ParameterRows(name, expert, expert + 1) for name in _MATRICES}
-
-    def single(self, module: Any) -> nn.Module:
-        """See the base class."""
-        one = with_parameters(module, [(name, (1, *module.get_parameter(name).shape[1:])) for name in _MATRICES])
-        return Step3p7Expert(one).eval()
+        return Step3p7Expert(experts)
 
     def bind(self, module: Any, rows: RowsOf) -> None:
         """See the base class."""
