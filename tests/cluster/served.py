@@ -125,6 +125,11 @@ class Served:
         self.description = json.loads(printed.splitlines()[-1])
         return self.description
 
+    def start(self) -> None:
+        """Bring the runtime up, spread over all nodes; it serves when this returns."""
+        self.cluster.on(self.cluster.head, SERVE, str(self.config), self.ray_address, timeout_s=240)
+        self.look()
+
     def stop(self) -> None:
         """End the runtime."""
         self.cluster.on(self.cluster.head, STOP, NAME, self.ray_address)
@@ -248,14 +253,12 @@ def eventually(question: Callable[[], Any], *, within_s: float) -> Any:
 
 
 def serve(cluster: RayCluster) -> Served:
-    """Bring the runtime up; it serves when this returns."""
+    """A runtime that serves on a cluster."""
     config = cluster.lab.shared / "runtime.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
     served = Served(cluster, config)
-    began = time.monotonic()
-    cluster.on(cluster.head, SERVE, str(config), served.ray_address, timeout_s=240)
-    cluster.seconds["serve"] = time.monotonic() - began
-    served.look()
+    with cluster.timed("serve"):
+        served.start()
     return served
 
 

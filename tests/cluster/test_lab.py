@@ -12,6 +12,7 @@ import pytest
 
 from cluster.host import Host, LabError, Traffic
 from cluster.lab import Lab, sweep
+from cluster.served import eventually
 
 DIE_WITH_A_LAB = """
 import os, signal, sys
@@ -42,7 +43,8 @@ def test_a_host_has_a_process_table_and_a_disk_of_its_own(lab: Lab, hosts: tuple
     sleeper = hosts[2].start(["sleep", "1234"])
     hosts[2].run(["sh", "-c", "echo here > /tmp/mark; echo here > ~/mark"])
     try:
-        assert "sleep 1234" in hosts[2].pids().values()
+        # It is ``nsenter`` and ``env`` before it is what was asked for.
+        eventually(lambda: "sleep 1234" in hosts[2].pids().values(), within_s=10)
         assert "sleep 1234" not in hosts[3].pids().values()
         assert hosts[3].run(["ls", "/tmp/mark", "/root/mark"], check=False).returncode != 0
         assert hosts[2].run(["touch", "/usr/mark"], check=False).returncode != 0
