@@ -72,8 +72,8 @@ class RouterKeeper:
         self._new_address = new_address
         self._on_change = on_change
         self._bound_on: str | None = None
-        #: Of the last process that was given up, which may live on for a moment.
-        self._ended_pid: int | None = None
+        #: Where the last process ran that was given up, which may live on for a moment.
+        self._ended: Location | None = None
         self._seat: Seat[RouterHandle] = Seat(
             plan.actor(index),
             spawn=lambda node_id: tools.spawner.spawn_router(self._plan, index, node_id=node_id),
@@ -194,7 +194,7 @@ class RouterKeeper:
             self._seat.handle = self._spawner.find_router(self.index)
             with contextlib.suppress(AwayError):
                 location = await self._seat.take(timeout_s)
-                if location.pid != self._ended_pid:
+                if location != self._ended:
                     return location
             await self._clock.sleep(_PAUSE_S)
 
@@ -205,7 +205,7 @@ class RouterKeeper:
             await within(self._clock, self._pace.kill_timeout_s, handle.stop())
 
     async def _restart(self, handle: RouterHandle) -> None:
-        self._ended_pid = None if self.location is None else self.location.pid
+        self._ended = self.location
         await handle.restart()
 
     async def _watch(self, handle: RouterHandle) -> str:

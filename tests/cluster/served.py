@@ -164,6 +164,16 @@ class Served:
         """Whether a router runs on a host."""
         return any(address_of(router["node"]) == host.address for router in self.description["routers"])
 
+    def await_routers_off(self, host: Host, *, within_s: float) -> None:
+        """Look until all routers are ready, and none is on a host."""
+
+        def are_back() -> bool:
+            self.look()
+            routers = self.description["routers"]
+            return not self.has_router(host) and all(router["state"] == "ready" for router in routers)
+
+        eventually(are_back, within_s=within_s)
+
     @contextmanager
     def load(
         self,

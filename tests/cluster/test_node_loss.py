@@ -56,6 +56,8 @@ def test_a_worker_that_is_cut_off_costs_its_assignments_and_no_request(served: S
         victim.cut()
         try:
             figures |= costs(wait_until_back(ledger, lost, since=cut_at), cut_at)
+            served.await_routers_off(victim, within_s=BACK_WITHIN_S)
+            figures["router_back_by_s"] = time.monotonic() - cut_at
             # Nobody tells it: it goes on, and would answer whoever reached it.
             assert actors(victim).keys() == stale.keys()
             assert is_listening(victim, ROUTER_PORT)
@@ -93,6 +95,8 @@ def test_a_worker_that_loses_its_power_costs_its_assignments_and_no_request(serv
         victim.power_off()
         try:
             figures |= costs(wait_until_back(ledger, lost, since=off_at), off_at)
+            served.await_routers_off(victim, within_s=BACK_WITHIN_S)
+            figures["router_back_by_s"] = time.monotonic() - off_at
         finally:
             victim.boot()
         booted_at = time.monotonic()
