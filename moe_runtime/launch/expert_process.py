@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -183,6 +184,8 @@ class ExpertProcess:
     def _serve(self, loop: HostLoop, transport: HostTransport, num_threads: int) -> None:
         # OpenMP keeps the number per thread; products of another thread would have other last bits.
         torch.set_num_threads(num_threads)
+        if self._owns_process:
+            _let_senders_finish()
         try:
             loop.run()
             self._reason = "it was stopped"
@@ -192,3 +195,13 @@ class ExpertProcess:
             self._reason = f"its loop failed: {type(exc).__name__}: {exc}"
         finally:
             transport.close()
+
+
+def _let_senders_finish() -> None:
+    """Have Linux never interrupt another process to wake this thread.
+
+    A router that sends to several hosts of a busy node would stand still after the first message, while that host
+    computes; so would the others.
+    """
+    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

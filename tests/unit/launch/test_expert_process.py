@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
+import queue
 from dataclasses import replace
 
 import pytest
@@ -84,6 +86,25 @@ def test_a_host_alone_in_its_process_spares_the_collector_what_it_started_with(s
     gc.unfreeze()
     process.stop()
     assert num_frozen > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
+@pytest.mark.parametrize(("owns_process", "policy"), [(True, "SCHED_BATCH"), (False, "SCHED_OTHER")])
+def test_a_host_alone_in_its_process_interrupts_nobody_who_sends_to_it(spec, owns_process, policy):
+    found = queue.SimpleQueue()
+
+    def open_transport():
+        transport = InProcessNetwork().host_transport()
+        receive = transport.receive
+        transport.receive = lambda timeout_s: found.put(os.sched_getscheduler(0)) or receive(timeout_s)
+        return transport
+
+    process = ExpertProcess(spec, open_transport=open_transport, num_threads=None, owns_process=owns_process)
+    process.start()
+    try:
+        assert found.get(timeout=10) == getattr(os, policy)
+    finally:
+        process.stop()
 
 
 def test_a_host_in_somebody_s_process_leaves_the_collector_alone(spec):
