@@ -15,6 +15,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from moe_runtime.errors import StartError, UnavailableError
 from moe_runtime.ray_backend.caller_notes import CallerNews, CallerNote
+from moe_runtime.ray_backend.connection import LOST, Connection
 from moe_runtime.ray_backend.plan import Failure
 from moe_runtime.service.membership import Routes
 
@@ -40,6 +41,7 @@ class RayMember:
             name: The runtime's.
             node: Name of this node.
         """
+        self._connection = Connection()
         self._controller = controller
         self._transport = transport
         self._name = name
@@ -91,6 +93,8 @@ class RayMember:
         """Be a member no longer, and return when this process asks no more. Thread-safe, safe to call twice."""
         if self._end is None:
             self.dismiss("the member has left it")
+            if not self._connection.is_there:
+                return
             with contextlib.suppress(RayError):
                 # Nobody waits for it: who does not say so is forgotten after some seconds.
                 self._controller.caller_left.remote(self._caller)
@@ -106,13 +110,7 @@ class RayMember:
         deadline = time.monotonic() + timeout_s + _SPARE_S
         self._expect_membership()
         try:
-            asked = self._controller.caller_news.remote(note, timeout_s)
-            while not ray.wait([asked], timeout=_STEP_S)[0]:
-                self._expect_membership()
-                if time.monotonic() > deadline:
-                    raise StartError(f"runtime {self._name}: its controller does not answer")
-            self._expect_membership()
-            answer = ray.get(asked, timeout=_STEP_S)
+            answer = self._answer(self._controller.caller_news.remote(note, timeout_s), deadline)
         except ActorDiedError as exc:
             raise UnavailableError(f"runtime {self._name}: its controller has ended") from exc
         except (RayError, GetTimeoutError) as exc:
@@ -122,6 +120,23 @@ class RayMember:
         news: CallerNews | None = answer
         return news
 
+    def _answer(self, asked: ray.ObjectRef[Any], deadline: float) -> Any:
+        try:
+            while not ray.wait([asked], timeout=_STEP_S)[0]:
+                self._expect_membership()
+                if time.monotonic() > deadline:
+                    raise StartError(f"runtime {self._name}: its controller does not answer")
+            self._expect_membership()
+            return ray.get(asked, timeout=_STEP_S)
+        except SystemExit:
+            # What Ray says to those who wait while it is shut down.
+            self._expect_membership()
+            raise
+        finally:
+            self._connection.hold(asked)
+
     def _expect_membership(self) -> None:
+        if self._end is None and not self._connection.is_there:
+            self._end = f"runtime {self._name}: {LOST}"
         if self._end is not None:
             raise UnavailableError(self._end)

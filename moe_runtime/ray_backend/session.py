@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from moe_runtime.errors import ConfigError, MoERuntimeError, PlacementError, StartError
+from moe_runtime.ray_backend.connection import LOST, Connection
 from moe_runtime.ray_backend.depot import start_depot
 from moe_runtime.ray_backend.ending import end_actors
 from moe_runtime.ray_backend.head_watch import HeadWatch, patience_s
@@ -58,6 +59,7 @@ class RaySession:
     def __init__(self, controller: Any, *, name: str, renews_lease: bool) -> None:
         """Take over a controller that has started, and renew its lease from now on, if that is asked."""
         self.name = name
+        self._connection = Connection()
         self._controller = controller
         self._closed = threading.Event()
         self._on_lost: Callable[[str], None] | None = None
@@ -175,11 +177,12 @@ class RaySession:
         try:
             return bool(self._ask("close", drain_timeout_s, timeout_s=drain_timeout_s + _SPARE_S))
         except StartError as exc:
-            _LOG.warning("%s; ending its actors", exc)
+            _LOG.warning("%s", exc)
             return False
         finally:
             self.detach()
-            end_actors(self.name)
+            if self._connection.is_there:
+                end_actors(self.name)
 
     def dismiss(self, reason: str) -> None:
         """End the memberships of this program, whose callers are told the reason."""
@@ -202,6 +205,9 @@ class RaySession:
         context = ray.get_runtime_context()
         head = HeadWatch(RayView(context.gcs_address, context.get_node_id()).is_reached, limit_s=patience_s())
         while not self._closed.wait(_RENEW_EVERY_S):
+            if not self._connection.is_there:
+                _LOG.error("runtime %s: %s; its lease is not renewed", self.name, LOST)
+                return
             if (reason := head.look()) is not None:
                 lost = f"runtime {self.name} is lost: {reason}"
                 _LOG.error(lost)
@@ -230,6 +236,7 @@ class RaySession:
         """The controller's answer, also if Ray restarts it meanwhile: everything asked here may be asked twice."""
         deadline = time.monotonic() + timeout_s
         while True:
+            self._connection.expect(self.name)
             try:
                 answer = getattr(self._controller, method).remote(*arguments)
                 return ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))

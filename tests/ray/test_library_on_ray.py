@@ -32,6 +32,30 @@ print("ready", flush=True)
 time.sleep(600)
 """
 
+LEAVER = """
+import sys, ray, torch
+from moe_runtime.errors import StartError, UnavailableError
+from moe_runtime.launch.library import LayerCaller
+from moe_runtime.launch.runtime import attach
+
+runtime = attach("library", ray_address=sys.argv[1])
+caller = LayerCaller(runtime)
+caller.rows("a", torch.ones(1, 8), torch.tensor([[0]]))
+ray.shutdown()
+try:
+    while True:
+        caller.rows("a", torch.ones(1, 8), torch.tensor([[0]]))
+except UnavailableError as exc:
+    print(exc)
+caller.close()
+try:
+    runtime.describe()
+except StartError as exc:
+    print(exc)
+runtime.leave()
+print("Ray again:", ray.is_initialized())
+"""
+
 
 def layer(**changes):
     options = {"hidden_features": 16, "out_features": 4}
@@ -171,6 +195,16 @@ def test_a_caller_that_is_killed_is_forgotten(cluster, runtime, caller, rows, ev
     other.wait()
     other.stdout.close()
     eventually(lambda: {each["pid"] for each in runtime.describe()["callers"]} == {os.getpid()})
+    assert torch.equal(caller.rows("a", TOKENS, EXPERT_IDS), rows["a"])
+
+
+def test_a_program_that_shuts_ray_down_is_told_and_goes_on(cluster, runtime, caller, rows):
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVER, cluster], capture_output=True, text=True, env=env, check=True, timeout=60
+    )
+    lost = "runtime library: Ray was shut down in this program, which cannot reach the runtime any more"
+    assert done.stdout.splitlines() == [lost, lost, "Ray again: False"]
     assert torch.equal(caller.rows("a", TOKENS, EXPERT_IDS), rows["a"])
 
 
