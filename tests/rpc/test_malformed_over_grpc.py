@@ -219,7 +219,7 @@ def test_http_1_is_turned_away(router: LiveRouter, channel: grpc.Channel) -> Non
     assert_good_request_succeeds(channel)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=300))
 def test_any_bytes_get_a_typed_error_through_the_channel(body: bytes, channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as caught:

@@ -86,7 +86,7 @@ def test_rows_of_other_calls_are_served_although_they_were_in_the_forward_that_r
     assert [first_column(outcome.rows) for outcome in outcomes] == [[10] * 3, [10], [10, 0, 10, 10], [10] * 2]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8),
     poisoned=st.sets(st.integers(0, 71), max_size=2),

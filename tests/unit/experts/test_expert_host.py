@@ -187,7 +187,7 @@ def test_merged_calls_all_report_the_time_of_their_product() -> None:
 SWIGLU_EXPERT = build_expert(ExpertSpec("toy", 0, "toy-0", "swiglu", (2,), options={"hidden_features": 8}))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(0, 5), max_size=6), seed=st.integers(0, 1000))
 def test_merging_changes_no_result(sizes: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_runtime.metrics.hottest import OTHER, HottestExperts
@@ -53,7 +53,6 @@ def test_an_expert_that_is_called_other_is_among_the_others() -> None:
     assert series(HottestExperts([OTHER], most=1), 9) == {OTHER: 9}
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.lists(st.lists(st.integers(0, 100), min_size=5, max_size=5), min_size=1, max_size=12))
 def test_named_series_and_the_rest_never_go_back_and_never_count_twice(most: int, steps: list[list[int]]) -> None:
     hottest = HottestExperts("abcde", most=most)

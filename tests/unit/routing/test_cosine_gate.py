@@ -9,7 +9,7 @@ from moe_runtime.config.gates import CosineGateConfig
 from moe_runtime.routing.gate import GateShape
 from moe_runtime.routing.gates import build_gate
 
-EXAMPLES = settings(max_examples=50, deadline=None)
+EXAMPLES = settings(max_examples=50)
 
 
 def cosine_gate(in_features, num_logits, **options):

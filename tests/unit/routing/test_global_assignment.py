@@ -82,7 +82,7 @@ def test_no_tokens_and_one_expert_are_no_special_matter(solver):
 
 
 @given(seed=st.integers(0, 2**31), num_tokens=st.integers(1, 6), num_experts=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_exact_has_the_total_of_the_best_of_all_permutations(seed, num_tokens, num_experts):
     scores = normal(num_tokens, num_experts, seed=seed)
     share, remainder = divmod(num_tokens, num_experts)
@@ -131,7 +131,7 @@ def test_an_auction_is_balanced_and_within_a_percent_of_the_highest_total(kind, 
     num_experts=st.integers(1, 9),
     max_rounds=st.sampled_from([1, 2, 5, 2000]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_an_auction_is_balanced_wherever_it_is_ended(seed, num_tokens, num_experts, max_rounds):
     scores = normal(num_tokens, num_experts, seed=seed) + torch.linspace(3.0, 0.0, num_experts)
     experts = balanced_experts(scores, solver="auction", max_rounds=max_rounds)

@@ -23,7 +23,7 @@ from moe_runtime.routing.losses import (
 from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
 
-EXAMPLES = settings(max_examples=50, deadline=None)
+EXAMPLES = settings(max_examples=50)
 
 # Probabilities [0.75, 0.25] twice and [0.25, 0.75] once; the last row is padding.
 LOGITS = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0], [1.0, 9.0]]).log()

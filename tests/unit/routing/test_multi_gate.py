@@ -11,7 +11,7 @@ from moe_runtime.errors import InvalidRequestError, ShapeError
 from moe_runtime.routing.gate import GateShape
 from moe_runtime.routing.gates import build_gate
 
-EXAMPLES = settings(max_examples=50, deadline=None)
+EXAMPLES = settings(max_examples=50)
 
 TASKS = ["read", "write", "sum"]
 

@@ -93,7 +93,7 @@ def batches(draw, kind):
     "kind", ["expert_choice", "global_assignment", "sinkhorn", "hash", "random", "round_robin", "reinforce"]
 )
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_fast_path_equals_the_slow_oracle(route_examples, kind, data):
     tokens, inputs, rules = data.draw(batches(kind))
     experts = [

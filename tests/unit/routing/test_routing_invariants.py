@@ -24,7 +24,7 @@ from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.routing.reference.choices import RoutingInputs
 from moe_runtime.routing.reference.route import RoutingRules
 
-EXAMPLES = settings(max_examples=40, deadline=None)
+EXAMPLES = settings(max_examples=40)
 
 
 @given(seed=st.integers(0, 2**31), num_experts=st.integers(1, 8), score=st.sampled_from(["softmax", "sigmoid"]))

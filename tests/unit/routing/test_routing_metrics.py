@@ -21,7 +21,7 @@ from moe_runtime.routing.metrics import (
 )
 from moe_runtime.routing.tally import RoutingTally
 
-EXAMPLES = settings(max_examples=50, deadline=None)
+EXAMPLES = settings(max_examples=50)
 
 LOADS = st.lists(st.integers(0, 10**9), min_size=1, max_size=12)
 FIGURES = [max_over_mean, coefficient_of_variation, load_entropy, gini]

@@ -14,7 +14,7 @@ from moe_runtime.routing.policies.build import build_policy
 from moe_runtime.routing.policy import TokenInfo
 from moe_runtime.routing.tally import RoutingTally, tally_routing
 
-EXAMPLES = settings(max_examples=50, deadline=None)
+EXAMPLES = settings(max_examples=50)
 
 # Three tokens want expert 0 of two and one wants expert 1, of which capacity 1.0 grants two each.
 LOGITS = torch.tensor([[9.0, 1.0], [8.0, 2.0], [7.0, 3.0], [1.0, 9.0]]).log()

@@ -143,7 +143,7 @@ def batches(draw, kind):
 
 @pytest.mark.parametrize("kind", POLICIES)
 @given(data=st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_fast_path_equals_the_slow_oracle_and_accounts_for_every_assignment(route_examples, kind, data):
     tokens, inputs, rules = data.draw(batches(kind))
     num_experts = oracle_of(rules.policy, inputs).num_experts
@@ -165,7 +165,7 @@ def test_fast_path_equals_the_slow_oracle_and_accounts_for_every_assignment(rout
 
 @pytest.mark.parametrize("kind", POLICIES)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_row_alone_gets_what_it_gets_among_batch_mates(plan_examples, kind, data):
     _, inputs, rules = data.draw(batches(kind))
     num_tokens = inputs.router_logits.shape[0]
@@ -188,7 +188,7 @@ def test_a_row_alone_gets_what_it_gets_among_batch_mates(plan_examples, kind, da
 
 @pytest.mark.parametrize("kind", [kind for kind in POLICIES if kind != "dense"])
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_rows_that_are_moved_after_the_dispatch_weigh_what_the_oracle_says(plan_examples, kind, data):
     tokens, inputs, rules = data.draw(batches(kind))
     plan = plan_examples(inputs, rules)

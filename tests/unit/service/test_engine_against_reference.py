@@ -53,7 +53,7 @@ def answer_truthfully(transport: FakeTransport, request: HostRequest) -> None:
     transport.arrivals.append(HostReply(request.ticket, results, torch.cat(rows)))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     policy=policies,
     capacity=capacities,

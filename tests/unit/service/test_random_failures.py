@@ -166,7 +166,7 @@ def check_part(result: BatchResult, layer: RoutedLayer, tokens: torch.Tensor, ro
     return {name: getattr(report, name) for name in (*COUNTERS, "num_shared_served", "num_shared_dropped")}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     layer=layers,
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),

@@ -120,7 +120,7 @@ def in_batches(requests: list[LayerRequest], size: int) -> list[list[tuple[Layer
     return batches
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     size=st.integers(1, 9),

@@ -7,7 +7,7 @@ import os
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from moe_runtime.transport.arena import Arena
 from moe_runtime.transport.header_fields import Place
@@ -17,7 +17,6 @@ from moe_runtime.transport.shared_memory import FreeRanges, create_segment, map_
 PAGE = 4096
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=60), st.randoms(use_true_random=False))
 def test_ranges_never_overlap_and_all_come_back_as_one(sizes, random):
     free, taken = FreeRanges(100), {}

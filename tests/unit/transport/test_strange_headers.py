@@ -6,7 +6,7 @@ import math
 import hypothesis.strategies as st
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from fakes.headers import REPLY_FIELDS, REQUEST_FIELDS, reply_frames, request_frames, views
 from moe_runtime.errors import TransportError
@@ -134,7 +134,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=64), max_size=3))
 def test_no_bytes_cause_anything_but_a_transport_error(frames):
     for decode in (decode_request, decode_reply):
@@ -142,14 +141,12 @@ def test_no_bytes_cause_anything_but_a_transport_error(frames):
             decode(views(frames))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(REQUEST_FIELDS), VALUES)
 def test_no_request_header_causes_anything_but_a_transport_error(key, value):
     with contextlib.suppress(TransportError):
         decode_request(request_frames(**{key: value}))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(REPLY_FIELDS), VALUES)
 def test_no_reply_header_causes_anything_but_a_transport_error(key, value):
     with contextlib.suppress(TransportError):
