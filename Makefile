@@ -15,11 +15,12 @@ RESULTS ?= benchmarks/results
 BENCH_STAMP := $(VENV)/.installed-bench
 HIVEMIND_VENV := .venv-hivemind
 HIVEMIND_STAMP := $(HIVEMIND_VENV)/.installed
+RAY_LOG := $(VENV)/test-ray.log
 COVERED := routing wire service
 MIN_COVERAGE := 95
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-cluster check format venv docs coverage soak chaos chaos-docs bench bench-peers bench-results bench-docs clean
+.PHONY: help demo chat test test-others test-ray test-cluster check format venv docs coverage soak chaos chaos-docs bench bench-peers bench-results bench-docs clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,9 +31,16 @@ demo: $(STAMP)  ## Train, serve and classify real digits with five kinds of expe
 chat: $(STAMP)  ## Chat with a real language model, its experts in Ray actors; also ARGS='--prompt "..." --json PATH'.
 	$(BIN)/moe-runtime demo chat $(ARGS)
 
-test: $(STAMP)  ## Run every test but the soak tests and the lab's; gate the coverage of the core.
-	$(PYTEST) -m "not soak and not cluster" --cov --cov-report=
+test: $(STAMP)  ## Run every test but the soak tests and the lab's, tests/ray beside the others; gate the coverage of the core.
+	@$(MAKE) --no-print-directory --jobs=2 test-others test-ray
 	$(coverage_gates)
+
+test-others: $(STAMP)
+	$(PYTEST) -m "not soak and not cluster" --ignore=tests/ray --cov --cov-report=
+
+# Actors take seconds to start, and most of that is waiting. Its output comes when it is done.
+test-ray: $(STAMP)
+	@$(PYTEST) tests/ray -m "not soak" >$(RAY_LOG) 2>&1; status=$$?; cat $(RAY_LOG); exit $$status
 
 test-cluster: $(STAMP)  ## Run `ray up` and what follows for real, on hosts made of namespaces; needs root.
 	@PYTHONPATH=tests $(BIN)/python -m cluster.lab
