@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
-from moe_runtime.errors import RequestCancelledError, UnavailableError
+from moe_runtime.errors import DeadlineExceededError, RequestCancelledError, UnavailableError
 from moe_runtime.rpc.channels import connector
 from moe_runtime.rpc.client_core import ClientCore
 from moe_runtime.rpc.methods import FORWARD_STREAM, path, slices
@@ -31,6 +31,8 @@ ResultT = TypeVar("ResultT")
 
 #: Larger bodies are encoded and decoded in a thread, so that they do not hold up the caller's event loop.
 _INLINE_BYTES = 1 << 20
+#: gRPC keeps deadlines in threads of its own, which a busy machine may hold up: so long after one, the loop keeps it.
+_LATE_S = 0.05
 
 
 class AsyncMoEClient:
@@ -113,7 +115,13 @@ class AsyncMoEClient:
             if self._closed:
                 raise UnavailableError("expected an open client, found this one closed")
             try:
-                reply = await self._send(call.attempt)
+                timeout_s = call.attempt.timeout_s
+                async with asyncio.timeout(None if timeout_s is None else timeout_s + _LATE_S):
+                    reply = await self._send(call.attempt)
+            except TimeoutError as exc:
+                late = DeadlineExceededError("the call's deadline passed without an answer")
+                late.__cause__ = exc
+                self._fail(call, late, is_lost=False)
             except grpc.aio.AioRpcError as exc:
                 if self._closed:
                     raise RequestCancelledError("the client was closed while the call was under way") from exc

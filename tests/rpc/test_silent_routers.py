@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -13,7 +14,9 @@ import pytest
 
 from fakes.live_router import WIDTH, StartRouter
 from moe_runtime.errors import DeadlineExceededError
+from moe_runtime.rpc.aio_client import AsyncMoEClient
 from moe_runtime.rpc.client import MoEClient
+from moe_runtime.rpc.client_core import Attempt
 from moe_runtime.rpc.retries import RetryPolicy
 
 ROWS = np.ones((2, WIDTH), np.float32)
@@ -106,3 +109,14 @@ def test_router_that_takes_its_time_is_not_taken_for_silent(start_router: StartR
         pytest.raises(DeadlineExceededError),
     ):
         client.forward(ROWS, layer="stuck", timeout_s=4.5)
+
+
+async def test_a_deadline_is_kept_where_grpc_itself_is_silent() -> None:
+    class Silent(AsyncMoEClient):
+        async def _send(self, attempt: Attempt) -> bytes:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async with Silent("127.0.0.1:1") as client:
+        with pytest.raises(DeadlineExceededError, match="passed without an answer"):
+            await client.forward(ROWS, layer="any", timeout_s=0.01)
