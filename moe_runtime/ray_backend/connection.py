@@ -8,6 +8,10 @@ import ray
 
 from moe_runtime.errors import StartError
 
+LOST = "Ray was shut down in this program, which cannot reach the runtime any more"
+
+_HELD: list[ray.ObjectRef[Any]] = []
+
 
 class Connection:
     """The connection that the program has when this is made.
@@ -38,17 +42,9 @@ class Connection:
             raise StartError(f"runtime {name}: {LOST}")
 
     def hold(self, asked: ray.ObjectRef[Any]) -> None:
-        """Keep a reference for good if the connection is gone.
-
-        While Ray is shut down it ends a process that gives up a reference.
-        """
+        """Keep a reference for good if the connection is gone: giving it up while Ray shuts down ends the process."""
         if not self.is_there:
             _HELD.append(asked)
-
-
-LOST = "Ray was shut down in this program, which cannot reach the runtime any more"
-
-_HELD: list[ray.ObjectRef[Any]] = []
 
 
 def _id() -> str | None:

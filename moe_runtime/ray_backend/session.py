@@ -177,7 +177,7 @@ class RaySession:
         try:
             return bool(self._ask("close", drain_timeout_s, timeout_s=drain_timeout_s + _SPARE_S))
         except StartError as exc:
-            _LOG.warning("%s", exc)
+            _LOG.warning("%s; its actors %s", exc, "are ended" if self._connection.is_there else "are left alone")
             return False
         finally:
             self.detach()
