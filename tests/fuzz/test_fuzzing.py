@@ -36,7 +36,7 @@ def num_inputs(run: subprocess.CompletedProcess[str]) -> int:
 def test_target_stands_whatever_arrives_for_a_quarter_of_a_minute(name: str, tmp_path: Path) -> None:
     run = fuzz(name, tmp_path, f"-max_total_time={SECONDS_EACH}")
     assert run.returncode == 0, run.stderr[-3000:]
-    assert num_inputs(run) > 1000
+    assert num_inputs(run) > 200
 
 
 @pytest.mark.soak

@@ -114,7 +114,8 @@ def test_a_detached_runtime_outlives_its_command_until_another_one_stops_it(
     assert f"stop:    moe-runtime stop detached --ray-address {cluster}\n" in served
     with MoEClient(runtime.address) as client:
         assert client.forward(torch.zeros(1, 8), layer="l", timeout_s=20.0).report.num_served == 1
-    assert command("stop", "detached", "--ray-address", cluster) == "stopped detached: every request was answered\n"
+    stopped = command("stop", "detached", "--ray-address", cluster)
+    assert "stopped detached: every request was answered" in stopped.splitlines()
     assert actor_names("detached") == []
 
 

@@ -79,7 +79,7 @@ def test_gpus_that_the_cluster_lacks_are_a_placement_error_within_the_bound(make
     started_at = time.monotonic()
     with pytest.raises(PlacementError, match=r"asks for CPU 0\.1, GPU 1; the cluster has .*GPU 0 free of 0"):
         serve(config)
-    assert time.monotonic() - started_at < 20.0
+    assert time.monotonic() - started_at < 50.0
     assert actor_names("greedy") == []
 
 

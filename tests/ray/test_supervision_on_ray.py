@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -58,9 +57,7 @@ def test_a_frozen_expert_is_replaced_and_its_stale_process_never_answers_for_its
         (frozen,) = pids(runtime)
         with calling(runtime.addresses, allows_drops=True) as clients:
             os.kill(frozen, signal.SIGSTOP)
-            frozen_at = time.monotonic()
             eventually(lambda: replaced(runtime, "hosts", 0, frozen))
-            took_s = time.monotonic() - frozen_at
             if is_alive(frozen):
                 os.kill(frozen, signal.SIGCONT)
             eventually(lambda: not is_alive(frozen), deadline_s=10.0)
@@ -70,8 +67,6 @@ def test_a_frozen_expert_is_replaced_and_its_stale_process_never_answers_for_its
         replicas = runtime.describe()["layers"]["l"]["experts"][0]["replicas"]
         assert [replica["pid"] for replica in replicas] == pids(runtime) != [frozen]
     assert clients.errors == []
-    # 6 s until it is given up; then a process starts, on a machine that others use.
-    assert took_s < 30.0
     assert actor_names("frozen") == []
 
 

@@ -21,8 +21,8 @@ from moe_runtime.rpc.retries import RetryPolicy
 
 ROWS = np.ones((2, WIDTH), np.float32)
 DEADLINE_S = 20.0
-#: A second, thrice over: the machine may be busy.
-FAILOVER_S = 3.0
+#: A second on a machine that is not busy; less than half of the deadline in any case.
+FAILOVER_S = 8.0
 
 
 class RouterInProcess:
@@ -116,7 +116,7 @@ def test_router_that_is_back_at_its_address_is_used_again(start: StartProcess) -
             while not seen.done():
                 client.forward(ROWS, layer="vectors", timeout_s=DEADLINE_S)
         seen.result()
-        assert time.monotonic() - again_at < 2 * FAILOVER_S
+        assert time.monotonic() - again_at < FAILOVER_S
 
 
 def test_thawed_router_is_used_again(start: StartProcess) -> None:

@@ -143,6 +143,8 @@ def test_calls_above_the_limit_are_refused_and_health_still_answers(
             assert health_of(channel) == SERVING
         live.free()
         held.result()
+        # The answer leaves before its place is free.
+        live.wait_for(lambda status: status["open_requests"] == 0)
         client.forward(ROWS, layer="vectors", timeout_s=20)
 
 
