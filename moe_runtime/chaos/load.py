@@ -120,7 +120,9 @@ class Load:
 
     async def may_ask(self) -> None:
         """Return when traffic is not held."""
-        await self._may_ask.wait()
+        # It may be held again before whoever was let go runs.
+        while not self._may_ask.is_set():
+            await self._may_ask.wait()
 
     def stop(self) -> None:
         """Begin no more questions."""
@@ -134,6 +136,6 @@ class Load:
     async def _ask_in_turn(self, index: int, asker: Asker) -> None:
         rng = np.random.default_rng([self._seed, index])
         while not self._stopping:
-            await self._may_ask.wait()
+            await self.may_ask()
             await asker.ask(draw_question(rng, may_hurry=self._may_hurry))
             await asyncio.sleep(float(rng.uniform(0.0, _PAUSE_S)))
