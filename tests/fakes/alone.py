@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import transformers
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_transformers() -> None:
+    # Here: tests that only want one thread need not have it.
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
 
 

@@ -13,6 +13,7 @@ import transformers
 
 import moe_runtime.integrations.transformers as moe_hf
 from fakes import zoo
+from fakes.alone import _one_thread, _quiet_transformers  # noqa: F401  fixtures
 from fakes.prompts import prompt
 from moe_runtime.errors import AlreadyRunningError
 from moe_runtime.launch.runtime import serve
@@ -23,17 +24,8 @@ pytestmark = pytest.mark.timeout(300)
 GREEDY = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers.utils.logging.disable_progress_bar()
     return zoo.save("mixtral", tmp_path_factory.mktemp("checkpoints") / "mixtral")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,21 +9,13 @@ import pytest
 import torch
 
 import moe_runtime as moe
+from fakes.alone import _one_thread  # noqa: F401  a fixture
 from moe_runtime.config.load import load_config
 from moe_runtime.experts.build import build_expert
 from moe_runtime.launch.build import build_layers
 from moe_runtime.launch.router_process import build_routed_layer
 
 WIDTH, NUM_EXPERTS, TOP_K = 64, 4, 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_everywhere() -> Iterator[None]:
-    """The same bits need the same number of threads, here and in the threads that experts run in."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(**layer: Any) -> dict[str, Any]:
